@@ -1,0 +1,68 @@
+//! A disk: a fixed-size array of bytes that outlives crashes. All that the doors (`serve`) know.
+//!
+//! Always true:
+//! - what a `write`, `discard` or `write_zeroes` changed is seen by every read that starts after it returned;
+//! - after `flush` returned `Ok`, all that had returned before `flush` was called outlives any crash;
+//! - two requests that overlap in time and in place happen in some order, whole block by whole block:
+//!   no byte of either is lost to the other's neighbourhood;
+//! - after an error of kind `Poisoned` nothing is accepted any more until the disk is reopened.
+//!
+//! Not here: names, devices, requests and their queues.
+
+use crate::error::Result;
+
+/// A fixed-size array of bytes that outlives crashes. Any offset and any length within the size; all
+/// methods may be called by many threads at once.
+pub trait Disk: Send + Sync {
+    /// Size in bytes, a multiple of the block size.
+    fn size(&self) -> u64;
+    /// May it be written?
+    fn read_only(&self) -> bool;
+    /// Fills `buf` from `at`: never short; out of range is `Invalid`.
+    fn read(&self, buf: &mut [u8], at: u64) -> Result<()>;
+    /// Writes `buf` at `at`: visible on return, durable after [`Disk::flush`].
+    fn write(&self, buf: &[u8], at: u64) -> Result<()>;
+    /// Makes exactly the bytes of the range read as zeros (never what lies below) and gives the space of
+    /// whole blocks back.
+    fn discard(&self, at: u64, len: u64) -> Result<()>;
+    /// Makes exactly the bytes of the range zeros. Space may be given back.
+    fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
+        self.discard(at, len)
+    }
+    /// Makes all that returned before this call durable.
+    fn flush(&self) -> Result<()>;
+    /// What stands where in `at..at+len` (rounded outwards to blocks), in order and without gaps.
+    fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>>;
+}
+
+/// A stretch of a disk whose blocks come from one place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// First byte.
+    pub at: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where the bytes come from.
+    pub from: Source,
+}
+
+/// Where the bytes of an extent come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// Zeros: nothing was ever written, or beyond the base's end.
+    Absent,
+    /// Zeros that a layer records: discarded, or written as zeros. `depth` 0 is the disk's own layer, 1 its parent...
+    Zero {
+        /// Layers above it in the chain.
+        depth: u32,
+    },
+    /// Blocks of a layer, from consecutive slots.
+    Layer {
+        /// Layers above it in the chain.
+        depth: u32,
+        /// First slot in that layer's file.
+        slot: crate::units::Slot,
+    },
+    /// The base image, at the same offset.
+    Base,
+}

@@ -1,0 +1,132 @@
+//! The seam between the store and the disk under it: names and bytes, in two small traits.
+//!
+//! Everything the store keeps is reached through [`Dir`] and [`File`], so that the simulated disk
+//! ([`sim`]) replaces the whole world below: it owns contents *and* names, because crash bugs live
+//! between a rename and the directory's sync. The real disk is [`os`].
+//!
+//! What the callers rely on, and all they rely on:
+//!
+//! - Un-synced changes of contents, lengths and allocation may after a crash be there, not be there,
+//!   or be there for some 512-byte sectors; a sector that an un-synced write covered may hold garbage.
+//!   Sectors that no un-synced write covered keep what they held.
+//! - [`File::sync`] makes all earlier changes of that file's contents and length durable, if it returns
+//!   `Ok`. After an error nothing is known of the changes since the last good sync.
+//! - A name that was created, renamed or removed is durable after [`Dir::sync`] of its directory.
+//!   A rename is atomic: after a crash the name means the old file or the new one.
+//! - [`Dir::sync_filesystem`] makes everything before it durable.
+
+pub mod os;
+pub mod sim;
+
+use crate::error::Result;
+use std::{ops::Deref, sync::Arc};
+
+/// How to open a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Reads only.
+    Read,
+    /// Reads and writes; the file must exist.
+    Write,
+    /// Creates the file, empty; the name must not exist.
+    CreateNew,
+}
+
+/// What a directory entry is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Dir,
+    /// Anything else (a symlink, a device): never followed, never opened.
+    Other,
+}
+
+/// A directory of the store. Names are single path components; none is ever followed out of the directory.
+pub trait Dir: Send + Sync {
+    /// Opens a file of this directory.
+    fn open(&self, name: &str, access: Access) -> Result<Arc<dyn File>>;
+    /// Opens a subdirectory.
+    fn subdir(&self, name: &str) -> Result<Arc<dyn Dir>>;
+    /// Creates a subdirectory; [`Kind::Exists`](crate::error::Kind::Exists) if the name is taken.
+    fn create_dir(&self, name: &str) -> Result<()>;
+    /// Names and kinds of all entries, in no order.
+    fn list(&self) -> Result<Vec<(String, EntryKind)>>;
+    /// Kind of one entry, `None` if there is none.
+    fn entry(&self, name: &str) -> Result<Option<EntryKind>>;
+    /// Renames within this directory, atomically replacing `to`.
+    fn rename(&self, from: &str, to: &str) -> Result<()>;
+    /// Renames within this directory; fails with `Exists` if `to` exists, atomically.
+    fn rename_new(&self, from: &str, to: &str) -> Result<()>;
+    /// Removes a file.
+    fn remove(&self, name: &str) -> Result<()>;
+    /// Removes an empty subdirectory.
+    fn remove_dir(&self, name: &str) -> Result<()>;
+    /// Makes the names of this directory durable.
+    fn sync(&self) -> Result<()>;
+    /// Makes everything on the filesystem of this directory durable, in one call.
+    fn sync_filesystem(&self) -> Result<()>;
+    /// Where this is, for messages.
+    fn path(&self) -> std::path::PathBuf;
+}
+
+/// A file of the store. Offsets and lengths in bytes.
+pub trait File: Send + Sync {
+    /// Fills `buf` from `at`; the file's end (or beyond) is an error of kind `Corrupt`.
+    fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()>;
+    /// Writes all of `buf` at `at`, extending the file where needed.
+    fn write_at(&self, buf: &[u8], at: u64) -> Result<()>;
+    /// Makes contents and length durable (`fdatasync`).
+    fn sync(&self) -> Result<()>;
+    /// Length in bytes.
+    fn len(&self) -> Result<u64>;
+    /// Is the file empty?
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Sets the length; what is added reads as zeros.
+    fn set_len(&self, len: u64) -> Result<()>;
+    /// Reserves host space for a range without changing contents or length; a filesystem that cannot do
+    /// it answers `Unsupported`.
+    fn allocate(&self, at: u64, len: u64) -> Result<()>;
+    /// Gives the range back to the host; it reads as zeros. A filesystem that cannot do it answers `Unsupported`.
+    fn punch(&self, at: u64, len: u64) -> Result<()>;
+    /// Starts writing the range's dirty pages to the disk without waiting; a hint, promises nothing.
+    fn start_writeback(&self, at: u64, len: u64);
+    /// Maps a range of the file for reading. Only for ranges that are immutable while mapped, of
+    /// files that are locked; must lie within the file.
+    fn map(&self, at: u64, len: usize) -> Result<Mapping>;
+    /// Takes the file's lock without waiting: exclusive or shared. Held until the last handle from the same
+    /// `open` goes. `Busy` if another holds it.
+    fn lock(&self, exclusive: bool) -> Result<()>;
+    /// The ranges `(at, len)` within `at..at+len` that hold data on the host; what is between them reads as zeros.
+    /// May report holes as data.
+    fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>>;
+    /// Bytes the host has allocated for this file.
+    fn allocated(&self) -> Result<u64>;
+    /// Where this is, for messages.
+    fn path(&self) -> std::path::PathBuf;
+    /// The operating system's descriptor where there is one (never for the simulated disk).
+    fn fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// An immutable view of a range of a file.
+pub enum Mapping {
+    /// Pages of the file itself.
+    Mapped(memmap2::Mmap),
+    /// A copy, where mapping is impossible.
+    Copied(Vec<u8>),
+}
+
+impl Deref for Mapping {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Mapping::Mapped(map) => map,
+            Mapping::Copied(bytes) => bytes,
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! forkdisk: a block-level copy-on-write snapshot store.
+#![doc = ""]
+
+pub mod disk;
+pub mod error;
+pub mod io;
+pub mod units;

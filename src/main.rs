@@ -1,0 +1,2 @@
+//! The `forkdisk` command.
+fn main() {}
