@@ -1,0 +1,4 @@
+//! Names, bases, layers, references.
+
+pub mod types;
+pub use types::*;

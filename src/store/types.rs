@@ -1,0 +1,176 @@
+//! What the store tells about itself: plain data, for the command line, the daemon and tests.
+
+use crate::units::Id;
+
+/// What a name stands for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum ObjectKind {
+    /// An image that is a base: a raw file.
+    Base,
+    /// An image that is a sealed layer (a committed disk).
+    Image,
+    /// A sealed layer, `disk@name`.
+    Snapshot,
+    /// A writable layer.
+    Disk,
+}
+
+impl ObjectKind {
+    /// The word used in tables and JSON: `base`, `image`, `snap`, `disk`.
+    pub fn word(self) -> &'static str {
+        match self {
+            ObjectKind::Base => "base",
+            ObjectKind::Image => "image",
+            ObjectKind::Snapshot => "snap",
+            ObjectKind::Disk => "disk",
+        }
+    }
+}
+
+/// What a layer or a name stands on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Below {
+    /// A base image.
+    Base(Id),
+    /// A sealed layer.
+    Layer(Id),
+}
+
+impl Below {
+    /// The id, whichever it is.
+    pub fn id(self) -> Id {
+        match self {
+            Below::Base(id) | Below::Layer(id) => id,
+        }
+    }
+}
+
+/// A named object of the store.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Object {
+    /// Its name: `debian`, `web-1`, `web-1@clean`.
+    pub name: String,
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Id of the base or layer the name refers to.
+    pub id: Id,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// What it stands on; `None` for a base.
+    pub parent: Option<Below>,
+    /// When the name was made: seconds since 1970, for people only (it orders nothing).
+    pub created: u64,
+    /// The message given with `-m`.
+    pub message: Option<String>,
+}
+
+/// Space of one object, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Usage {
+    /// Virtual size.
+    pub size: u64,
+    /// Data reachable through it: its own blocks, its parents' and the base's that it does not hide.
+    pub refer: u64,
+    /// Host bytes that would be freed if this object alone were removed.
+    pub exclusive: u64,
+    /// Host bytes of what it refers to that others need too.
+    pub shared: u64,
+}
+
+/// More about one object, for `info`.
+#[derive(Clone, Debug)]
+pub struct Details {
+    /// The object.
+    pub object: Object,
+    /// The base under it.
+    pub base: BaseInfo,
+    /// Layers between it and the base, its own included (0 for a base).
+    pub depth: u32,
+    /// Bytes of data blocks in its own layer (0 for a base).
+    pub private_bytes: u64,
+    /// Blocks its own layer records as zeros.
+    pub zero_blocks: u64,
+    /// Host bytes of its own layer file or base directory.
+    pub allocated: u64,
+    /// `writable`, `clean` or `sealed` for a layer; `base`.
+    pub state: &'static str,
+    /// Layer chain from the top down (layer ids, then the base's id).
+    pub chain: Vec<Below>,
+    /// Space.
+    pub usage: Usage,
+}
+
+/// A base image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseInfo {
+    /// Its id.
+    pub id: Id,
+    /// Length of the image file in bytes, possibly no multiple of the block size.
+    pub len: u64,
+    /// Host bytes allocated for it (0 where it is linked).
+    pub allocated: u64,
+    /// SHA-256 of its contents as `sha256:...`, where known.
+    pub digest: Option<String>,
+    /// The external file for a linked base.
+    pub link: Option<std::path::PathBuf>,
+    /// Are per-block checksums present?
+    pub sums: bool,
+    /// The path of the image file.
+    pub path: std::path::PathBuf,
+}
+
+/// How an image comes into the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ImportMode {
+    /// Reflink where the filesystem can, else copy.
+    Auto,
+    /// Reflink or fail.
+    Reflink,
+    /// Copy, keeping holes.
+    Copy,
+    /// Leave the file where it is and record what it looked like.
+    Link,
+}
+
+/// Told how far long work is. `total` 0 means unknown.
+pub trait Progress: Sync {
+    /// `done` of `total` bytes are done. Returning `false` cancels the work (kind `Interrupted`).
+    fn update(&self, done: u64, total: u64) -> bool;
+}
+
+/// Says nothing, never cancels.
+pub struct Quiet;
+impl Progress for Quiet {
+    fn update(&self, _: u64, _: u64) -> bool {
+        true
+    }
+}
+
+/// What a removal would take away, in the order it would do it.
+#[derive(Clone, Debug, Default)]
+pub struct RemovePlan {
+    /// Names that go, children before parents.
+    pub names: Vec<Object>,
+    /// Host bytes that become free.
+    pub frees: u64,
+}
+
+/// One finding of `check`.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// The object or file it concerns.
+    pub what: String,
+    /// The sentence.
+    pub message: String,
+}
+
+/// What `check` found.
+#[derive(Clone, Debug, Default)]
+pub struct CheckReport {
+    /// Space that nothing needs: exit code 3 if this is all.
+    pub leaks: Vec<Finding>,
+    /// Damage: exit code 4.
+    pub corruptions: Vec<Finding>,
+    /// Layers and bases looked at.
+    pub checked: u64,
+}
