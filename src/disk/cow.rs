@@ -6,6 +6,7 @@ use super::{Disk, Extent, Source};
 use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
+use crate::io::File;
 use crate::layer::{Layer, State};
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
 use parking_lot::RwLock;
@@ -95,15 +96,20 @@ impl CowDisk {
     pub fn maintain(&self) -> Result<()> {
         self.top.read().layer.as_ref().map_or(Ok(()), Layer::maintain)
     }
-    /// Quiesces the disk, seals its layer and goes on in what `next` gives: a new layer and the chain below it. `next` is called
-    /// between the seal and the first request that goes on; if it fails, the disk is poisoned (its contents are safe below).
-    pub fn seal(&self, name: Option<&str>, next: impl FnOnce() -> Result<(Layer, Arc<Chain>)>) -> Result<()> {
+    /// Quiesces the disk, seals its layer and goes on in what `next` makes of the sealed file: a new layer and the chain below
+    /// it. `next` is called between the seal and the first request that goes on; if it fails, the disk accepts nothing more until it is
+    /// reopened (its contents are safe in the sealed layer).
+    pub fn seal(
+        &self,
+        name: Option<&str>,
+        next: impl FnOnce(Arc<dyn File>) -> Result<(Layer, Arc<Chain>)>,
+    ) -> Result<()> {
         // Most of the dirty data goes out while requests still run.
         self.flush()?;
         let mut top = self.top.write();
         let Some(layer) = &top.layer else { return Err(read_only()) };
         layer.close(State::Sealed, name)?;
-        let (layer, chain) = next()?;
+        let (layer, chain) = next(layer.file().clone())?;
         *top = Top { layer: Some(layer), chain };
         Ok(())
     }
