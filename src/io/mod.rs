@@ -15,6 +15,8 @@
 //!   A rename is atomic: after a crash the name means the old file or the new one.
 //! - [`Dir::sync_filesystem`] makes everything before it durable.
 
+mod common;
+pub mod count;
 pub mod os;
 pub mod sim;
 
