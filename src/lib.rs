@@ -5,4 +5,5 @@ pub mod disk;
 pub mod error;
 pub mod io;
 pub mod store;
+pub mod sys;
 pub mod units;
