@@ -27,7 +27,7 @@ use std::{
 };
 
 pub use loopdev::{Detach, DetachOptions};
-pub use mounts::Options as MountOptions;
+pub use mounts::{Mounted, Options as MountOptions};
 
 /// How to set up a loop device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,8 +207,8 @@ pub fn size_changed(attachment: &LoopAttachment) -> Result<()> {
     loopdev::update_capacity(&attachment.device)
 }
 
-/// Mounts the device's filesystem on a directory; returns the filesystem's type.
-pub fn mount(device: &Path, dir: &Path, options: &MountOptions) -> Result<String> {
+/// Mounts the device's filesystem on a directory.
+pub fn mount(device: &Path, dir: &Path, options: &MountOptions) -> Result<Mounted> {
     mounts::mount(device, dir, options)
 }
 

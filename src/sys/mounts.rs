@@ -133,8 +133,19 @@ pub struct Options {
     pub data: Option<String>,
 }
 
-/// Mounts a block device on a directory and returns the type of its filesystem.
-pub fn mount(device: &Path, dir: &Path, options: &Options) -> Result<String> {
+/// What [`mount`] did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Mounted {
+    /// The filesystem's type.
+    pub fs_type: String,
+    /// The journal needs replay and the device is read-only, so the filesystem is shown without what its
+    /// journal holds: files changed shortly before the end may be old, missing or damaged. A writable
+    /// fork of the same disk mounts with everything.
+    pub without_journal: bool,
+}
+
+/// Mounts a block device on a directory.
+pub fn mount(device: &Path, dir: &Path, options: &Options) -> Result<Mounted> {
     let meta = fs::metadata(dir).map_err(|e| {
         Error::io("mount on", dir, &e).or_hint("create the directory first: `mkdir -p DIR`")
     })?;
@@ -161,7 +172,12 @@ pub fn mount(device: &Path, dir: &Path, options: &Options) -> Result<String> {
     let mut last = Errno::NODEV;
     for fs_type in &candidates {
         match try_mount(device, dir, fs_type, options) {
-            Ok(()) => return Ok(fs_type.clone()),
+            Ok(without_journal) => {
+                return Ok(Mounted {
+                    fs_type: fs_type.clone(),
+                    without_journal,
+                });
+            }
             // Not this type, or no such driver: the next one may know better.
             Err(e @ (Errno::INVAL | Errno::NODEV)) => last = e,
             Err(e) => {
@@ -199,15 +215,15 @@ fn known_filesystems() -> Result<Vec<String>> {
         .collect())
 }
 
-fn try_mount(device: &Path, dir: &Path, fs_type: &str, options: &Options) -> Result<(), Errno> {
+/// `true`: mounted without its journal.
+fn try_mount(device: &Path, dir: &Path, fs_type: &str, options: &Options) -> Result<bool, Errno> {
     let mut flags = MountFlags::empty();
     if options.read_only {
         flags |= MountFlags::RDONLY;
     }
     // Forks of one image carry one UUID, and xfs mounts only one of each unless told not to look.
     let always = if fs_type == "xfs" { "nouuid" } else { "" };
-    // A journal that needs replay cannot be replayed on a read-only device; the filesystem is then as
-    // consistent as its snapshot is, and can still be looked at.
+    // A journal that needs replay cannot be replayed on a read-only device. Rather an older view than none.
     let without_replay = match fs_type {
         "ext3" | "ext4" => Some("noload"),
         "xfs" => Some("norecovery"),
@@ -225,9 +241,9 @@ fn try_mount(device: &Path, dir: &Path, fs_type: &str, options: &Options) -> Res
     };
     match (attempt(""), without_replay) {
         (Err(Errno::ROFS | Errno::ACCESS | Errno::PERM), Some(extra)) if options.read_only => {
-            attempt(extra)
+            attempt(extra).map(|()| true)
         }
-        (result, _) => result,
+        (result, _) => result.map(|()| false),
     }
 }
 

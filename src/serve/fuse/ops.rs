@@ -47,7 +47,9 @@ const DONE: Outcome = Ok(Answer::Body(0));
 pub(super) fn serve(shared: &Shared, buffer: &mut Buffer, n: usize) {
     let Ok((header, _)) = abi::InHeader::read_from_prefix(&buffer.request()[..n]) else {
         // Without a header there is nobody to answer.
-        tracing::error!("a request of {n} bytes from /dev/fuse");
+        if shared.log.allow() {
+            tracing::error!("a request of {n} bytes from /dev/fuse");
+        }
         return;
     };
     let outcome = if header.len as usize == n {
