@@ -241,7 +241,10 @@ fn filesystems_live_on_it() {
             attach::device_at(at.path()).unwrap().as_deref(),
             Some(dev.device())
         );
-        run("cp", &["-a", "/usr/include/linux", at.path().to_str().unwrap()]);
+        run(
+            "cp",
+            &["-a", "/usr/include/linux", at.path().to_str().unwrap()],
+        );
         run("fstrim", &[at.path().to_str().unwrap()]);
         attach::unmount(at.path()).unwrap();
         match fs_type {

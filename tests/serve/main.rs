@@ -5,7 +5,7 @@
 
 mod device;
 mod disks;
-//mod figures;
+mod figures;
 mod file;
 mod rig;
-//mod takeover;
+mod takeover;
