@@ -1,0 +1,11 @@
+//! What the operating system offers beyond files: loop devices, mounts, processes, descriptor passing.
+//!
+//! Earth: this floor knows nothing of disks, layers or stores. Everything here is Linux, and each
+//! function is one thing the kernel does, with the kernel's races and delays taken care of.
+
+pub mod fdpass;
+pub mod holders;
+pub mod loopdev;
+pub mod mounts;
+pub mod probe;
+pub mod process;
