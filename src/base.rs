@@ -19,7 +19,12 @@ pub struct Base {
 
 impl Base {
     /// Opens a base whose image is `len` bytes long; `sums` is its file of checksums, if there is one.
-    pub fn open(id: Id, file: Arc<dyn File>, len: u64, sums: Option<Arc<dyn File>>) -> Result<Base> {
+    pub fn open(
+        id: Id,
+        file: Arc<dyn File>,
+        len: u64,
+        sums: Option<Arc<dyn File>>,
+    ) -> Result<Base> {
         let found = file.len()?;
         if found != len {
             return Err(Error::new(
@@ -37,14 +42,21 @@ impl Base {
                 sums.read_at(&mut head, 0)?;
                 let header = SumsHeader::decode(&head, &id).map_err(|e| e.path(sums.path()))?;
                 if header.blocks.get() != n || sums.len()? < BLOCK + n * 4 {
-                    return Err(Error::new(Kind::Corrupt, "the checksums of the base are cut")
-                        .path(sums.path())
-                        .hint("restore the file from a backup, or import the image again"));
+                    return Err(
+                        Error::new(Kind::Corrupt, "the checksums of the base are cut")
+                            .path(sums.path())
+                            .hint("restore the file from a backup, or import the image again"),
+                    );
                 }
                 Some(sums.map(BLOCK, (n * 4) as usize)?)
             }
         };
-        Ok(Base { id, file, len, sums })
+        Ok(Base {
+            id,
+            file,
+            len,
+            sums,
+        })
     }
     /// Its id.
     pub fn id(&self) -> Id {
@@ -78,12 +90,18 @@ impl Base {
         if data.is_empty() {
             return Ok(());
         }
-        self.file.read_at(data, at).map_err(|e| e.context(format!("cannot read base {}", self.id)).block(lba))?;
+        self.file.read_at(data, at).map_err(|e| {
+            e.context(format!("cannot read base {}", self.id))
+                .block(lba)
+        })?;
         if self.sums.is_some() {
             let whole = inside.next_multiple_of(BLOCK_SIZE);
             for (i, block) in buf[..whole].chunks_exact(BLOCK_SIZE).enumerate() {
                 let block_lba = u64::from(lba.0) + i as u64;
-                if self.sum(block_lba).is_some_and(|sum| sum != format::crc(block)) {
+                if self
+                    .sum(block_lba)
+                    .is_some_and(|sum| sum != format::crc(block))
+                {
                     return Err(Error::new(
                         Kind::Corrupt,
                         format!("the base image does not match its checksum (base {})", self.id),

@@ -53,7 +53,10 @@ pub struct Budget {
 impl Budget {
     /// At most about `limit` bytes.
     pub fn new(limit: usize) -> Arc<Budget> {
-        Arc::new(Budget { used: AtomicUsize::new(0), limit })
+        Arc::new(Budget {
+            used: AtomicUsize::new(0),
+            limit,
+        })
     }
     /// Bytes in use.
     pub fn used(&self) -> usize {
@@ -63,7 +66,10 @@ impl Budget {
 
 impl Default for Budget {
     fn default() -> Budget {
-        Budget { used: AtomicUsize::new(0), limit: DEFAULT_BUDGET }
+        Budget {
+            used: AtomicUsize::new(0),
+            limit: DEFAULT_BUDGET,
+        }
     }
 }
 
@@ -91,7 +97,11 @@ fn weight(resolved: &Resolved) -> usize {
 
 impl Drop for Chain {
     fn drop(&mut self) {
-        let held: usize = self.cache.iter().flat_map(|s| s.read().values().map(|r| weight(r)).collect::<Vec<_>>()).sum();
+        let held: usize = self
+            .cache
+            .iter()
+            .flat_map(|s| s.read().values().map(|r| weight(r)).collect::<Vec<_>>())
+            .sum();
         self.budget.used.fetch_sub(held, Relaxed);
     }
 }
@@ -99,7 +109,12 @@ impl Drop for Chain {
 impl Chain {
     /// A chain of sealed layers, top down, over a base.
     pub fn new(layers: Vec<Arc<ReadLayer>>, base: Arc<Base>, budget: Arc<Budget>) -> Chain {
-        Chain { layers, base, cache: (0..SHARDS).map(|_| RwLock::default()).collect(), budget }
+        Chain {
+            layers,
+            base,
+            cache: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            budget,
+        }
     }
     /// Number of layers.
     pub fn depth(&self) -> usize {
@@ -160,7 +175,13 @@ impl Chain {
         }
         Ok(places.map_or(Resolved::Base, Resolved::Mixed))
     }
-    fn lay(&self, map: &RegionMap, depth: u16, places: &mut [Place; REGION_BLOCKS], open: &mut [u64; crate::map::WORDS]) {
+    fn lay(
+        &self,
+        map: &RegionMap,
+        depth: u16,
+        places: &mut [Place; REGION_BLOCKS],
+        open: &mut [u64; crate::map::WORDS],
+    ) {
         for (index, pointer) in map.iter() {
             let bit = 1u64 << (index % 64);
             if open[index / 64] & bit == 0 {
@@ -205,7 +226,9 @@ impl Chain {
                 buf.fill(0);
                 Ok(())
             }
-            Place::Slot { depth, slot, .. } => self.layers[depth as usize].read_blocks(slot, sums, lba, buf),
+            Place::Slot { depth, slot, .. } => {
+                self.layers[depth as usize].read_blocks(slot, sums, lba, buf)
+            }
         }
     }
 }

@@ -61,9 +61,14 @@ impl At {
             (At::OwnZero, At::OwnZero) => true,
             (At::Below(Place::Base), At::Below(Place::Base)) => true,
             (At::Below(Place::Zero { depth: a }), At::Below(Place::Zero { depth: b })) => a == b,
-            (At::Below(Place::Slot { depth: a, slot: s, .. }), At::Below(Place::Slot { depth: b, slot: t, .. })) => {
-                a == b && s.0 as usize + n == t.0 as usize
-            }
+            (
+                At::Below(Place::Slot {
+                    depth: a, slot: s, ..
+                }),
+                At::Below(Place::Slot {
+                    depth: b, slot: t, ..
+                }),
+            ) => a == b && s.0 as usize + n == t.0 as usize,
             _ => false,
         }
     }
@@ -78,11 +83,22 @@ impl At {
 impl CowDisk {
     /// A disk that writes into `layer`, over `chain`.
     pub fn writable(layer: Layer, chain: Arc<Chain>) -> CowDisk {
-        CowDisk { size: layer.size(), top: RwLock::new(Top { layer: Some(layer), chain }), counters: Counters::default() }
+        CowDisk {
+            size: layer.size(),
+            top: RwLock::new(Top {
+                layer: Some(layer),
+                chain,
+            }),
+            counters: Counters::default(),
+        }
     }
     /// A chain as a disk that can only be read.
     pub fn read_only(chain: Arc<Chain>) -> CowDisk {
-        CowDisk { size: chain.size(), top: RwLock::new(Top { layer: None, chain }), counters: Counters::default() }
+        CowDisk {
+            size: chain.size(),
+            top: RwLock::new(Top { layer: None, chain }),
+            counters: Counters::default(),
+        }
     }
     /// What was read and written so far.
     pub fn counters(&self) -> &Counters {
@@ -94,7 +110,19 @@ impl CowDisk {
     }
     /// Gives freed space back to the host; for a housekeeping thread.
     pub fn maintain(&self) -> Result<()> {
-        self.top.read().layer.as_ref().map_or(Ok(()), Layer::maintain)
+        self.top
+            .read()
+            .layer
+            .as_ref()
+            .map_or(Ok(()), Layer::maintain)
+    }
+    /// Empties the journal into the block map: what a reopening would have to replay.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.top
+            .read()
+            .layer
+            .as_ref()
+            .map_or(Ok(()), Layer::checkpoint_now)
     }
     /// Quiesces the disk, seals its layer and goes on in what `next` makes of the sealed file: a new layer and the chain below
     /// it. `next` is called between the seal and the first request that goes on; if it fails, the disk accepts nothing more until it is
@@ -107,10 +135,15 @@ impl CowDisk {
         // Most of the dirty data goes out while requests still run.
         self.flush()?;
         let mut top = self.top.write();
-        let Some(layer) = &top.layer else { return Err(read_only()) };
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
         layer.close(State::Sealed, name)?;
         let (layer, chain) = next(layer.file().clone())?;
-        *top = Top { layer: Some(layer), chain };
+        *top = Top {
+            layer: Some(layer),
+            chain,
+        };
         Ok(())
     }
     /// Flushes, checkpoints and closes. Requests that come later are refused.
@@ -126,7 +159,13 @@ impl CowDisk {
         if at.checked_add(len).is_some_and(|end| end <= self.size) {
             return Ok(());
         }
-        Err(Error::new(Kind::Invalid, format!("{len} bytes at {at} are outside the disk of {} bytes", self.size)))
+        Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "{len} bytes at {at} are outside the disk of {} bytes",
+                self.size
+            ),
+        ))
     }
 
     /// Where blocks of one region are. The caller holds a guard of the layer.
@@ -210,7 +249,15 @@ impl CowDisk {
     }
 
     /// Replaces part of one block: read, merge, write as a whole, and publish only if nobody changed the block meanwhile.
-    fn write_part(&self, top: &Top, layer: &Layer, lba: Lba, offset: usize, len: usize, data: Option<&[u8]>) -> Result<()> {
+    fn write_part(
+        &self,
+        top: &Top,
+        layer: &Layer,
+        lba: Lba,
+        offset: usize,
+        len: usize,
+        data: Option<&[u8]>,
+    ) -> Result<()> {
         let mut block = [0u8; BLOCK_SIZE];
         loop {
             // Held until after publishing: the pointer compared below must not return in another life.
@@ -238,7 +285,10 @@ impl CowDisk {
                     return Err(e);
                 }
                 let slot = Slot(taken.extents.first().map_or(0, |e| e.0));
-                Pointer::Data { slot, sum: format::crc(&block) }
+                Pointer::Data {
+                    slot,
+                    sum: format::crc(&block),
+                }
             };
             if layer.publish_if(lba, pointer, before, taken)? {
                 return Ok(());
@@ -257,11 +307,17 @@ impl CowDisk {
         }
         let taken = layer.take(n as u64, slots)?;
         let mut pointers = Vec::with_capacity(n);
-        let mut free = taken.extents.iter().flat_map(|&(start, len)| start..start + len);
+        let mut free = taken
+            .extents
+            .iter()
+            .flat_map(|&(start, len)| start..start + len);
         for (&z, block) in zero.iter().zip(data.chunks_exact(BLOCK_SIZE)) {
             pointers.push(match free_slot(z, &mut free) {
                 None => Pointer::Zero,
-                Some(slot) => Pointer::Data { slot, sum: format::crc(block) },
+                Some(slot) => Pointer::Data {
+                    slot,
+                    sum: format::crc(block),
+                },
             });
         }
         let written = if slots as usize == n {
@@ -290,7 +346,9 @@ fn free_slot(zero: bool, free: &mut impl Iterator<Item = u32>) -> Option<Slot> {
 /// Is it all zeros? Real data fails at its first bytes.
 fn is_zero(block: &[u8]) -> bool {
     // Eight bytes at a time; the compiler makes wider ones of it.
-    block.chunks_exact(64).all(|c| c.iter().fold(0u8, |a, b| a | b) == 0)
+    block
+        .chunks_exact(64)
+        .all(|c| c.iter().fold(0u8, |a, b| a | b) == 0)
 }
 
 fn read_only() -> Error {
@@ -335,7 +393,9 @@ impl Disk for CowDisk {
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         self.check(at, buf.len() as u64)?;
         let top = self.top.read();
-        let Some(layer) = &top.layer else { return Err(read_only()) };
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -352,13 +412,17 @@ impl Disk for CowDisk {
             at += n as u64;
             rest = &rest[n..];
         }
-        self.counters.written.fetch_add(crate::units::blocks(buf.len() as u64), Relaxed);
+        self.counters
+            .written
+            .fetch_add(crate::units::blocks(buf.len() as u64), Relaxed);
         Ok(())
     }
     fn discard(&self, at: u64, len: u64) -> Result<()> {
         self.check(at, len)?;
         let top = self.top.read();
-        let Some(layer) = &top.layer else { return Err(read_only()) };
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
         let (mut at, end) = (at, at + len);
         while at < end {
             let offset = at % BLOCK;
@@ -398,7 +462,10 @@ impl Disk for CowDisk {
         while block < last {
             let lba = Lba(block as u32);
             let n = ((REGION_BLOCKS - lba.index()) as u64).min(last - block) as usize;
-            let nothing = top.layer.as_ref().is_none_or(|l| l.knows_nothing(lba.region()));
+            let nothing = top
+                .layer
+                .as_ref()
+                .is_none_or(|l| l.knows_nothing(lba.region()));
             if nothing && top.chain.is_base(lba.region())? {
                 // Most of a large disk: no need to look at each block.
                 let start = block * BLOCK;
@@ -408,7 +475,11 @@ impl Disk for CowDisk {
                     match out.last_mut() {
                         _ if from == to => {}
                         Some(e) if e.from == source => e.len += to - from,
-                        _ => out.push(Extent { at: from, len: to - from, from: source }),
+                        _ => out.push(Extent {
+                            at: from,
+                            len: to - from,
+                            from: source,
+                        }),
                     }
                 }
                 block += n as u64;
@@ -421,14 +492,23 @@ impl Disk for CowDisk {
                 let from = match *place {
                     At::Own(slot, _) => Source::Layer { depth: 0, slot },
                     At::OwnZero => Source::Zero { depth: 0 },
-                    At::Below(Place::Zero { depth }) => Source::Zero { depth: own + u32::from(depth) },
-                    At::Below(Place::Slot { depth, slot, .. }) => Source::Layer { depth: own + u32::from(depth), slot },
+                    At::Below(Place::Zero { depth }) => Source::Zero {
+                        depth: own + u32::from(depth),
+                    },
+                    At::Below(Place::Slot { depth, slot, .. }) => Source::Layer {
+                        depth: own + u32::from(depth),
+                        slot,
+                    },
                     At::Below(Place::Base) if at < base_end => Source::Base,
                     At::Below(Place::Base) => Source::Absent,
                 };
                 match out.last_mut() {
                     Some(e) if continues(e, from) => e.len += BLOCK,
-                    _ => out.push(Extent { at, len: BLOCK, from }),
+                    _ => out.push(Extent {
+                        at,
+                        len: BLOCK,
+                        from,
+                    }),
                 }
             }
             block += n as u64;

@@ -322,18 +322,42 @@ record! {
 
 /// Every structure with its heading in FORMAT.md, for the test.
 pub const LAYOUTS: &[(&str, &[Field], usize)] = &[
-    (SumsHeader::TITLE, SumsHeader::FIELDS, size_of::<SumsHeader>()),
+    (
+        SumsHeader::TITLE,
+        SumsHeader::FIELDS,
+        size_of::<SumsHeader>(),
+    ),
     (Header::TITLE, Header::FIELDS, size_of::<Header>()),
-    (Superblock::TITLE, Superblock::FIELDS, size_of::<Superblock>()),
+    (
+        Superblock::TITLE,
+        Superblock::FIELDS,
+        size_of::<Superblock>(),
+    ),
     (RunRef::TITLE, RunRef::FIELDS, size_of::<RunRef>()),
-    (FreeExtent::TITLE, FreeExtent::FIELDS, size_of::<FreeExtent>()),
+    (
+        FreeExtent::TITLE,
+        FreeExtent::FIELDS,
+        size_of::<FreeExtent>(),
+    ),
     (DirEntry::TITLE, DirEntry::FIELDS, size_of::<DirEntry>()),
-    (RawPointer::TITLE, RawPointer::FIELDS, size_of::<RawPointer>()),
+    (
+        RawPointer::TITLE,
+        RawPointer::FIELDS,
+        size_of::<RawPointer>(),
+    ),
     (Fence::TITLE, Fence::FIELDS, size_of::<Fence>()),
     (ZeroRange::TITLE, ZeroRange::FIELDS, size_of::<ZeroRange>()),
     (RunHeader::TITLE, RunHeader::FIELDS, size_of::<RunHeader>()),
-    (CommitHeader::TITLE, CommitHeader::FIELDS, size_of::<CommitHeader>()),
-    (CommitEntry::TITLE, CommitEntry::FIELDS, size_of::<CommitEntry>()),
+    (
+        CommitHeader::TITLE,
+        CommitHeader::FIELDS,
+        size_of::<CommitHeader>(),
+    ),
+    (
+        CommitEntry::TITLE,
+        CommitEntry::FIELDS,
+        size_of::<CommitEntry>(),
+    ),
 ];
 
 /// Magic of a layer file.
@@ -386,13 +410,19 @@ impl Pointer {
         match (word >> 32) as u32 {
             SLOT_ABSENT => Pointer::Absent,
             SLOT_ZERO => Pointer::Zero,
-            slot => Pointer::Data { slot: Slot(slot), sum: word as u32 },
+            slot => Pointer::Data {
+                slot: Slot(slot),
+                sum: word as u32,
+            },
         }
     }
     /// The stored form. `Absent` is never stored.
     pub fn raw(self) -> RawPointer {
         let word = self.pack();
-        RawPointer { slot: U32::new((word >> 32) as u32), sum: U32::new(word as u32) }
+        RawPointer {
+            slot: U32::new((word >> 32) as u32),
+            sum: U32::new(word as u32),
+        }
     }
     /// Decodes a stored pointer; `None` if it can stand in no sound file.
     pub fn from_raw(raw: &RawPointer) -> Option<Pointer> {
@@ -400,7 +430,10 @@ impl Pointer {
             SLOT_ABSENT => None,
             SLOT_ZERO => (raw.sum.get() == 0).then_some(Pointer::Zero),
             slot if slot < DATA_START => None,
-            slot => Some(Pointer::Data { slot: Slot(slot), sum: raw.sum.get() }),
+            slot => Some(Pointer::Data {
+                slot: Slot(slot),
+                sum: raw.sum.get(),
+            }),
         }
     }
 }
@@ -412,7 +445,8 @@ fn damaged(what: impl Into<String>) -> Error {
 
 /// Does the CRC at the end of this slot hold?
 fn sealed_slot(bytes: &[u8]) -> bool {
-    bytes.len() == BLOCK_SIZE && crc(&bytes[..BLOCK_SIZE - 4]).to_le_bytes() == bytes[BLOCK_SIZE - 4..]
+    bytes.len() == BLOCK_SIZE
+        && crc(&bytes[..BLOCK_SIZE - 4]).to_le_bytes() == bytes[BLOCK_SIZE - 4..]
 }
 
 /// Copies a name into a name field; longer ones are cut (the store refuses them long before).
@@ -437,7 +471,15 @@ pub fn valid_size(size: u64) -> bool {
 
 impl Header {
     /// A new layer's header.
-    pub fn new(layer: Id, parent: Id, parent_is_layer: bool, depth: u32, size: u64, created: u64, name: &str) -> Header {
+    pub fn new(
+        layer: Id,
+        parent: Id,
+        parent_is_layer: bool,
+        depth: u32,
+        size: u64,
+        created: u64,
+        name: &str,
+    ) -> Header {
         let (name, name_len) = name_field(name);
         let mut header = Header {
             magic: HEADER_MAGIC,
@@ -458,14 +500,20 @@ impl Header {
     }
     /// Decodes and checks slot 0 of a layer file.
     pub fn decode(bytes: &[u8]) -> Result<Header> {
-        let header = Header::read_from_bytes(bytes).map_err(|_| damaged("the layer header is not 4096 bytes"))?;
+        let header = Header::read_from_bytes(bytes)
+            .map_err(|_| damaged("the layer header is not 4096 bytes"))?;
         if header.magic != HEADER_MAGIC {
-            return Err(damaged("this is not a forkdisk layer: wrong magic at offset 0x0"));
+            return Err(damaged(
+                "this is not a forkdisk layer: wrong magic at offset 0x0",
+            ));
         }
         if header.version.get() > VERSION {
             return Err(Error::new(
                 Kind::Version,
-                format!("this layer has format version {}, newer than this forkdisk reads ({VERSION})", header.version),
+                format!(
+                    "this layer has format version {}, newer than this forkdisk reads ({VERSION})",
+                    header.version
+                ),
             )
             .hint("use a newer forkdisk"));
         }
@@ -537,7 +585,8 @@ impl Superblock {
     }
     /// Decodes and checks one copy; an error says what is wrong with it.
     pub fn decode(bytes: &[u8], layer: &Id) -> Result<Superblock> {
-        let s = Superblock::read_from_bytes(bytes).map_err(|_| damaged("a superblock is not 4096 bytes"))?;
+        let s = Superblock::read_from_bytes(bytes)
+            .map_err(|_| damaged("a superblock is not 4096 bytes"))?;
         if s.magic != SUPER_MAGIC || !sealed_slot(bytes) {
             return Err(damaged("superblock: checksum mismatch"));
         }
@@ -578,7 +627,13 @@ impl Superblock {
 }
 
 /// A commit record as bytes, whole slots.
-pub fn encode_commit(layer: &Id, sequence: u64, generation: u64, entries: &[CommitEntry], out: &mut Vec<u8>) {
+pub fn encode_commit(
+    layer: &Id,
+    sequence: u64,
+    generation: u64,
+    entries: &[CommitEntry],
+    out: &mut Vec<u8>,
+) {
     let slots = commit_slots(entries.len() as u64);
     let mut header = CommitHeader {
         magic: COMMIT_MAGIC,
@@ -603,7 +658,8 @@ pub fn encode_commit(layer: &Id, sequence: u64, generation: u64, entries: &[Comm
 
 /// Slots that a record of `entries` entries occupies.
 pub fn commit_slots(entries: u64) -> u32 {
-    (size_of::<CommitHeader>() as u64 + entries * size_of::<CommitEntry>() as u64).div_ceil(BLOCK_SIZE as u64) as u32
+    (size_of::<CommitHeader>() as u64 + entries * size_of::<CommitEntry>() as u64)
+        .div_ceil(BLOCK_SIZE as u64) as u32
 }
 
 /// Decodes the record that begins at the start of `bytes` (which may go on behind it): header and
@@ -652,14 +708,25 @@ impl CommitEntry {
             Pointer::Zero => (SLOT_ZERO, count),
             Pointer::Absent => (SLOT_ABSENT, 0),
         };
-        CommitEntry { lba: U32::new(lba.0), slot: U32::new(slot), sum: U32::new(sum) }
+        CommitEntry {
+            lba: U32::new(lba.0),
+            slot: U32::new(slot),
+            sum: U32::new(sum),
+        }
     }
     /// Block, count and pointer.
     pub fn get(&self) -> (Lba, u32, Pointer) {
         let lba = Lba(self.lba.get());
         match self.slot.get() {
             SLOT_ZERO => (lba, self.sum.get(), Pointer::Zero),
-            slot => (lba, 1, Pointer::Data { slot: Slot(slot), sum: self.sum.get() }),
+            slot => (
+                lba,
+                1,
+                Pointer::Data {
+                    slot: Slot(slot),
+                    sum: self.sum.get(),
+                },
+            ),
         }
     }
 }
@@ -667,15 +734,23 @@ impl CommitEntry {
 impl SumsHeader {
     /// Head of the sums of a base.
     pub fn new(base: Id, blocks: u64) -> SumsHeader {
-        let mut h = SumsHeader { magic: SUMS_MAGIC, base: base.0, blocks: U64::new(blocks), crc: U32::new(0) };
+        let mut h = SumsHeader {
+            magic: SUMS_MAGIC,
+            base: base.0,
+            blocks: U64::new(blocks),
+            crc: U32::new(0),
+        };
         h.crc = U32::new(crc(&h.as_bytes()[..32]));
         h
     }
     /// Decodes and checks it.
     pub fn decode(bytes: &[u8], base: &Id) -> Result<SumsHeader> {
-        let (h, _) = SumsHeader::read_from_prefix(bytes).map_err(|_| damaged("sums: the header is cut"))?;
+        let (h, _) =
+            SumsHeader::read_from_prefix(bytes).map_err(|_| damaged("sums: the header is cut"))?;
         if h.magic != SUMS_MAGIC || h.crc.get() != crc(&h.as_bytes()[..32]) || h.base != base.0 {
-            return Err(damaged("sums: the header does not match its checksum or its base"));
+            return Err(damaged(
+                "sums: the header does not match its checksum or its base",
+            ));
         }
         Ok(h)
     }

@@ -31,11 +31,15 @@ impl Record {
     }
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+        self.0
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, v)| v.as_str())
     }
     /// The value of `key`, or an error that names it.
     pub fn need(&self, key: &str) -> Result<&str> {
-        self.get(key).ok_or_else(|| Error::new(Kind::Corrupt, format!("the record has no `{key}`")))
+        self.get(key)
+            .ok_or_else(|| Error::new(Kind::Corrupt, format!("the record has no `{key}`")))
     }
     /// The value of `key` as a number.
     pub fn number(&self, key: &str) -> Result<u64> {
@@ -54,7 +58,9 @@ impl Record {
                     '\\' => text.push_str("\\\\"),
                     '"' => text.push_str("\\\""),
                     '\n' => text.push_str("\\n"),
-                    c if (c as u32) < 0x20 || c as u32 == 0x7f => text.push_str(&format!("\\x{:02X}", c as u32)),
+                    c if (c as u32) < 0x20 || c as u32 == 0x7f => {
+                        text.push_str(&format!("\\x{:02X}", c as u32))
+                    }
                     c => text.push(c),
                 }
             }
@@ -66,7 +72,8 @@ impl Record {
     }
     /// Reads what [`Record::encode`] wrote; any changed byte is an error.
     pub fn decode(bytes: &[u8]) -> Result<Record> {
-        let bad = |what: &str| Error::new(Kind::Corrupt, format!("not a sound text record: {what}"));
+        let bad =
+            |what: &str| Error::new(Kind::Corrupt, format!("not a sound text record: {what}"));
         let text = std::str::from_utf8(bytes).map_err(|_| bad("it is not UTF-8"))?;
         let body_len = text
             .strip_suffix('\n')
@@ -78,12 +85,17 @@ impl Record {
         }
         let mut record = Record::new();
         for line in body.lines() {
-            let (key, quoted) = line.split_once(" = ").ok_or_else(|| bad("a line has no ` = `"))?;
+            let (key, quoted) = line
+                .split_once(" = ")
+                .ok_or_else(|| bad("a line has no ` = `"))?;
             let inner = quoted
                 .strip_prefix('"')
                 .and_then(|q| q.strip_suffix('"'))
                 .ok_or_else(|| bad("a value is not quoted"))?;
-            record.0.push((key.to_string(), unescape(inner).ok_or_else(|| bad("a bad escape"))?));
+            record.0.push((
+                key.to_string(),
+                unescape(inner).ok_or_else(|| bad("a bad escape"))?,
+            ));
         }
         Ok(record)
     }

@@ -11,7 +11,9 @@ pub mod writable;
 pub use writable::Layer;
 
 use crate::error::{Error, Kind, Result};
-use crate::format::{self, Header, Pointer, RunRef, STATE_CLEAN, STATE_SEALED, STATE_WRITABLE, Superblock};
+use crate::format::{
+    self, Header, Pointer, RunRef, STATE_CLEAN, STATE_SEALED, STATE_WRITABLE, Superblock,
+};
 use crate::io::{File, Mapping};
 use crate::map::run::Run;
 use crate::map::{Memtable, RegionMap};
@@ -62,9 +64,12 @@ pub fn read_header(file: &dyn File) -> Result<Header> {
     let mut slot = vec![0; BLOCK_SIZE];
     let len = file.len()?;
     if len < BLOCK_SIZE as u64 {
-        return Err(Error::new(Kind::Corrupt, format!("this is no layer file: it has only {len} bytes"))
-            .path(file.path())
-            .hint("remove it, or restore it from a backup"));
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("this is no layer file: it has only {len} bytes"),
+        )
+        .path(file.path())
+        .hint("remove it, or restore it from a backup"));
     }
     file.read_at(&mut slot, 0)?;
     Header::decode(&slot).map_err(|e| e.path(file.path()))
@@ -83,12 +88,16 @@ fn open_runs(file: &dyn File, layer: &Id, refs: &[RunRef]) -> Result<Vec<Arc<Map
         .map(|r| {
             let at = Slot(r.slot.get()).at();
             if at + r.len.get() > len {
-                return Err(Error::new(Kind::Corrupt, "the layer file is cut: a block map lies past its end")
-                    .offset(at)
-                    .layer(*layer)
-                    .path(file.path()));
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    "the layer file is cut: a block map lies past its end",
+                )
+                .offset(at)
+                .layer(*layer)
+                .path(file.path()));
             }
-            let run = Run::open(file.map(at, r.len.get() as usize)?, *r, layer).map_err(|e| e.path(file.path()))?;
+            let run = Run::open(file.map(at, r.len.get() as usize)?, *r, layer)
+                .map_err(|e| e.path(file.path()))?;
             Ok(Arc::new(run))
         })
         .collect()
@@ -109,9 +118,17 @@ fn region_of(runs: &[Arc<MappedRun>], region: Region) -> Result<RegionMap> {
 }
 
 /// Reads neighbouring slots into `buf` and checks each block against its sum; `lba` is where the first one belongs, for messages.
-pub fn read_blocks(file: &dyn File, layer: &Id, slot: Slot, sums: &[u32], lba: Lba, buf: &mut [u8]) -> Result<()> {
+pub fn read_blocks(
+    file: &dyn File,
+    layer: &Id,
+    slot: Slot,
+    sums: &[u32],
+    lba: Lba,
+    buf: &mut [u8],
+) -> Result<()> {
     debug_assert_eq!(buf.len(), sums.len() * BLOCK_SIZE);
-    file.read_at(buf, slot.at()).map_err(|e| e.layer(*layer).block(lba))?;
+    file.read_at(buf, slot.at())
+        .map_err(|e| e.layer(*layer).block(lba))?;
     for (i, (block, &sum)) in buf.chunks_exact(BLOCK_SIZE).zip(sums).enumerate() {
         if format::crc(block) != sum {
             let at = slot.at() + (i * BLOCK_SIZE) as u64;
@@ -151,9 +168,22 @@ impl ReadLayer {
             let replay = recover::replay(&*file, &superblock, &runs)?;
             (replay.memtable, replay.data_blocks, replay.zero_blocks)
         } else {
-            (Memtable::new(), superblock.data_blocks.get(), superblock.zero_blocks.get())
+            (
+                Memtable::new(),
+                superblock.data_blocks.get(),
+                superblock.zero_blocks.get(),
+            )
         };
-        Ok(ReadLayer { id, header, superblock, file, runs, journal, data_blocks, zero_blocks })
+        Ok(ReadLayer {
+            id,
+            header,
+            superblock,
+            file,
+            runs,
+            journal,
+            data_blocks,
+            zero_blocks,
+        })
     }
     /// Its id.
     pub fn id(&self) -> Id {
@@ -199,9 +229,10 @@ impl ReadLayer {
     }
     /// The whole block map in order, from region `from` on.
     pub fn items(&self, from: Region) -> impl Iterator<Item = Result<crate::map::Item>> + '_ {
-        let mut sources: Vec<crate::map::Items<'_>> = vec![Box::new(
-            self.journal.items().filter(move |i| i.as_ref().map_or(true, |i| i.start() >= from.0)),
-        )];
+        let mut sources: Vec<crate::map::Items<'_>> =
+            vec![Box::new(self.journal.items().filter(move |i| {
+                i.as_ref().map_or(true, |i| i.start() >= from.0)
+            }))];
         sources.extend(self.runs.iter().map(|r| r.items(from)));
         crate::map::merge(sources)
     }

@@ -81,7 +81,10 @@ mod tests {
         let q = Quiesce::default();
         let reader = q.enter();
         let retired = q.now();
-        assert!(q.advance() < retired + 2, "a reader of that epoch is under way");
+        assert!(
+            q.advance() < retired + 2,
+            "a reader of that epoch is under way"
+        );
         assert!(q.advance() < retired + 2);
         drop(reader);
         q.advance();

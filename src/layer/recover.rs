@@ -43,20 +43,35 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
     let b = Superblock::decode(&second, &id);
     match (a, b) {
         (Ok(a), Ok(b)) => {
-            let superblock = if b.sequence.get() > a.sequence.get() { b } else { a };
-            Ok(Found { superblock, fresh: false, damaged_copy: false })
+            let superblock = if b.sequence.get() > a.sequence.get() {
+                b
+            } else {
+                a
+            };
+            Ok(Found {
+                superblock,
+                fresh: false,
+                damaged_copy: false,
+            })
         }
-        (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => {
-            Ok(Found { superblock, fresh: false, damaged_copy: true })
-        }
+        (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => Ok(Found {
+            superblock,
+            fresh: false,
+            damaged_copy: true,
+        }),
         (Err(e), Err(_)) => {
             let untouched = second.iter().all(|&b| b == 0);
             let journal = read_journal(file, len)?;
-            let committed = journal.chunks_exact(BLOCK_SIZE).enumerate().any(|(slot, _)| {
-                decode_commit(&journal[slot * BLOCK_SIZE..], &id).is_some()
-            });
+            let committed = journal
+                .chunks_exact(BLOCK_SIZE)
+                .enumerate()
+                .any(|(slot, _)| decode_commit(&journal[slot * BLOCK_SIZE..], &id).is_some());
             if untouched && !committed {
-                return Ok(Found { superblock: Superblock::empty(header), fresh: true, damaged_copy: false });
+                return Ok(Found {
+                    superblock: Superblock::empty(header),
+                    fresh: true,
+                    damaged_copy: false,
+                });
             }
             Err(e
                 .context("neither copy of the superblock can be read")
@@ -75,7 +90,10 @@ fn read_journal(file: &dyn File, len: u64) -> Result<Vec<u8>> {
         return Ok(Vec::new());
     }
     // Most of it is usually a hole: up to the last byte the host has.
-    let last = file.data_ranges(start, end - start)?.last().map_or(start, |(at, n)| at + n);
+    let last = file
+        .data_ranges(start, end - start)?
+        .last()
+        .map_or(start, |(at, n)| at + n);
     let mut bytes = vec![0; (last - start) as usize];
     file.read_at(&mut bytes, start)?;
     bytes.resize(bytes.len().next_multiple_of(BLOCK_SIZE), 0);
@@ -119,7 +137,9 @@ pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>])
     let mut records: Vec<&[CommitEntry]> = Vec::new();
     while let Some(rest) = journal.get(at..).filter(|r| !r.is_empty()) {
         match decode_commit(rest, &id) {
-            Some((h, entries)) if h.sequence.get() == expected && h.generation.get() == generation => {
+            Some((h, entries))
+                if h.sequence.get() == expected && h.generation.get() == generation =>
+            {
                 records.push(entries);
                 at += h.slots.get() as usize * BLOCK_SIZE;
                 expected += 1;
@@ -161,10 +181,15 @@ pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>])
         dropped,
         commits: records.len() as u64,
     };
-    let mut below = Below { runs, regions: HashMap::new() };
+    let mut below = Below {
+        runs,
+        regions: HashMap::new(),
+    };
     for record in records {
         for entry in record {
-            replay.apply(entry, &mut below).map_err(|e| e.layer(id).path(file.path()))?;
+            replay
+                .apply(entry, &mut below)
+                .map_err(|e| e.layer(id).path(file.path()))?;
         }
     }
     Ok(replay)
@@ -186,7 +211,9 @@ impl Below<'_> {
         }
         match self.regions.entry(region.0) {
             std::collections::hash_map::Entry::Occupied(e) => Ok(e.into_mut()),
-            std::collections::hash_map::Entry::Vacant(e) => Ok(e.insert(region_of(self.runs, region)?)),
+            std::collections::hash_map::Entry::Vacant(e) => {
+                Ok(e.insert(region_of(self.runs, region)?))
+            }
         }
     }
     fn may_touch(&self, start: u32, end: u32) -> bool {

@@ -92,7 +92,9 @@ impl FreeSet {
     pub fn limit(&mut self) -> u64 {
         let before = self.total;
         while self.extents.len() > MAX_FREE_EXTENTS {
-            self.extents.pop_last().inspect(|&(_, l)| self.total -= u64::from(l));
+            self.extents
+                .pop_last()
+                .inspect(|&(_, l)| self.total -= u64::from(l));
         }
         before - self.total
     }
@@ -122,7 +124,10 @@ pub struct Space {
 impl Space {
     /// An empty layer's space.
     pub fn new(high: u64) -> Space {
-        Space { high: high.max(u64::from(DATA_START)), ..Space::default() }
+        Space {
+            high: high.max(u64::from(DATA_START)),
+            ..Space::default()
+        }
     }
     /// Makes extents free once no reader can know them.
     pub fn retire(&mut self, epoch: u64, extents: Vec<(u32, u32)>) {
@@ -136,7 +141,11 @@ impl Space {
             return;
         }
         let now = quiesce.advance();
-        while self.waiting.front().is_some_and(|(epoch, _)| epoch + 2 <= now) {
+        while self
+            .waiting
+            .front()
+            .is_some_and(|(epoch, _)| epoch + 2 <= now)
+        {
             for (start, len) in self.waiting.pop_front().map(|(_, e)| e).unwrap_or_default() {
                 self.hot.insert(start, len);
             }
@@ -169,7 +178,11 @@ impl Space {
         let mut left = n;
         let mut got = Vec::new();
         while left > 0 {
-            match self.hot.take_some(left).or_else(|| self.cold.take_some(left)) {
+            match self
+                .hot
+                .take_some(left)
+                .or_else(|| self.cold.take_some(left))
+            {
                 Some((start, len)) => {
                     got.push((start, len));
                     left -= len;
@@ -185,7 +198,8 @@ impl Space {
         Ok(got)
     }
     fn full() -> Error {
-        Error::new(Kind::NoSpace, "the layer has used all of its 2^32 slots")
-            .hint("take a snapshot: the disk goes on in a new layer; or discard unused blocks (`fstrim`)")
+        Error::new(Kind::NoSpace, "the layer has used all of its 2^32 slots").hint(
+            "take a snapshot: the disk goes on in a new layer; or discard unused blocks (`fstrim`)",
+        )
     }
 }

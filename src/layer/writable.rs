@@ -16,8 +16,8 @@ use super::space::{FreeSet, Space};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, CommitEntry, FreeExtent, Header, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY, MAX_RUNS, Pointer,
-    RunRef, Superblock, commit_slots, encode_commit,
+    self, CommitEntry, FreeExtent, Header, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY,
+    MAX_RUNS, Pointer, RunRef, Superblock, commit_slots, encode_commit,
 };
 use crate::io::File;
 use crate::map::run::{Builder, Run, max_len};
@@ -152,12 +152,18 @@ impl Layer {
         let superblock = found.superblock;
         let state = State::of(&superblock);
         if state == State::Sealed {
-            return Err(Error::new(Kind::ReadOnly, "the layer is sealed").layer(id).path(file.path()));
+            return Err(Error::new(Kind::ReadOnly, "the layer is sealed")
+                .layer(id)
+                .path(file.path()));
         }
         let runs = open_runs(&*file, &id, superblock.run_refs())?;
-        let mut free = read_free_list(&*file, &superblock).map_err(|e| e.layer(id).path(file.path()))?;
+        let mut free =
+            read_free_list(&*file, &superblock).map_err(|e| e.layer(id).path(file.path()))?;
         let mut high = superblock.high_water.get();
-        let mut opened = Opened { damaged_copy: found.damaged_copy, ..Opened::default() };
+        let mut opened = Opened {
+            damaged_copy: found.damaged_copy,
+            ..Opened::default()
+        };
         let mut memtable = Memtable::new();
         let mut next_commit = superblock.next_commit.get();
         let (mut data, mut zero) = (superblock.data_blocks.get(), superblock.zero_blocks.get());
@@ -264,7 +270,10 @@ impl Layer {
     }
     /// Blocks with data of their own, and blocks it records as zeros, un-flushed ones included.
     pub fn counts(&self) -> (u64, u64) {
-        (self.data_blocks.load(SeqCst).max(0) as u64, self.zero_blocks.load(SeqCst).max(0) as u64)
+        (
+            self.data_blocks.load(SeqCst).max(0) as u64,
+            self.zero_blocks.load(SeqCst).max(0) as u64,
+        )
     }
     /// A read begins: until the guard goes, no slot that it may find is reused.
     pub fn enter(&self) -> Guard<'_> {
@@ -312,15 +321,28 @@ impl Layer {
     }
 
     /// The entry of a region, loaded if need be.
-    fn resident<'t>(&self, table: &'t mut HashMap<u32, Resident>, region: Region) -> Result<&'t mut Resident> {
+    fn resident<'t>(
+        &self,
+        table: &'t mut HashMap<u32, Resident>,
+        region: Region,
+    ) -> Result<&'t mut Resident> {
         if !table.contains_key(&region.0) {
             let map = self.load(region)?;
             if table.len() >= SHARD_REGIONS {
                 self.evict(table);
             }
-            table.insert(region.0, Resident { map, changed: 0, dirty: [0; WORDS] });
+            table.insert(
+                region.0,
+                Resident {
+                    map,
+                    changed: 0,
+                    dirty: [0; WORDS],
+                },
+            );
         }
-        table.get_mut(&region.0).ok_or_else(|| Error::new(Kind::Io, "a region vanished from the table"))
+        table
+            .get_mut(&region.0)
+            .ok_or_else(|| Error::new(Kind::Io, "a region vanished from the table"))
     }
 
     fn load(&self, region: Region) -> Result<RegionMap> {
@@ -356,11 +378,19 @@ impl Layer {
 
     fn check_poison(&self) -> Result<()> {
         if self.poisoned.load(SeqCst) {
-            let why = self.poison.lock().as_ref().map(ToString::to_string).unwrap_or_default();
-            return Err(Error::new(Kind::Poisoned, format!("the disk stopped after an error: {why}"))
-                .layer(self.id)
-                .path(self.file.path())
-                .hint("detach the disk and attach it again: it comes back as of its last flush"));
+            let why = self
+                .poison
+                .lock()
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            return Err(Error::new(
+                Kind::Poisoned,
+                format!("the disk stopped after an error: {why}"),
+            )
+            .layer(self.id)
+            .path(self.file.path())
+            .hint("detach the disk and attach it again: it comes back as of its last flush"));
         }
         Ok(())
     }
@@ -388,7 +418,11 @@ impl Layer {
             let end = space.journal_head + space.committing + commit_slots(total);
             if total <= MAX_DIRTY && end <= JOURNAL_SLOTS && freed < MAX_FREED {
                 self.reserve_journal(&mut space, end)?;
-                let extents = if slots > 0 { space.alloc(slots, &self.quiesce)? } else { Vec::new() };
+                let extents = if slots > 0 {
+                    space.alloc(slots, &self.quiesce)?
+                } else {
+                    Vec::new()
+                };
                 space.entries = total;
                 return Ok(Taken { extents, entries });
             }
@@ -396,7 +430,9 @@ impl Layer {
             // The journal is full: this is a flush that the disk itself starts. Other writers may fill it again meanwhile.
             tries += 1;
             if tries > 1000 {
-                return Err(Error::new(Kind::Io, "no room in the journal").layer(self.id).path(self.file.path()));
+                return Err(Error::new(Kind::Io, "no room in the journal")
+                    .layer(self.id)
+                    .path(self.file.path()));
             }
             self.flush()?;
             self.checkpoint_now()?;
@@ -410,12 +446,16 @@ impl Layer {
         }
         let to = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
         let from = space.journal_reserved;
-        match self.file.allocate(Slot(JOURNAL_START + from).at(), u64::from(to - from) * BLOCK) {
+        match self.file.allocate(
+            Slot(JOURNAL_START + from).at(),
+            u64::from(to - from) * BLOCK,
+        ) {
             Ok(()) => {}
             // The filesystem cannot reserve: writing zeros takes the space as well.
             Err(e) if e.kind() == Kind::Unsupported => {
                 let zeros = vec![0; (to - from) as usize * BLOCK_SIZE];
-                self.file.write_at(&zeros, Slot(JOURNAL_START + from).at())?;
+                self.file
+                    .write_at(&zeros, Slot(JOURNAL_START + from).at())?;
             }
             Err(e) => return Err(e),
         }
@@ -450,7 +490,13 @@ impl Layer {
     }
 
     /// Publishes one pointer if the block still has the pointer `expected`; says whether it did. If not, the slots are given back.
-    pub fn publish_if(&self, lba: Lba, pointer: Pointer, expected: Pointer, taken: Taken) -> Result<bool> {
+    pub fn publish_if(
+        &self,
+        lba: Lba,
+        pointer: Pointer,
+        expected: Pointer,
+        taken: Taken,
+    ) -> Result<bool> {
         let done = self.publish_inner(lba, &[pointer], Some(expected), &taken);
         self.published(done, taken)
     }
@@ -471,7 +517,13 @@ impl Layer {
         }
     }
 
-    fn publish_inner(&self, lba: Lba, pointers: &[Pointer], expected: Option<Pointer>, taken: &Taken) -> Result<bool> {
+    fn publish_inner(
+        &self,
+        lba: Lba,
+        pointers: &[Pointer],
+        expected: Option<Pointer>,
+        taken: &Taken,
+    ) -> Result<bool> {
         let mut reusable = Vec::new();
         {
             let _gate = self.gate.read();
@@ -487,7 +539,15 @@ impl Layer {
                 }
                 let mut log = self.log.lock();
                 for (i, &pointer) in pointers[at..at + n].iter().enumerate() {
-                    self.set(resident, &mut log, epoch, first.region(), first.index() + i, pointer, &mut reusable);
+                    self.set(
+                        resident,
+                        &mut log,
+                        epoch,
+                        first.region(),
+                        first.index() + i,
+                        pointer,
+                        &mut reusable,
+                    );
                 }
                 at += n;
             }
@@ -498,7 +558,10 @@ impl Layer {
     }
 
     /// Changes one pointer of a resident region and logs it.
-    #[expect(clippy::too_many_arguments, reason = "the innermost step of publishing, called with its locks held")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the innermost step of publishing, called with its locks held"
+    )]
     fn set(
         &self,
         resident: &mut Resident,
@@ -520,7 +583,8 @@ impl Layer {
         self.replaced(old, old_is_dirty, log, reusable);
         self.count(log, old, -1);
         self.count(log, pointer, 1);
-        log.entries.push(CommitEntry::new(region.lba(index), 1, pointer));
+        log.entries
+            .push(CommitEntry::new(region.lba(index), 1, pointer));
     }
 
     /// A pointer lost its place: its slot becomes free, at once if no commit names it, else with the commit of this epoch.
@@ -561,7 +625,11 @@ impl Layer {
         let mut at = u64::from(lba.0);
         while at < end {
             let first = Lba(at as u32);
-            let whole = if first.index() == 0 { (end - at) / REGION_BLOCKS as u64 } else { 0 };
+            let whole = if first.index() == 0 {
+                (end - at) / REGION_BLOCKS as u64
+            } else {
+                0
+            };
             if whole > 0 {
                 // At most 4 GiB at a time: bounds the list of freed slots.
                 let regions = whole.min(2048) as u32;
@@ -605,7 +673,11 @@ impl Layer {
         // Damage is met before anything is changed: the whole range is zeroed or nothing of it.
         for run in runs.iter().filter(|r| r.may_touch(region.0, end)) {
             for item in run.items(region) {
-                if item.map_err(|e| e.layer(self.id).path(self.file.path()))?.start() >= end {
+                if item
+                    .map_err(|e| e.layer(self.id).path(self.file.path()))?
+                    .start()
+                    >= end
+                {
                     break;
                 }
             }
@@ -619,7 +691,11 @@ impl Layer {
             if !known && !runs.iter().any(|run| run.may_touch(r, r + 1)) {
                 let mut log = self.log.lock();
                 self.count(&mut log, Pointer::Zero, REGION_BLOCKS as i64);
-                log.entries.push(CommitEntry::new(Region(r).first(), REGION_BLOCKS as u32, Pointer::Zero));
+                log.entries.push(CommitEntry::new(
+                    Region(r).first(),
+                    REGION_BLOCKS as u32,
+                    Pointer::Zero,
+                ));
                 merge_last_zero(&mut log.entries);
                 self.zeroed.write().insert(r, r + 1, epoch);
                 continue;
@@ -635,8 +711,13 @@ impl Layer {
             log.data_delta -= data as i64;
             log.zero_delta += REGION_BLOCKS as i64 - zeros as i64;
             self.data_blocks.fetch_sub(data as i64, SeqCst);
-            self.zero_blocks.fetch_add(REGION_BLOCKS as i64 - zeros as i64, SeqCst);
-            log.entries.push(CommitEntry::new(Region(r).first(), REGION_BLOCKS as u32, Pointer::Zero));
+            self.zero_blocks
+                .fetch_add(REGION_BLOCKS as i64 - zeros as i64, SeqCst);
+            log.entries.push(CommitEntry::new(
+                Region(r).first(),
+                REGION_BLOCKS as u32,
+                Pointer::Zero,
+            ));
             merge_last_zero(&mut log.entries);
             drop(log);
             // From here on the range in `zeroed` stands for the region: it takes no memory of its own.
@@ -679,7 +760,9 @@ impl Layer {
         if self.space.lock().journal_head > CHECKPOINT_SLOTS {
             match self.checkpoint_now() {
                 // The journal still has room: nothing is lost, and writers will be told in time.
-                Err(e) if e.kind() == Kind::NoSpace => tracing::warn!(layer = %self.id, "checkpoint put off: {e}"),
+                Err(e) if e.kind() == Kind::NoSpace => {
+                    tracing::warn!(layer = %self.id, "checkpoint put off: {e}")
+                }
                 other => other?,
             }
         }
@@ -712,7 +795,10 @@ impl Layer {
         }
         let entries = changes.entries();
         let slots = commit_slots(entries.len() as u64);
-        debug_assert!(c.head + slots <= JOURNAL_SLOTS, "the journal space was reserved");
+        debug_assert!(
+            c.head + slots <= JOURNAL_SLOTS,
+            "the journal space was reserved"
+        );
         let generation = c.superblock.generation.get();
         encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
         self.file
@@ -767,7 +853,10 @@ impl Layer {
                 replaced.push((run.reference().slot.get(), run.reference().slots.get()));
             }
             if let Some(reference) = reference {
-                let mapping = self.file.map(Slot(reference.slot.get()).at(), reference.len.get() as usize);
+                let mapping = self.file.map(
+                    Slot(reference.slot.get()).at(),
+                    reference.len.get() as usize,
+                );
                 let run = mapping.and_then(|m| Run::open(m, reference, &self.id));
                 match run {
                     Ok(run) => runs.insert(0, Arc::new(run)),
@@ -802,7 +891,9 @@ impl Layer {
             }
             e
         };
-        let list = self.write_free_list(&mut next, &mut free, &mut high, &mut forgotten).map_err(undo)?;
+        let list = self
+            .write_free_list(&mut next, &mut free, &mut high, &mut forgotten)
+            .map_err(undo)?;
         next.sequence = U64::new(next.sequence.get() + 1);
         next.state = U32::new(state.number());
         next.next_commit = U64::new(c.next_commit);
@@ -864,7 +955,11 @@ impl Layer {
     }
 
     /// Writes the memtable merged with `runs` as a new run; returns its reference and the slots it occupies.
-    fn write_run(&self, c: &Commit, runs: &[Arc<MappedRun>]) -> Result<(Option<RunRef>, (u32, u32))> {
+    fn write_run(
+        &self,
+        c: &Commit,
+        runs: &[Arc<MappedRun>],
+    ) -> Result<(Option<RunRef>, (u32, u32))> {
         let (mut regions, mut pointers, mut ranges) = (0u64, 0u64, 0u64);
         for item in c.memtable.items() {
             match item? {
@@ -879,11 +974,15 @@ impl Layer {
             let r = run.reference();
             regions += u64::from(r.regions.get());
             // Stored zeros are pointers too; of a filled region there are none.
-            pointers += r.pointers.get() + r.zeros.get().min(u64::from(r.regions.get()) * REGION_BLOCKS as u64);
+            pointers += r.pointers.get()
+                + r.zeros
+                    .get()
+                    .min(u64::from(r.regions.get()) * REGION_BLOCKS as u64);
             ranges += run.zero_ranges();
         }
         let slots = blocks(max_len(regions, pointers, ranges));
-        let slots = u32::try_from(slots).map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
+        let slots = u32::try_from(slots)
+            .map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
         let start = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
@@ -955,8 +1054,13 @@ impl Layer {
             next.free_slots = U32::new(slots);
             own = Some((start, slots));
         }
-        let list: Vec<FreeExtent> =
-            free.iter().map(|(s, l)| FreeExtent { slot: U32::new(s), slots: U32::new(l) }).collect();
+        let list: Vec<FreeExtent> = free
+            .iter()
+            .map(|(s, l)| FreeExtent {
+                slot: U32::new(s),
+                slots: U32::new(l),
+            })
+            .collect();
         next.free_count = U32::new(list.len() as u32);
         next.free_crc = U32::new(format::crc(list.as_bytes()));
         match own {
@@ -998,7 +1102,9 @@ impl Layer {
                 }
                 space.hot.take_some(u32::MAX)
             };
-            let Some((start, len)) = extent else { return Ok(()) };
+            let Some((start, len)) = extent else {
+                return Ok(());
+            };
             let done = self.punch(start, len);
             self.space.lock().cold.insert(start, len);
             done?;
@@ -1034,7 +1140,8 @@ impl Layer {
             for _ in 0..3 {
                 space.settle(&self.quiesce);
             }
-            let hot: Vec<(u32, u32)> = std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect();
+            let hot: Vec<(u32, u32)> =
+                std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect();
             (hot, std::mem::take(&mut space.journal_reserved))
         };
         for &(start, len) in &hot {

@@ -100,7 +100,11 @@ impl Memtable {
         while at < end {
             let first = Lba(at as u32);
             let (region, index) = (first.region().0, first.index());
-            let whole = if index == 0 && pointer == Pointer::Zero { (end - at) / REGION_BLOCKS as u64 } else { 0 };
+            let whole = if index == 0 && pointer == Pointer::Zero {
+                (end - at) / REGION_BLOCKS as u64
+            } else {
+                0
+            };
             if whole > 0 {
                 let last = (u64::from(region) + whole) as u32;
                 let covered: Vec<u32> = self.regions.range(region..last).map(|(&r, _)| r).collect();
@@ -112,10 +116,13 @@ impl Memtable {
                 continue;
             }
             let inside = self.zeros.get(region).is_some();
-            let map = self
-                .regions
-                .entry(region)
-                .or_insert_with(|| if inside { RegionMap::zeros() } else { RegionMap::new() });
+            let map = self.regions.entry(region).or_insert_with(|| {
+                if inside {
+                    RegionMap::zeros()
+                } else {
+                    RegionMap::new()
+                }
+            });
             let n = (REGION_BLOCKS - index).min((end - at) as usize);
             for i in index..index + n {
                 map.set(i, pointer);
@@ -141,8 +148,14 @@ impl Memtable {
     }
     /// Its content for [`merge`].
     pub fn items(&self) -> Items<'_> {
-        let regions = self.regions.iter().map(|(&r, m)| Ok(Item::Region(Region(r), m.clone())));
-        let zeros = self.zeros.iter().map(|(s, e)| Ok(Item::Zeros(Region(s), e - s)));
+        let regions = self
+            .regions
+            .iter()
+            .map(|(&r, m)| Ok(Item::Region(Region(r), m.clone())));
+        let zeros = self
+            .zeros
+            .iter()
+            .map(|(s, e)| Ok(Item::Zeros(Region(s), e - s)));
         Box::new(merge(vec![Box::new(regions), Box::new(zeros)]))
     }
     /// Its content as the entries of a commit record.
@@ -160,7 +173,10 @@ impl Memtable {
                 }
             }
         };
-        let extend = |start: u64, len: u64, entries: &mut Vec<CommitEntry>, zero: &mut Option<(u64, u64)>| {
+        let extend = |start: u64,
+                      len: u64,
+                      entries: &mut Vec<CommitEntry>,
+                      zero: &mut Option<(u64, u64)>| {
             match zero {
                 Some((_, end)) if *end == start => *end += len,
                 _ => {
@@ -183,7 +199,9 @@ impl Memtable {
                     for index in 0..REGION_BLOCKS {
                         match map.get(index) {
                             Pointer::Absent => {}
-                            Pointer::Zero => extend(base + index as u64, 1, &mut entries, &mut zero),
+                            Pointer::Zero => {
+                                extend(base + index as u64, 1, &mut entries, &mut zero)
+                            }
                             data => {
                                 flush(&mut zero, &mut entries);
                                 entries.push(CommitEntry::new(r.lba(index), 1, data));

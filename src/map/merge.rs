@@ -37,7 +37,10 @@ impl Source<'_> {
 /// Merges maps, the newest first, into one: for every block the first source that knows it decides. Memory is one item for
 /// each source.
 pub fn merge<'a>(sources: Vec<Items<'a>>) -> impl Iterator<Item = Result<Item>> + 'a {
-    let mut sources: Vec<Source<'a>> = sources.into_iter().map(|items| Source { items, head: None }).collect();
+    let mut sources: Vec<Source<'a>> = sources
+        .into_iter()
+        .map(|items| Source { items, head: None })
+        .collect();
     let mut started = false;
     let mut failed = false;
     std::iter::from_fn(move || {
@@ -57,7 +60,11 @@ fn step(sources: &mut [Source<'_>], started: &mut bool) -> Result<Option<Item>> 
         }
         *started = true;
     }
-    let Some(at) = sources.iter().filter_map(|s| s.head.as_ref().map(Item::start)).min() else {
+    let Some(at) = sources
+        .iter()
+        .filter_map(|s| s.head.as_ref().map(Item::start))
+        .min()
+    else {
         return Ok(None);
     };
     // How far the same sources say the same kind of thing.

@@ -40,18 +40,33 @@ impl RegionMap {
     }
     /// A map in which every block is zero.
     pub fn zeros() -> RegionMap {
-        RegionMap { fill: true, ..RegionMap::default() }
+        RegionMap {
+            fill: true,
+            ..RegionMap::default()
+        }
     }
     /// Puts a map together from its parts; `None` if they do not fit each other.
-    pub fn from_parts(present: [u64; WORDS], pointers: Vec<Pointer>, fill: bool) -> Option<RegionMap> {
+    pub fn from_parts(
+        present: [u64; WORDS],
+        pointers: Vec<Pointer>,
+        fill: bool,
+    ) -> Option<RegionMap> {
         let bits: u32 = present.iter().map(|w| w.count_ones()).sum();
         if bits as usize != pointers.len() {
             return None;
         }
-        let mut map = RegionMap { present, pointers: pointers.into_iter().map(Pointer::pack).collect(), fill };
+        let mut map = RegionMap {
+            present,
+            pointers: pointers.into_iter().map(Pointer::pack).collect(),
+            fill,
+        };
         if fill {
             // A foreign writer may have stored zeros beside `fill`: bring it to the one form we keep.
-            let zeros: Vec<usize> = map.iter().filter(|(_, p)| *p == Pointer::Zero).map(|(i, _)| i).collect();
+            let zeros: Vec<usize> = map
+                .iter()
+                .filter(|(_, p)| *p == Pointer::Zero)
+                .map(|(i, _)| i)
+                .collect();
             for index in zeros {
                 map.remove(index);
             }
@@ -144,18 +159,31 @@ impl RegionMap {
             self.clone_from(older);
             return;
         }
-        let mut merged = RegionMap { fill: older.fill, ..RegionMap::default() };
+        let mut merged = RegionMap {
+            fill: older.fill,
+            ..RegionMap::default()
+        };
         let mut mine = self.pointers.iter();
         let mut theirs = older.pointers.iter();
-        merged.pointers.reserve(self.pointers.len().max(older.pointers.len()));
+        merged
+            .pointers
+            .reserve(self.pointers.len().max(older.pointers.len()));
         for word in 0..WORDS {
             let (a, b) = (self.present[word], older.present[word]);
             let mut bits = a | b;
             while bits != 0 {
                 let bit = bits & bits.wrapping_neg();
                 bits &= bits - 1;
-                let from_older = if b & bit != 0 { theirs.next().copied() } else { None };
-                let packed = if a & bit != 0 { mine.next().copied() } else { from_older };
+                let from_older = if b & bit != 0 {
+                    theirs.next().copied()
+                } else {
+                    None
+                };
+                let packed = if a & bit != 0 {
+                    mine.next().copied()
+                } else {
+                    from_older
+                };
                 let Some(packed) = packed else { continue };
                 if older.fill && Pointer::unpack(packed) == Pointer::Zero {
                     continue;
@@ -168,10 +196,17 @@ impl RegionMap {
     }
     /// Counts: data pointers, and blocks that are zero by this map.
     pub fn counts(&self) -> (u64, u64) {
-        let data =
-            self.pointers.iter().filter(|&&p| matches!(Pointer::unpack(p), Pointer::Data { .. })).count() as u64;
+        let data = self
+            .pointers
+            .iter()
+            .filter(|&&p| matches!(Pointer::unpack(p), Pointer::Data { .. }))
+            .count() as u64;
         let stored_zeros = self.pointers.len() as u64 - data;
-        let zeros = if self.fill { REGION_BLOCKS as u64 - data } else { stored_zeros };
+        let zeros = if self.fill {
+            REGION_BLOCKS as u64 - data
+        } else {
+            stored_zeros
+        };
         (data, zeros)
     }
     /// Bytes of memory this map occupies, roughly.

@@ -6,8 +6,8 @@
 use super::{Item, RegionMap, WORDS};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    DirEntry, FLAG_FILL, FLAG_LIST, Fence, GROUP_REGIONS, LIST_MAX, Pointer, RUN_MAGIC, RawPointer, RunHeader, RunRef,
-    SUM_PIECE, ZERO_RANGE_MIN, ZeroRange, crc,
+    DirEntry, FLAG_FILL, FLAG_LIST, Fence, GROUP_REGIONS, LIST_MAX, Pointer, RUN_MAGIC, RawPointer,
+    RunHeader, RunRef, SUM_PIECE, ZERO_RANGE_MIN, ZeroRange, crc,
 };
 use crate::units::{BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
 use std::ops::Deref;
@@ -93,7 +93,10 @@ impl<W: FnMut(&[u8]) -> Result<()>> Builder<W> {
         match item {
             Item::Region(region, map) => self.region(*region, map),
             Item::Zeros(region, count) if *count >= ZERO_RANGE_MIN => {
-                self.zero_ranges.push(ZeroRange { region: U32::new(region.0), regions: U32::new(*count) });
+                self.zero_ranges.push(ZeroRange {
+                    region: U32::new(region.0),
+                    regions: U32::new(*count),
+                });
                 self.zeros += u64::from(*count) * REGION_BLOCKS as u64;
                 Ok(())
             }
@@ -141,7 +144,9 @@ impl<W: FnMut(&[u8]) -> Result<()>> Builder<W> {
         Ok(())
     }
     fn end_group(&mut self) -> Result<()> {
-        let Some(first) = self.group.first() else { return Ok(()) };
+        let Some(first) = self.group.first() else {
+            return Ok(());
+        };
         self.fences.push(Fence {
             region: first.region,
             entries: U32::new(self.group.len() as u32),
@@ -182,7 +187,8 @@ impl<W: FnMut(&[u8]) -> Result<()>> Builder<W> {
         let len = self.payload_len + trailer.len() as u64;
         // Whole slots: the mapping of the run must lie within the file.
         let padded = len.next_multiple_of(BLOCK_SIZE as u64);
-        self.buffer.resize(self.buffer.len() + (padded - len) as usize, 0);
+        self.buffer
+            .resize(self.buffer.len() + (padded - len) as usize, 0);
         (self.out)(&self.buffer)?;
         let mut reference = RunRef::new_zeroed();
         reference.slots = U32::new((padded / BLOCK_SIZE as u64) as u32);
@@ -212,7 +218,9 @@ impl<B: Deref<Target = [u8]>> Run<B> {
     pub fn open(bytes: B, reference: RunRef, layer: &Id) -> Result<Run<B>> {
         let at = Slot(reference.slot.get()).at();
         let bad = |what: &str| {
-            Error::new(Kind::Corrupt, format!("block map: {what}")).offset(at).layer(*layer)
+            Error::new(Kind::Corrupt, format!("block map: {what}"))
+                .offset(at)
+                .layer(*layer)
         };
         let len = reference.len.get() as usize;
         let trailer_len = reference.trailer_len.get() as usize;
@@ -227,32 +235,59 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             RunHeader::ref_from_suffix(trailer).map_err(|_| bad("it has no header"))?;
         let payload_len = len - trailer_len;
         let sums = header.sums.get() as usize;
-        let (fence_count, range_count) = (header.fences.get() as usize, header.zero_ranges.get() as usize);
+        let (fence_count, range_count) = (
+            header.fences.get() as usize,
+            header.zero_ranges.get() as usize,
+        );
         let shape = header.magic == RUN_MAGIC
             && header.layer == layer.0
             && header.payload_len.get() == payload_len as u64
             && sums == payload_len.div_ceil(SUM_PIECE)
-            && rest.len() == sums * 4 + fence_count * size_of::<Fence>() + range_count * size_of::<ZeroRange>();
+            && rest.len()
+                == sums * 4
+                    + fence_count * size_of::<Fence>()
+                    + range_count * size_of::<ZeroRange>();
         if !shape {
             return Err(bad("its trailer contradicts itself"));
         }
         let (fences, ranges) = rest[sums * 4..].split_at(fence_count * size_of::<Fence>());
-        let fences = <[Fence]>::ref_from_bytes(fences).map_err(|_| bad("its fences are cut"))?.to_vec();
-        let zero_ranges = <[ZeroRange]>::ref_from_bytes(ranges).map_err(|_| bad("its zero ranges are cut"))?.to_vec();
-        let fences_sound = fences.windows(2).all(|w| w[0].region.get() < w[1].region.get())
+        let fences = <[Fence]>::ref_from_bytes(fences)
+            .map_err(|_| bad("its fences are cut"))?
+            .to_vec();
+        let zero_ranges = <[ZeroRange]>::ref_from_bytes(ranges)
+            .map_err(|_| bad("its zero ranges are cut"))?
+            .to_vec();
+        let fences_sound = fences
+            .windows(2)
+            .all(|w| w[0].region.get() < w[1].region.get())
             && fences.iter().all(|f| {
                 let n = f.entries.get() as usize;
                 (1..=GROUP_REGIONS).contains(&n)
-                    && f.at.get().checked_add((n * size_of::<DirEntry>()) as u64).is_some_and(|e| e <= payload_len as u64)
+                    && f.at
+                        .get()
+                        .checked_add((n * size_of::<DirEntry>()) as u64)
+                        .is_some_and(|e| e <= payload_len as u64)
             });
         let end = |r: &ZeroRange| u64::from(r.region.get()) + u64::from(r.regions.get());
-        let ranges_sound = zero_ranges.windows(2).all(|w| end(&w[0]) <= u64::from(w[1].region.get()))
-            && zero_ranges.iter().all(|r| r.regions.get() > 0 && end(r) <= 1 << 23);
+        let ranges_sound = zero_ranges
+            .windows(2)
+            .all(|w| end(&w[0]) <= u64::from(w[1].region.get()))
+            && zero_ranges
+                .iter()
+                .all(|r| r.regions.get() > 0 && end(r) <= 1 << 23);
         if !fences_sound || !ranges_sound {
             return Err(bad("its trailer is out of order"));
         }
         let last_commit = header.last_commit.get();
-        Ok(Run { bytes, reference, payload_len, last_commit, sums, fences, zero_ranges })
+        Ok(Run {
+            bytes,
+            reference,
+            payload_len,
+            last_commit,
+            sums,
+            fences,
+            zero_ranges,
+        })
     }
     /// The reference it was opened by.
     pub fn reference(&self) -> &RunRef {
@@ -267,16 +302,21 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         self.zero_ranges.len() as u64
     }
     fn bad(&self, what: &str, at: usize) -> Error {
-        Error::new(Kind::Corrupt, format!("block map: {what}")).offset(Slot(self.reference.slot.get()).at() + at as u64)
+        Error::new(Kind::Corrupt, format!("block map: {what}"))
+            .offset(Slot(self.reference.slot.get()).at() + at as u64)
     }
     /// The bytes `at..at+len` of the payload, checked.
     fn checked(&self, at: u64, len: usize) -> Result<&[u8]> {
         let at = at as usize;
-        let end = at.checked_add(len).filter(|&e| e <= self.payload_len).ok_or_else(|| self.bad("it points outside itself", at))?;
+        let end = at
+            .checked_add(len)
+            .filter(|&e| e <= self.payload_len)
+            .ok_or_else(|| self.bad("it points outside itself", at))?;
         if len == 0 {
             return Ok(&[]);
         }
-        let trailer_at = self.reference.len.get() as usize - self.reference.trailer_len.get() as usize;
+        let trailer_at =
+            self.reference.len.get() as usize - self.reference.trailer_len.get() as usize;
         let sums = &self.bytes[trailer_at..trailer_at + self.sums * 4];
         for piece in at / SUM_PIECE..end.div_ceil(SUM_PIECE) {
             let start = piece * SUM_PIECE;
@@ -288,8 +328,12 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         Ok(&self.bytes[at..end])
     }
     fn group(&self, fence: &Fence) -> Result<&[DirEntry]> {
-        let bytes = self.checked(fence.at.get(), fence.entries.get() as usize * size_of::<DirEntry>())?;
-        <[DirEntry]>::ref_from_bytes(bytes).map_err(|_| self.bad("a directory is cut", fence.at.get() as usize))
+        let bytes = self.checked(
+            fence.at.get(),
+            fence.entries.get() as usize * size_of::<DirEntry>(),
+        )?;
+        <[DirEntry]>::ref_from_bytes(bytes)
+            .map_err(|_| self.bad("a directory is cut", fence.at.get() as usize))
     }
     fn body(&self, entry: &DirEntry) -> Result<RegionMap> {
         let at = entry.at.get();
@@ -301,9 +345,17 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             return Err(bad());
         }
         if count == 0 {
-            return Ok(if fill { RegionMap::zeros() } else { RegionMap::new() });
+            return Ok(if fill {
+                RegionMap::zeros()
+            } else {
+                RegionMap::new()
+            });
         }
-        let head = if flags & FLAG_LIST != 0 { (count * 2).next_multiple_of(8) } else { 64 };
+        let head = if flags & FLAG_LIST != 0 {
+            (count * 2).next_multiple_of(8)
+        } else {
+            64
+        };
         let bytes = self.checked(at, head + count * 8)?;
         let mut present = [0u64; WORDS];
         if flags & FLAG_LIST != 0 {
@@ -318,11 +370,17 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             }
         } else {
             for (word, raw) in present.iter_mut().zip(bytes[..64].chunks_exact(8)) {
-                *word = u64::from_le_bytes([raw[0], raw[1], raw[2], raw[3], raw[4], raw[5], raw[6], raw[7]]);
+                *word = u64::from_le_bytes([
+                    raw[0], raw[1], raw[2], raw[3], raw[4], raw[5], raw[6], raw[7],
+                ]);
             }
         }
         let raws = <[RawPointer]>::ref_from_bytes(&bytes[head..]).map_err(|_| bad())?;
-        let pointers = raws.iter().map(Pointer::from_raw).collect::<Option<Vec<_>>>().ok_or_else(bad)?;
+        let pointers = raws
+            .iter()
+            .map(Pointer::from_raw)
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(bad)?;
         RegionMap::from_parts(present, pointers, fill).ok_or_else(bad)
     }
     /// What the run says of a region; `None`: nothing.
@@ -337,18 +395,30 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         Ok(self.in_zero_range(region.0).then(RegionMap::zeros))
     }
     fn in_zero_range(&self, region: u32) -> bool {
-        let after = self.zero_ranges.partition_point(|r| r.region.get() <= region);
-        after.checked_sub(1).map(|i| &self.zero_ranges[i]).is_some_and(|r| region < r.region.get() + r.regions.get())
+        let after = self
+            .zero_ranges
+            .partition_point(|r| r.region.get() <= region);
+        after
+            .checked_sub(1)
+            .map(|i| &self.zero_ranges[i])
+            .is_some_and(|r| region < r.region.get() + r.regions.get())
     }
     /// Could the run say anything of the regions `start..end`? Looks at the trailer only; may err towards yes.
     pub fn may_touch(&self, start: u32, end: u32) -> bool {
         let first = self.fences.partition_point(|f| f.region.get() <= start);
         let in_groups = first > 0 || self.fences.first().is_some_and(|f| f.region.get() < end);
-        in_groups || self.zero_ranges.iter().any(|r| r.region.get() < end && start < r.region.get() + r.regions.get())
+        in_groups
+            || self
+                .zero_ranges
+                .iter()
+                .any(|r| r.region.get() < end && start < r.region.get() + r.regions.get())
     }
     /// Its content from region `from` on, for [`merge`](super::merge).
     pub fn items(&self, from: Region) -> super::Items<'_> {
-        let first = self.fences.partition_point(|f| f.region.get() <= from.0).saturating_sub(1);
+        let first = self
+            .fences
+            .partition_point(|f| f.region.get() <= from.0)
+            .saturating_sub(1);
         let regions = self.fences[first..].iter().flat_map(move |fence| {
             let (entries, error) = match self.group(fence) {
                 Ok(entries) => (entries, None),

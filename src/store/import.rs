@@ -47,7 +47,9 @@ pub struct Link {
 
 /// What tells whether a file was changed.
 fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
-    let mtime = (meta.mtime() as u64).wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec() as u64);
+    let mtime = (meta.mtime() as u64)
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(meta.mtime_nsec() as u64);
     [meta.len(), mtime, meta.ino(), meta.dev()]
 }
 
@@ -62,7 +64,10 @@ impl BaseMeta {
             .with_some("digest", self.digest.as_deref());
         if let Some(link) = &self.link {
             record = record.with("link", link.path.to_string_lossy());
-            for (key, value) in ["size", "mtime", "inode", "device"].into_iter().zip(link.stamp) {
+            for (key, value) in ["size", "mtime", "inode", "device"]
+                .into_iter()
+                .zip(link.stamp)
+            {
                 record = record.with(key, value.to_string());
             }
         }
@@ -70,7 +75,8 @@ impl BaseMeta {
     }
     fn decode(bytes: &[u8]) -> Result<BaseMeta> {
         let record = Record::decode(bytes)?;
-        let id = Id::parse(record.need("id")?).ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
+        let id = Id::parse(record.need("id")?)
+            .ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
         let link = match record.get("link") {
             None => None,
             Some(path) => Some(Link {
@@ -87,7 +93,12 @@ impl BaseMeta {
         if len == 0 || len > MAX_DISK {
             return Err(Error::new(Kind::Corrupt, "`len` is out of range"));
         }
-        Ok(BaseMeta { id, len, digest: record.get("digest").map(String::from), link })
+        Ok(BaseMeta {
+            id,
+            len,
+            digest: record.get("digest").map(String::from),
+            link,
+        })
     }
 }
 
@@ -96,7 +107,10 @@ impl Store {
     pub fn base_meta(&self, id: Id) -> Result<BaseMeta> {
         let dir = self.bases.subdir(&id.to_string())?;
         let bytes = read_record(&*dir, "meta")?;
-        let tag = |e: Error| e.context(format!("the record of base {id} is damaged")).path(dir.path().join("meta"));
+        let tag = |e: Error| {
+            e.context(format!("the record of base {id} is damaged"))
+                .path(dir.path().join("meta"))
+        };
         let meta = BaseMeta::decode(&bytes).map_err(tag)?;
         if meta.id != id {
             return Err(tag(Error::new(Kind::Corrupt, "it belongs to another base")));
@@ -136,24 +150,26 @@ impl Store {
         self.bases.create_dir(&temporary)?;
         let dir = self.bases.subdir(&temporary)?;
         // The lock of its own directory tells `gc` that the import is still under way... it is taken through `meta` below.
-        let done = self.fill(&*dir, id, source, name, mode, progress).and_then(|()| {
-            let _lock = self.lock(true)?;
-            if self.names.entry(name)?.is_some() {
-                return Err(taken());
-            }
-            self.bases.rename_new(&temporary, &id.to_string())?;
-            self.bases.sync()?;
-            let record = NameRecord {
-                kind: ObjectKind::Base,
-                target: Below::Base(id),
-                created: (self.env.now)(),
-                message: None,
-            };
-            let staged = names::stage(&*self.names, name, &record.encode(), true)?;
-            self.names.rename_new(&staged, name)?;
-            self.names.sync()?;
-            self.object(name)
-        });
+        let done = self
+            .fill(&*dir, id, source, name, mode, progress)
+            .and_then(|()| {
+                let _lock = self.lock(true)?;
+                if self.names.entry(name)?.is_some() {
+                    return Err(taken());
+                }
+                self.bases.rename_new(&temporary, &id.to_string())?;
+                self.bases.sync()?;
+                let record = NameRecord {
+                    kind: ObjectKind::Base,
+                    target: Below::Base(id),
+                    created: (self.env.now)(),
+                    message: None,
+                };
+                let staged = names::stage(&*self.names, name, &record.encode(), true)?;
+                self.names.rename_new(&staged, name)?;
+                self.names.sync()?;
+                self.object(name)
+            });
         if done.is_err() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
@@ -177,7 +193,8 @@ impl Store {
     ) -> Result<()> {
         let (meta, word) = match source {
             ImportSource::Reader(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
-                return Err(Error::new(Kind::Invalid, "a stream can only be copied").hint("leave --link and --reflink out"));
+                return Err(Error::new(Kind::Invalid, "a stream can only be copied")
+                    .hint("leave --link and --reflink out"));
             }
             ImportSource::Reader(reader) => (copy_stream(dir, id, reader, progress)?, "copy"),
             ImportSource::Path(path) => import_file(dir, id, path, mode, progress)?,
@@ -219,7 +236,10 @@ fn open_link(id: Id, link: &Link) -> Result<Arc<dyn File>> {
     let found = stamp(&now);
     let names = ["size", "modification time", "inode", "device"];
     if let Some(i) = (0..3).find(|&i| found[i] != link.stamp[i]) {
-        return Err(changed(format!("the linked image {shown} was changed: its {} is not what it was", names[i])));
+        return Err(changed(format!(
+            "the linked image {shown} was changed: its {} is not what it was",
+            names[i]
+        )));
     }
     let (parent, file) = split_path(&link.path)?;
     OsDir::open(&parent)?.open(&file, Access::Read)
@@ -227,11 +247,19 @@ fn open_link(id: Id, link: &Link) -> Result<Arc<dyn File>> {
 
 fn split_path(path: &Path) -> Result<(PathBuf, String)> {
     let file = path.file_name().and_then(|f| f.to_str());
-    let parent = path.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let parent = path.parent().map(|p| {
+        if p.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            p
+        }
+    });
     match (parent, file) {
         (Some(parent), Some(file)) => Ok((parent.to_path_buf(), file.to_string())),
-        _ => Err(Error::new(Kind::Invalid, format!("{} names no file", path.display()))
-            .hint("name a regular file, with a name in UTF-8")),
+        _ => Err(
+            Error::new(Kind::Invalid, format!("{} names no file", path.display()))
+                .hint("name a regular file, with a name in UTF-8"),
+        ),
     }
 }
 
@@ -242,38 +270,59 @@ fn import_file(
     mode: ImportMode,
     progress: &dyn Progress,
 ) -> Result<(BaseMeta, &'static str)> {
-    let invalid = |what: &str, hint: &str| Error::new(Kind::Invalid, format!("{} {what}", path.display())).hint(hint);
+    let invalid = |what: &str, hint: &str| {
+        Error::new(Kind::Invalid, format!("{} {what}", path.display())).hint(hint)
+    };
     // Links are followed here: the file is the user's, outside of the store.
-    let real = std::fs::canonicalize(path).map_err(|e| {
-        Error::io("open", path, &e).or_hint("name an image file that exists")
-    })?;
+    let real = std::fs::canonicalize(path)
+        .map_err(|e| Error::io("open", path, &e).or_hint("name an image file that exists"))?;
     let before = std::fs::metadata(&real).map_err(|e| Error::io("look at", path, &e))?;
     if before.is_dir() {
-        return Err(invalid("is a directory", "name a raw disk image; `mke2fs -d DIR IMAGE SIZE` makes one of a directory"));
+        return Err(invalid(
+            "is a directory",
+            "name a raw disk image; `mke2fs -d DIR IMAGE SIZE` makes one of a directory",
+        ));
     }
     if !before.is_file() {
-        return Err(invalid("is not a regular file", "read a device as a stream: `forkdisk import - NAME < DEVICE`"));
+        return Err(invalid(
+            "is not a regular file",
+            "read a device as a stream: `forkdisk import - NAME < DEVICE`",
+        ));
     }
     if before.len() == 0 {
         return Err(invalid("is empty", "a base has at least one byte"));
     }
     if before.len() > MAX_DISK {
-        return Err(invalid("is larger than 16 TiB", "a disk has at most 16 TiB"));
+        return Err(invalid(
+            "is larger than 16 TiB",
+            "a disk has at most 16 TiB",
+        ));
     }
     let (parent, file_name) = split_path(&real)?;
     let source = OsDir::open(&parent)?
         .open(&file_name, Access::Read)
         .map_err(|e| e.or_hint("the image must be readable by you"))?;
-    let mut meta = BaseMeta { id, len: before.len(), digest: None, link: None };
+    let mut meta = BaseMeta {
+        id,
+        len: before.len(),
+        digest: None,
+        link: None,
+    };
     if mode == ImportMode::Link {
-        meta.link = Some(Link { path: real, stamp: stamp(&before) });
+        meta.link = Some(Link {
+            path: real,
+            stamp: stamp(&before),
+        });
         return Ok((meta, "link"));
     }
     let word = if mode != ImportMode::Copy && reflink(dir, &*source)? {
         "reflink"
     } else if mode == ImportMode::Reflink {
-        return Err(Error::new(Kind::Unsupported, format!("{} cannot be reflinked into the store", path.display()))
-            .hint("source and store must be on one XFS or Btrfs filesystem; --copy copies"));
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("{} cannot be reflinked into the store", path.display()),
+        )
+        .hint("source and store must be on one XFS or Btrfs filesystem; --copy copies"));
     } else {
         meta.digest = copy_file(dir, id, &*source, before.len(), progress)?;
         "copy"
@@ -317,7 +366,12 @@ struct Sink<'a> {
 static ZEROS: [u8; PIECE] = [0; PIECE];
 
 impl<'a> Sink<'a> {
-    fn new(dir: &dyn Dir, total: u64, digest: bool, progress: &'a dyn Progress) -> Result<Sink<'a>> {
+    fn new(
+        dir: &dyn Dir,
+        total: u64,
+        digest: bool,
+        progress: &'a dyn Progress,
+    ) -> Result<Sink<'a>> {
         Ok(Sink {
             image: dir.open("image", Access::CreateNew)?,
             sums: dir.open("sums", Access::CreateNew)?,
@@ -331,7 +385,8 @@ impl<'a> Sink<'a> {
         if self.progress.update(self.at, self.total) {
             return Ok(());
         }
-        Err(Error::new(Kind::Interrupted, "the import was interrupted").hint("nothing was left behind; run it again"))
+        Err(Error::new(Kind::Interrupted, "the import was interrupted")
+            .hint("nothing was left behind; run it again"))
     }
     fn hole(&mut self, until: u64) -> Result<()> {
         while self.at < until {
@@ -379,7 +434,10 @@ impl<'a> Sink<'a> {
             }
         }
         if let Some(start) = run {
-            self.image.write_at(&piece[start * BLOCK_SIZE..], self.at + (start * BLOCK_SIZE) as u64)?;
+            self.image.write_at(
+                &piece[start * BLOCK_SIZE..],
+                self.at + (start * BLOCK_SIZE) as u64,
+            )?;
         }
         if sums.iter().any(|&b| b != 0) {
             self.sums.write_at(&sums, BLOCK + self.at / BLOCK * 4)?;
@@ -398,15 +456,23 @@ impl<'a> Sink<'a> {
         self.image.sync()?;
         self.sums.sync()?;
         Ok(self.hasher.map(|h| {
-            h.finalize().iter().fold(String::from("sha256:"), |mut s, b| {
-                s.push_str(&format!("{b:02x}"));
-                s
-            })
+            h.finalize()
+                .iter()
+                .fold(String::from("sha256:"), |mut s, b| {
+                    s.push_str(&format!("{b:02x}"));
+                    s
+                })
         }))
     }
 }
 
-fn copy_file(dir: &dyn Dir, id: Id, source: &dyn File, len: u64, progress: &dyn Progress) -> Result<Option<String>> {
+fn copy_file(
+    dir: &dyn Dir,
+    id: Id,
+    source: &dyn File,
+    len: u64,
+    progress: &dyn Progress,
+) -> Result<Option<String>> {
     let mut sink = Sink::new(dir, len, len <= DIGEST_MAX, progress)?;
     let mut buf = vec![0; PIECE];
     for (start, n) in source.data_ranges(0, len)? {
@@ -424,7 +490,12 @@ fn copy_file(dir: &dyn Dir, id: Id, source: &dyn File, len: u64, progress: &dyn 
     sink.finish(id, len)
 }
 
-fn copy_stream(dir: &dyn Dir, id: Id, reader: &mut dyn Read, progress: &dyn Progress) -> Result<BaseMeta> {
+fn copy_stream(
+    dir: &dyn Dir,
+    id: Id,
+    reader: &mut dyn Read,
+    progress: &dyn Progress,
+) -> Result<BaseMeta> {
     let mut sink = Sink::new(dir, 0, true, progress)?;
     let mut buf = vec![0; PIECE];
     loop {
@@ -443,7 +514,10 @@ fn copy_stream(dir: &dyn Dir, id: Id, reader: &mut dyn Read, progress: &dyn Prog
             break;
         }
         if sink.at + n as u64 > MAX_DISK {
-            return Err(Error::new(Kind::Invalid, "the stream is longer than 16 TiB").hint("a disk has at most 16 TiB"));
+            return Err(
+                Error::new(Kind::Invalid, "the stream is longer than 16 TiB")
+                    .hint("a disk has at most 16 TiB"),
+            );
         }
         sink.data(&buf[..n])?;
         if n < PIECE {
@@ -452,8 +526,15 @@ fn copy_stream(dir: &dyn Dir, id: Id, reader: &mut dyn Read, progress: &dyn Prog
     }
     let len = sink.at;
     if len == 0 {
-        return Err(Error::new(Kind::Invalid, "the stream is empty").hint("a base has at least one byte"));
+        return Err(
+            Error::new(Kind::Invalid, "the stream is empty").hint("a base has at least one byte")
+        );
     }
     let digest = sink.finish(id, len)?;
-    Ok(BaseMeta { id, len, digest, link: None })
+    Ok(BaseMeta {
+        id,
+        len,
+        digest,
+        link: None,
+    })
 }

@@ -25,7 +25,7 @@ use crate::format::{Header, MAX_DEPTH, VERSION};
 use crate::io::os::OsDir;
 use crate::io::{Access, Dir, EntryKind, File};
 use crate::layer::{Layer, ReadLayer, read_header};
-use crate::units::{Id, blocks, BLOCK};
+use crate::units::{BLOCK, Id, blocks};
 use names::{NameRecord, read_name, read_record};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -51,7 +51,10 @@ impl Env {
                 let mut at = 0;
                 while at < id.len() {
                     // Cannot fail for so few bytes once the system is up; a short read is continued.
-                    match rustix::rand::getrandom(&mut id[at..], rustix::rand::GetRandomFlags::empty()) {
+                    match rustix::rand::getrandom(
+                        &mut id[at..],
+                        rustix::rand::GetRandomFlags::empty(),
+                    ) {
                         Ok(n) => at += n,
                         Err(rustix::io::Errno::INTR) => {}
                         Err(e) => {
@@ -63,7 +66,9 @@ impl Env {
                 Id(id)
             }),
             now: Arc::new(|| {
-                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+                std::time::SystemTime::now()
+                    .duration_since(std::time::UNIX_EPOCH)
+                    .map_or(0, |d| d.as_secs())
             }),
         }
     }
@@ -103,8 +108,11 @@ impl Store {
     pub fn init(path: &Path) -> Result<Store> {
         match Store::open(path) {
             Ok(_) => {
-                return Err(Error::new(Kind::Exists, format!("there is a store at {} already", path.display()))
-                    .hint("use it, or choose another directory with --store"));
+                return Err(Error::new(
+                    Kind::Exists,
+                    format!("there is a store at {} already", path.display()),
+                )
+                .hint("use it, or choose another directory with --store"));
             }
             Err(e) if e.kind() == Kind::NoStore => {}
             Err(e) => return Err(e),
@@ -134,12 +142,17 @@ impl Store {
     /// Makes a store in `root`. Every step can be repeated after a crash.
     pub fn init_on(root: Arc<dyn Dir>, path: &Path, env: Env) -> Result<Store> {
         for (name, _) in root.list()? {
-            let ours = matches!(name.as_str(), "bases" | "layers" | "names" | "lock" | "run" | "lost+found")
-                || name.starts_with(names::TEMPORARY);
+            let ours = matches!(
+                name.as_str(),
+                "bases" | "layers" | "names" | "lock" | "run" | "lost+found"
+            ) || name.starts_with(names::TEMPORARY);
             if !ours {
                 return Err(Error::new(
                     Kind::Exists,
-                    format!("{} is neither empty nor a store: it contains `{name}`", path.display()),
+                    format!(
+                        "{} is neither empty nor a store: it contains `{name}`",
+                        path.display()
+                    ),
                 )
                 .hint("choose an empty or new directory"));
             }
@@ -156,11 +169,16 @@ impl Store {
         };
         wait_for(&*lock, true)?;
         if root.entry(STORE_FILE)?.is_some() {
-            return Err(Error::new(Kind::Exists, format!("there is a store at {} already", path.display()))
-                .hint("use it, or choose another directory with --store"));
+            return Err(Error::new(
+                Kind::Exists,
+                format!("there is a store at {} already", path.display()),
+            )
+            .hint("use it, or choose another directory with --store"));
         }
-        let record =
-            Record::new().with("format", VERSION.to_string()).with("id", (env.id)().to_string()).encode();
+        let record = Record::new()
+            .with("format", VERSION.to_string())
+            .with("id", (env.id)().to_string())
+            .encode();
         let temporary = names::stage(&*root, STORE_FILE, &record, true)?;
         root.sync()?;
         root.rename_new(&temporary, STORE_FILE)?;
@@ -176,7 +194,8 @@ impl Store {
         })?;
         let store_file = path.join(STORE_FILE);
         let record = Record::decode(&bytes).map_err(|e| {
-            e.context(format!("{} is damaged", store_file.display())).hint("restore the file from a backup")
+            e.context(format!("{} is damaged", store_file.display()))
+                .hint("restore the file from a backup")
         })?;
         let version = record.number("format").map_err(|e| e.path(&store_file))?;
         if version > u64::from(VERSION) {
@@ -186,8 +205,9 @@ impl Store {
             )
             .hint("use a newer forkdisk"));
         }
-        let id = Id::parse(record.need("id")?)
-            .ok_or_else(|| Error::new(Kind::Corrupt, "the store's id is no id").path(&store_file))?;
+        let id = Id::parse(record.need("id")?).ok_or_else(|| {
+            Error::new(Kind::Corrupt, "the store's id is no id").path(&store_file)
+        })?;
         let sub = |name: &str| {
             root.subdir(name).map_err(|e| {
                 e.context(format!("the store {} is not whole", path.display()))
@@ -263,7 +283,10 @@ impl Store {
         self.list_locked()
     }
     fn list_locked(&self) -> Result<Vec<Object>> {
-        self.all_names()?.iter().map(|name| self.object(name)).collect()
+        self.all_names()?
+            .iter()
+            .map(|name| self.object(name))
+            .collect()
     }
     /// The object behind a name that exists.
     fn object(&self, name: &str) -> Result<Object> {
@@ -279,7 +302,10 @@ impl Store {
             _ => e.context(format!("`{name}` cannot be read")),
         };
         let (size, parent) = match record.target {
-            Below::Base(id) => (blocks(self.base_meta(id).map_err(missing)?.len) * BLOCK, None),
+            Below::Base(id) => (
+                blocks(self.base_meta(id).map_err(missing)?.len) * BLOCK,
+                None,
+            ),
             Below::Layer(id) => {
                 let (header, size) = self.layer_head(id).map_err(missing)?;
                 (size, Some(parent_of(&header)))
@@ -300,11 +326,17 @@ impl Store {
         let file = self.layers.open(&layer_file(id), Access::Read)?;
         let header = read_header(&*file)?;
         if header.layer != id.0 {
-            return Err(Error::new(Kind::Corrupt, "the layer file holds another layer than its name says")
-                .path(file.path())
-                .hint("restore the file from a backup"));
+            return Err(Error::new(
+                Kind::Corrupt,
+                "the layer file holds another layer than its name says",
+            )
+            .path(file.path())
+            .hint("restore the file from a backup"));
         }
-        let size = crate::layer::recover::superblock(&*file, &header)?.superblock.size.get();
+        let size = crate::layer::recover::superblock(&*file, &header)?
+            .superblock
+            .size
+            .get();
         Ok((header, size))
     }
     /// Finds an object by name, or by a unique beginning of its id (at least four digits).
@@ -321,7 +353,10 @@ impl Store {
             Err(e) if e.kind() == Kind::NotFound => {}
             other => return other,
         }
-        let hex = reference.len() >= 4 && reference.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let hex = reference.len() >= 4
+            && reference
+                .bytes()
+                .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if hex {
             let mut found = Vec::new();
             for name in self.all_names()? {
@@ -332,15 +367,21 @@ impl Store {
             }
             if found.len() > 1 {
                 let list: Vec<&str> = found.iter().map(|(n, _)| n.as_str()).collect();
-                return Err(Error::new(Kind::Invalid, format!("`{reference}` could be any of {}", list.join(", ")))
-                    .hint("give more digits of the id, or the name"));
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("`{reference}` could be any of {}", list.join(", ")),
+                )
+                .hint("give more digits of the id, or the name"));
             }
             if let Some((name, record)) = found.pop() {
                 return self.object_of(&name, record);
             }
         }
-        Err(Error::new(Kind::NotFound, format!("there is no `{reference}` in {}", self.path.display()))
-            .hint("`forkdisk ls` lists all names"))
+        Err(Error::new(
+            Kind::NotFound,
+            format!("there is no `{reference}` in {}", self.path.display()),
+        )
+        .hint("`forkdisk ls` lists all names"))
     }
 
     // ---- opening ---------------------------------------------------------------------------------------------
@@ -363,20 +404,30 @@ impl Store {
         if let Some(layer) = open.get(&id).and_then(Weak::upgrade) {
             return Ok(layer);
         }
-        let file = self.layers.open(&layer_file(id), Access::Read).map_err(|e| match e.kind() {
-            Kind::NotFound => e.context(format!("layer {id} is gone")).with_kind(Kind::Corrupt),
-            _ => e,
-        })?;
+        let file = self
+            .layers
+            .open(&layer_file(id), Access::Read)
+            .map_err(|e| match e.kind() {
+                Kind::NotFound => e
+                    .context(format!("layer {id} is gone"))
+                    .with_kind(Kind::Corrupt),
+                _ => e,
+            })?;
         let layer = Arc::new(self.read_sealed(id, file)?);
         open.retain(|_, l| l.strong_count() > 0);
         open.insert(id, Arc::downgrade(&layer));
         Ok(layer)
     }
     fn read_sealed(&self, id: Id, file: Arc<dyn File>) -> Result<ReadLayer> {
-        file.lock(false).map_err(|e| in_use(&e, "the layer is open for writing"))?;
+        file.lock(false)
+            .map_err(|e| in_use(&e, "the layer is open for writing"))?;
         let layer = ReadLayer::open(file)?;
         if layer.id() != id || layer.state() != crate::layer::State::Sealed {
-            let what = if layer.id() == id { "a parent layer is not sealed" } else { "the file holds another layer" };
+            let what = if layer.id() == id {
+                "a parent layer is not sealed"
+            } else {
+                "the file holds another layer"
+            };
             return Err(Error::new(Kind::Corrupt, what)
                 .layer(id)
                 .path(layer.file().path())
@@ -398,11 +449,17 @@ impl Store {
                     let layer = self.sealed(id)?;
                     let depth = layer.header().depth.get();
                     // Depths fall by one at each step, so no chain can be a circle.
-                    if layers.last().is_some_and(|upper| upper.header().depth.get() != depth + 1) {
-                        return Err(Error::new(Kind::Corrupt, "the depths of a chain of layers do not fit each other")
-                            .layer(id)
-                            .path(layer.file().path())
-                            .hint("restore the layer file from a backup"));
+                    if layers
+                        .last()
+                        .is_some_and(|upper| upper.header().depth.get() != depth + 1)
+                    {
+                        return Err(Error::new(
+                            Kind::Corrupt,
+                            "the depths of a chain of layers do not fit each other",
+                        )
+                        .layer(id)
+                        .path(layer.file().path())
+                        .hint("restore the layer file from a backup"));
                     }
                     at = parent_of(layer.header());
                     layers.push(layer);
@@ -431,7 +488,8 @@ impl Store {
             }
             ObjectKind::Disk => {
                 let file = self.layers.open(&layer_file(object.id), Access::Read)?;
-                file.lock(false).map_err(|e| in_use(&e, &format!("`{}` is attached", object.name)))?;
+                file.lock(false)
+                    .map_err(|e| in_use(&e, &format!("`{}` is attached", object.name)))?;
                 let layer = ReadLayer::open(file)?;
                 let below = self.chain(parent_of(layer.header()))?;
                 let mut layers = vec![Arc::new(layer)];
@@ -441,13 +499,22 @@ impl Store {
             }
             _ if writable => Err(Error::new(
                 Kind::ReadOnly,
-                format!("`{}` is a {} and can only be read", object.name, object.kind.word()),
+                format!(
+                    "`{}` is a {} and can only be read",
+                    object.name,
+                    object.kind.word()
+                ),
             )
-            .hint(format!("`forkdisk fork NAME --from {}` makes a writable disk from it", object.name))),
-            ObjectKind::Base => Ok(Arc::new(CowDisk::read_only(self.chain(Below::Base(object.id))?))),
-            ObjectKind::Image | ObjectKind::Snapshot => {
-                Ok(Arc::new(CowDisk::read_only(self.chain(Below::Layer(object.id))?)))
-            }
+            .hint(format!(
+                "`forkdisk fork NAME --from {}` makes a writable disk from it",
+                object.name
+            ))),
+            ObjectKind::Base => Ok(Arc::new(CowDisk::read_only(
+                self.chain(Below::Base(object.id))?,
+            ))),
+            ObjectKind::Image | ObjectKind::Snapshot => Ok(Arc::new(CowDisk::read_only(
+                self.chain(Below::Layer(object.id))?,
+            ))),
         }
     }
     /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
@@ -455,54 +522,84 @@ impl Store {
     fn open_top(&self, object: &Object) -> Result<(Layer, Arc<Chain>)> {
         let file = self.open_exclusive(object)?;
         let header = read_header(&*file)?;
-        let state = crate::layer::recover::superblock(&*file, &header)?.superblock.state.get();
+        let state = crate::layer::recover::superblock(&*file, &header)?
+            .superblock
+            .state
+            .get();
         if state == crate::format::STATE_SEALED {
             drop(file);
-            tracing::warn!(disk = object.name, "a snapshot was interrupted; the disk goes on in a new layer");
+            tracing::warn!(
+                disk = object.name,
+                "a snapshot was interrupted; the disk goes on in a new layer"
+            );
             let fresh = self.put_layer_on_top(object)?;
             return self.open_top(&self.object_of(&object.name, fresh)?);
         }
-        let layer = Layer::open(file).map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
+        let layer = Layer::open(file)
+            .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();
         if opened.recovered {
-            tracing::info!(disk = object.name, commits = opened.commits, "recovered a disk that was not closed cleanly");
+            tracing::info!(
+                disk = object.name,
+                commits = opened.commits,
+                "recovered a disk that was not closed cleanly"
+            );
         }
         if let Some(commit) = opened.dropped {
-            tracing::warn!(disk = object.name, commit, "the last commit was incomplete and was dropped: it was never acknowledged");
+            tracing::warn!(
+                disk = object.name,
+                commit,
+                "the last commit was incomplete and was dropped: it was never acknowledged"
+            );
         }
         if opened.damaged_copy {
-            tracing::warn!(disk = object.name, "one copy of the superblock could not be read; the other was used");
+            tracing::warn!(
+                disk = object.name,
+                "one copy of the superblock could not be read; the other was used"
+            );
         }
         Ok((layer, chain))
     }
     fn open_exclusive(&self, object: &Object) -> Result<Arc<dyn File>> {
         let file = self.layers.open(&layer_file(object.id), Access::Write)?;
-        file.lock(true).map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
+        file.lock(true)
+            .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
         Ok(file)
     }
 }
 
 /// What a layer stands on.
 pub fn parent_of(header: &Header) -> Below {
-    if header.parent_kind.get() == 0 { Below::Base(Id(header.parent)) } else { Below::Layer(Id(header.parent)) }
+    if header.parent_kind.get() == 0 {
+        Below::Base(Id(header.parent))
+    } else {
+        Below::Layer(Id(header.parent))
+    }
 }
 
 fn no_store(path: &Path) -> Error {
-    Error::new(Kind::NoStore, format!("there is no store at {}", path.display()))
-        .hint("`forkdisk import` or `forkdisk init` makes one; --store names another")
+    Error::new(
+        Kind::NoStore,
+        format!("there is no store at {}", path.display()),
+    )
+    .hint("`forkdisk import` or `forkdisk init` makes one; --store names another")
 }
 
 fn in_use(e: &Error, what: &str) -> Error {
     if e.kind() != Kind::Busy {
         return e.clone();
     }
-    Error::new(Kind::Busy, what).hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it")
+    Error::new(Kind::Busy, what)
+        .hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it")
 }
 
 fn too_deep(name: &str) -> Error {
-    Error::new(Kind::Invalid, format!("`{name}` stands on {MAX_DEPTH} layers already, the most there can be"))
-        .hint("export it and import the result as a new image")
+    Error::new(
+        Kind::Invalid,
+        format!("`{name}` stands on {MAX_DEPTH} layers already, the most there can be"),
+    )
+    .hint("export it and import the result as a new image")
 }
 
 /// Takes a file's lock, waiting for others.
@@ -516,9 +613,11 @@ fn wait_for(file: &dyn File, exclusive: bool) -> Result<()> {
                 waited += step;
             }
             Err(e) if e.kind() == Kind::Busy => {
-                return Err(Error::new(Kind::Busy, "another command keeps the store locked")
-                    .path(file.path())
-                    .hint("wait for it to end; `fuser` on the lock file names it"));
+                return Err(
+                    Error::new(Kind::Busy, "another command keeps the store locked")
+                        .path(file.path())
+                        .hint("wait for it to end; `fuser` on the lock file names it"),
+                );
             }
             other => return other,
         }

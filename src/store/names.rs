@@ -22,12 +22,18 @@ pub fn check_part(name: &str) -> Result<()> {
         return bad("the name is empty".into());
     }
     if name.len() > MAX_NAME {
-        return bad(format!("the name `{shown}...` has {} bytes; at most {MAX_NAME} are allowed", name.len()));
+        return bad(format!(
+            "the name `{shown}...` has {} bytes; at most {MAX_NAME} are allowed",
+            name.len()
+        ));
     }
     if name.starts_with(['-', '.']) {
         return bad(format!("the name `{shown}` begins with `{}`", &name[..1]));
     }
-    if let Some(c) = name.chars().find(|c| matches!(c, '/' | '@') || c.is_control() || c.is_whitespace()) {
+    if let Some(c) = name
+        .chars()
+        .find(|c| matches!(c, '/' | '@') || c.is_control() || c.is_whitespace())
+    {
         return bad(format!("the name `{shown}` contains {c:?}"));
     }
     Ok(())
@@ -36,8 +42,10 @@ pub fn check_part(name: &str) -> Result<()> {
 /// Splits and checks `DISK@NAME`.
 pub fn split_snapshot(name: &str) -> Result<(&str, &str)> {
     let Some((disk, snap)) = name.split_once('@') else {
-        return Err(Error::new(Kind::Invalid, format!("`{name}` does not name a snapshot"))
-            .hint("a snapshot is written DISK@NAME"));
+        return Err(
+            Error::new(Kind::Invalid, format!("`{name}` does not name a snapshot"))
+                .hint("a snapshot is written DISK@NAME"),
+        );
     };
     check_part(disk)?;
     check_part(snap)?;
@@ -49,7 +57,10 @@ pub fn check_message(message: Option<&str>) -> Result<()> {
     match message {
         Some(m) if m.len() > MAX_MESSAGE => Err(Error::new(
             Kind::Invalid,
-            format!("the message has {} bytes; at most {MAX_MESSAGE} are allowed", m.len()),
+            format!(
+                "the message has {} bytes; at most {MAX_MESSAGE} are allowed",
+                m.len()
+            ),
         )
         .hint("shorten the message")),
         _ => Ok(()),
@@ -88,9 +99,19 @@ impl NameRecord {
             "disk" => ObjectKind::Disk,
             other => return Err(Error::new(Kind::Corrupt, format!("unknown kind `{other}`"))),
         };
-        let id = Id::parse(record.need("id")?).ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
-        let target = if kind == ObjectKind::Base { Below::Base(id) } else { Below::Layer(id) };
-        Ok(NameRecord { kind, target, created: record.number("created")?, message: record.get("message").map(String::from) })
+        let id = Id::parse(record.need("id")?)
+            .ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
+        let target = if kind == ObjectKind::Base {
+            Below::Base(id)
+        } else {
+            Below::Layer(id)
+        };
+        Ok(NameRecord {
+            kind,
+            target,
+            created: record.number("created")?,
+            message: record.get("message").map(String::from),
+        })
     }
 }
 
@@ -99,7 +120,11 @@ pub fn read_record(dir: &dyn Dir, name: &str) -> Result<Vec<u8>> {
     let file = dir.open(name, Access::Read)?;
     let len = file.len()?;
     if len > MAX_RECORD {
-        return Err(Error::new(Kind::Corrupt, format!("it has {len} bytes, too many for a text record")).path(file.path()));
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("it has {len} bytes, too many for a text record"),
+        )
+        .path(file.path()));
     }
     let mut bytes = vec![0; len as usize];
     file.read_at(&mut bytes, 0)?;
@@ -124,7 +149,9 @@ pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8], sync: bool) -> Result<Stri
         dir.remove(&temporary)?;
     }
     let file = dir.open(&temporary, Access::CreateNew)?;
-    let written = file.write_at(bytes, 0).and_then(|()| if sync { file.sync() } else { Ok(()) });
+    let written = file
+        .write_at(bytes, 0)
+        .and_then(|()| if sync { file.sync() } else { Ok(()) });
     if let Err(e) = written {
         let _ = dir.remove(&temporary);
         return Err(e);

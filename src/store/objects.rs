@@ -2,7 +2,8 @@
 
 use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
 use super::{
-    Below, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of, too_deep,
+    Below, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
+    too_deep,
 };
 use crate::chain::Chain;
 use crate::disk::CowDisk;
@@ -54,7 +55,13 @@ impl Store {
         }
         Ok(())
     }
-    fn create_on(&self, disks: &[String], parent: Below, size: u64, from: &str) -> Result<Vec<Object>> {
+    fn create_on(
+        &self,
+        disks: &[String],
+        parent: Below,
+        size: u64,
+        from: &str,
+    ) -> Result<Vec<Object>> {
         let depth = self.depth_of(parent)? + 1;
         if depth > MAX_DEPTH {
             return Err(too_deep(from));
@@ -75,17 +82,27 @@ impl Store {
                     created,
                     message: None,
                 });
-                let record =
-                    NameRecord { kind: ObjectKind::Disk, target: Below::Layer(id), created, message: None };
+                let record = NameRecord {
+                    kind: ObjectKind::Disk,
+                    target: Below::Layer(id),
+                    created,
+                    message: None,
+                };
                 stage(&*self.names, name, &record.encode(), one)?;
             }
             // Layers before names, whatever the number.
-            if one { self.layers.sync()? } else { self.root.sync_filesystem()? }
+            if one {
+                self.layers.sync()?
+            } else {
+                self.root.sync_filesystem()?
+            }
             for name in disks {
-                self.names.rename_new(&format!("{TEMPORARY}{name}"), name).map_err(|e| match e.kind() {
-                    Kind::Exists => taken(name),
-                    _ => e,
-                })?;
+                self.names
+                    .rename_new(&format!("{TEMPORARY}{name}"), name)
+                    .map_err(|e| match e.kind() {
+                        Kind::Exists => taken(name),
+                        _ => e,
+                    })?;
                 named += 1;
             }
             self.names.sync()
@@ -93,7 +110,11 @@ impl Store {
         if let Err(e) = done {
             // Nothing half-made stays: what was named is unnamed again, then the files go.
             for (i, name) in disks.iter().enumerate() {
-                let _ = self.names.remove(&if i < named { name.clone() } else { format!("{TEMPORARY}{name}") });
+                let _ = self.names.remove(&if i < named {
+                    name.clone()
+                } else {
+                    format!("{TEMPORARY}{name}")
+                });
             }
             for object in &made {
                 let _ = self.layers.remove(&layer_file(object.id));
@@ -103,11 +124,28 @@ impl Store {
         Ok(made)
     }
     /// Writes the header of a new layer; durable if `sync`, but for its name in `layers/`.
-    fn new_layer(&self, parent: Below, depth: u32, size: u64, created: u64, name: &str, sync: bool) -> Result<Id> {
+    fn new_layer(
+        &self,
+        parent: Below,
+        depth: u32,
+        size: u64,
+        created: u64,
+        name: &str,
+        sync: bool,
+    ) -> Result<Id> {
         let id = (self.env.id)();
-        let header = Header::new(id, parent.id(), matches!(parent, Below::Layer(_)), depth, size, created, name);
+        let header = Header::new(
+            id,
+            parent.id(),
+            matches!(parent, Below::Layer(_)),
+            depth,
+            size,
+            created,
+            name,
+        );
         let file = self.layers.open(&layer_file(id), Access::CreateNew)?;
-        let written = layer::create(&*file, &header).and_then(|()| if sync { file.sync() } else { Ok(()) });
+        let written =
+            layer::create(&*file, &header).and_then(|()| if sync { file.sync() } else { Ok(()) });
         if let Err(e) = written {
             let _ = self.layers.remove(&layer_file(id));
             return Err(e);
@@ -149,8 +187,11 @@ impl Store {
         check_message(message)?;
         let source = self.resolve_locked(disk)?;
         if source.kind != ObjectKind::Disk || source.name != disk {
-            return Err(Error::new(Kind::Invalid, format!("`{disk}` is a {}, not a disk", source.kind.word()))
-                .hint("only disks change, so only disks have snapshots"));
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("`{disk}` is a {}, not a disk", source.kind.word()),
+            )
+            .hint("only disks change, so only disks have snapshots"));
         }
         let full = format!("{disk}@{name}");
         if self.names.entry(&full)?.is_some() {
@@ -182,7 +223,10 @@ impl Store {
             created: source.created,
             message: source.message.clone(),
         };
-        staged.push((stage(&*self.names, &source.name, &record.encode(), true)?, source.name.clone()));
+        staged.push((
+            stage(&*self.names, &source.name, &record.encode(), true)?,
+            source.name.clone(),
+        ));
         Ok(staged)
     }
     fn install(&self, staged: &[(String, String)]) -> Result<()> {
@@ -198,7 +242,14 @@ impl Store {
         if depth > MAX_DEPTH {
             return Err(too_deep(&source.name));
         }
-        let id = self.new_layer(Below::Layer(source.id), depth, size, (self.env.now)(), &source.name, true)?;
+        let id = self.new_layer(
+            Below::Layer(source.id),
+            depth,
+            size,
+            (self.env.now)(),
+            &source.name,
+            true,
+        )?;
         self.layers.sync()?;
         Ok((id, size))
     }
@@ -208,10 +259,14 @@ impl Store {
         let (layer, _) = self.open_top(source)?;
         let source = self.object(&source.name)?;
         let (next, _) = self.layer_above(&source)?;
-        let sealed = self.stage_snapshot(&source, next, snapshot).and_then(|staged| {
-            let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
-            layer.close(State::Sealed, label.as_deref()).map(|()| staged)
-        });
+        let sealed = self
+            .stage_snapshot(&source, next, snapshot)
+            .and_then(|staged| {
+                let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
+                layer
+                    .close(State::Sealed, label.as_deref())
+                    .map(|()| staged)
+            });
         match sealed {
             Ok(staged) => self.install(&staged)?,
             Err(e) => {
@@ -221,7 +276,12 @@ impl Store {
         }
         Ok(source.id)
     }
-    fn seal_running(&self, source: &Object, running: &CowDisk, snapshot: Option<(&str, Option<&str>)>) -> Result<()> {
+    fn seal_running(
+        &self,
+        source: &Object,
+        running: &CowDisk,
+        snapshot: Option<(&str, Option<&str>)>,
+    ) -> Result<()> {
         let (next, _) = self.layer_above(source)?;
         let staged = match self.stage_snapshot(source, next, snapshot) {
             Ok(staged) => staged,
@@ -236,7 +296,9 @@ impl Store {
             // From the writer's lock to a reader's, on the same open file.
             sealed.lock(false)?;
             let sealed = Arc::new(ReadLayer::open(sealed)?);
-            self.open_layers.lock().insert(sealed.id(), Arc::downgrade(&sealed));
+            self.open_layers
+                .lock()
+                .insert(sealed.id(), Arc::downgrade(&sealed));
             let file = self.layers.open(&layer_file(next), Access::Write)?;
             file.lock(true)?;
             let layer = Layer::open(file)?;
@@ -263,8 +325,13 @@ impl Store {
             let (disk, _) = split_snapshot(&old)?;
             let (new_disk, _) = split_snapshot(new)?;
             if disk != new_disk {
-                return Err(Error::new(Kind::Invalid, format!("`{old}` cannot become a snapshot of `{new_disk}`"))
-                    .hint("a snapshot is renamed within its disk; `forkdisk fork` makes a disk from it"));
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("`{old}` cannot become a snapshot of `{new_disk}`"),
+                )
+                .hint(
+                    "a snapshot is renamed within its disk; `forkdisk fork` makes a disk from it",
+                ));
             }
         } else {
             check_part(new)?;
@@ -282,7 +349,13 @@ impl Store {
             }
         }
         // The object itself last: an interrupted rename is completed by the same command.
-        self.names.rename_new(&old, new).map_err(|e| if e.kind() == Kind::Exists { taken(new) } else { e })?;
+        self.names.rename_new(&old, new).map_err(|e| {
+            if e.kind() == Kind::Exists {
+                taken(new)
+            } else {
+                e
+            }
+        })?;
         self.names.sync()?;
         self.object(new)
     }
@@ -300,26 +373,43 @@ impl Store {
         for object in wanted.values() {
             let target = object_target(object);
             // Another name of the same thing keeps it alive, so nothing that stands on it is concerned.
-            let other_name = objects.iter().any(|o| object_target(o) == target && !wanted.contains_key(&o.name));
-            let own = |o: &Object| object.kind == ObjectKind::Disk && o.name.starts_with(&format!("{}@", object.name));
+            let other_name = objects
+                .iter()
+                .any(|o| object_target(o) == target && !wanted.contains_key(&o.name));
+            let own = |o: &Object| {
+                object.kind == ObjectKind::Disk && o.name.starts_with(&format!("{}@", object.name))
+            };
             let users: Vec<&Object> = objects
                 .iter()
                 .filter(|o| !wanted.contains_key(&o.name))
-                .filter(|o| own(o) || (!other_name && object_target(o) != target && graph.stands_on(object_target(o), target)))
+                .filter(|o| {
+                    own(o)
+                        || (!other_name
+                            && object_target(o) != target
+                            && graph.stands_on(object_target(o), target))
+                })
                 .collect();
             if !users.is_empty() && !recursive {
                 let mut list: Vec<&str> = users.iter().take(8).map(|o| o.name.as_str()).collect();
                 if users.len() > list.len() {
                     list.push("...");
                 }
-                return Err(Error::new(Kind::Busy, format!("{} is in use by {}", object.name, list.join(", "))).hint(
-                    format!("`forkdisk rm -r {} -n` shows all that would go", object.name),
-                ));
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!("{} is in use by {}", object.name, list.join(", ")),
+                )
+                .hint(format!(
+                    "`forkdisk rm -r {} -n` shows all that would go",
+                    object.name
+                )));
             }
             for user in users {
                 going.insert(user.name.clone(), user.clone());
                 // A disk goes with its snapshots.
-                for o in objects.iter().filter(|o| o.name.starts_with(&format!("{}@", user.name))) {
+                for o in objects
+                    .iter()
+                    .filter(|o| o.name.starts_with(&format!("{}@", user.name)))
+                {
                     going.insert(o.name.clone(), o.clone());
                 }
             }
@@ -328,9 +418,18 @@ impl Store {
             self.check_idle(object)?;
         }
         let mut list: Vec<Object> = going.into_values().collect();
-        list.sort_by_key(|o| (std::cmp::Reverse(graph.depth(object_target(o))), o.name.clone()));
+        list.sort_by_key(|o| {
+            (
+                std::cmp::Reverse(graph.depth(object_target(o))),
+                o.name.clone(),
+            )
+        });
         let gone: HashSet<&str> = list.iter().map(|o| o.name.as_str()).collect();
-        let frees = graph.garbage(|name| !gone.contains(name)).iter().map(|b| graph.nodes[b].allocated).sum();
+        let frees = graph
+            .garbage(|name| !gone.contains(name))
+            .iter()
+            .map(|b| graph.nodes[b].allocated)
+            .sum();
         Ok(RemovePlan { names: list, frees })
     }
     /// Fails if an object is attached.
@@ -366,8 +465,11 @@ impl Store {
                 Err(e) if e.kind() == Kind::Corrupt => {}
                 Err(e) => return Err(e),
                 Ok(_) => {
-                    return Err(Error::new(Kind::Busy, format!("{} was changed meanwhile", object.name))
-                        .hint("look at it again, then repeat the command"));
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("{} was changed meanwhile", object.name),
+                    )
+                    .hint("look at it again, then repeat the command"));
                 }
             }
         }
@@ -379,14 +481,20 @@ impl Store {
             for (below, names) in &graph.names {
                 let stays = names.iter().find(|n| !gone.contains(n.as_str()));
                 let same = *below == target;
-                let still = graph.names.get(&target).is_some_and(|n| n.iter().any(|n| !gone.contains(n.as_str())));
+                let still = graph
+                    .names
+                    .get(&target)
+                    .is_some_and(|n| n.iter().any(|n| !gone.contains(n.as_str())));
                 if let Some(name) = stays
                     && !same
                     && !still
                     && graph.stands_on(*below, target)
                 {
-                    return Err(Error::new(Kind::Busy, format!("{} is in use by {name}", object.name))
-                        .hint("look at it again, then repeat the command"));
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("{} is in use by {name}", object.name),
+                    )
+                    .hint("look at it again, then repeat the command"));
                 }
             }
         }
@@ -420,7 +528,11 @@ impl Store {
                 report.bytes += graph.nodes[&below].allocated;
             }
         }
-        for (dir, what) in [(&self.names, "names"), (&self.root, ""), (&self.bases, "bases")] {
+        for (dir, what) in [
+            (&self.names, "names"),
+            (&self.root, ""),
+            (&self.bases, "bases"),
+        ] {
             for (name, kind) in dir.list()? {
                 if !name.starts_with(TEMPORARY) {
                     continue;
@@ -430,7 +542,11 @@ impl Store {
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,
                 }
-                report.files.push(if what.is_empty() { name } else { format!("{what}/{name}") });
+                report.files.push(if what.is_empty() {
+                    name
+                } else {
+                    format!("{what}/{name}")
+                });
             }
         }
         Ok(report)
@@ -470,14 +586,25 @@ impl Store {
     pub(super) fn graph(&self) -> Result<Graph> {
         let mut graph = Graph::default();
         for (file, kind) in self.layers.list()? {
-            let Some(id) = file.strip_suffix(".layer").and_then(Id::parse).filter(|_| kind == EntryKind::File) else {
+            let Some(id) = file
+                .strip_suffix(".layer")
+                .and_then(Id::parse)
+                .filter(|_| kind == EntryKind::File)
+            else {
                 continue;
             };
             let open = self.layers.open(&file, Access::Read)?;
             match read_header(&*open) {
                 Ok(header) => {
                     let (parent, depth) = (Some(parent_of(&header)), header.depth.get());
-                    graph.nodes.insert(Below::Layer(id), Node { parent, depth, allocated: open.allocated()? });
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent,
+                            depth,
+                            allocated: open.allocated()?,
+                        },
+                    );
                 }
                 // It may stand on anything: nothing is garbage then. `check` reports it.
                 Err(_) => graph.unreadable = true,
@@ -486,7 +613,14 @@ impl Store {
         for (name, kind) in self.bases.list()? {
             if let Some(id) = Id::parse(&name).filter(|_| kind == EntryKind::Dir) {
                 let allocated = self.base_allocated(id).unwrap_or(0);
-                graph.nodes.insert(Below::Base(id), Node { parent: None, depth: 0, allocated });
+                graph.nodes.insert(
+                    Below::Base(id),
+                    Node {
+                        parent: None,
+                        depth: 0,
+                        allocated,
+                    },
+                );
             }
         }
         for name in self.all_names()? {
@@ -509,7 +643,9 @@ impl Store {
         let graph = self.graph()?;
         let mut all = Vec::new();
         for (below, node) in &graph.nodes {
-            let (Below::Layer(id), Some(parent)) = (*below, node.parent) else { continue };
+            let (Below::Layer(id), Some(parent)) = (*below, node.parent) else {
+                continue;
+            };
             let (state, (data, zeros), size) = self.layer_counts(id)?;
             all.push(LayerInfo {
                 id,
@@ -550,18 +686,27 @@ pub(super) fn object_target(object: &Object) -> Below {
 }
 
 fn taken(name: &str) -> Error {
-    Error::new(Kind::Exists, format!("`{name}` exists already")).hint("choose another name, or `forkdisk rm` the old one")
+    Error::new(Kind::Exists, format!("`{name}` exists already"))
+        .hint("choose another name, or `forkdisk rm` the old one")
 }
 
 fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
-    let Some(size) = size else { return Ok(source.size) };
-    let rounded = round_up(size).filter(|&s| s <= MAX_DISK && valid_size(s)).ok_or_else(|| {
-        Error::new(Kind::Invalid, format!("a disk cannot have {size} bytes")).hint("from 4 KiB to 16 TiB")
-    })?;
+    let Some(size) = size else {
+        return Ok(source.size);
+    };
+    let rounded = round_up(size)
+        .filter(|&s| s <= MAX_DISK && valid_size(s))
+        .ok_or_else(|| {
+            Error::new(Kind::Invalid, format!("a disk cannot have {size} bytes"))
+                .hint("from 4 KiB to 16 TiB")
+        })?;
     if rounded < source.size {
         return Err(Error::new(
             Kind::Invalid,
-            format!("{size} bytes are less than `{}` has ({} bytes)", source.name, source.size),
+            format!(
+                "{size} bytes are less than `{}` has ({} bytes)",
+                source.name, source.size
+            ),
         )
         .hint("a disk is at least as large as what it is made from"));
     }
@@ -619,6 +764,10 @@ impl Graph {
                 at = self.nodes.get(&b).and_then(|n| n.parent);
             }
         }
-        self.nodes.keys().filter(|b| !needed.contains(b)).copied().collect()
+        self.nodes
+            .keys()
+            .filter(|b| !needed.contains(b))
+            .copied()
+            .collect()
     }
 }

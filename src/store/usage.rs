@@ -46,7 +46,10 @@ impl Store {
             return Ok(meta.len);
         }
         let dir = self.bases.subdir(&id.to_string())?;
-        Ok(dir.open("image", Access::Read)?.allocated()?.min(meta.len.next_multiple_of(BLOCK)))
+        Ok(dir
+            .open("image", Access::Read)?
+            .allocated()?
+            .min(meta.len.next_multiple_of(BLOCK)))
     }
     /// Space of one object.
     pub fn usage(&self, object: &Object) -> Result<Usage> {
@@ -61,13 +64,21 @@ impl Store {
     }
     fn usage_in(&self, object: &Object, graph: &Graph) -> Result<Usage> {
         let chain = self.chain_of(object)?;
-        let mut usage = Usage { size: object.size, ..Usage::default() };
+        let mut usage = Usage {
+            size: object.size,
+            ..Usage::default()
+        };
         // What goes with this name alone: from its own layer down, as long as nothing else needs it.
         let mut alone = true;
         for (i, below) in chain.iter().enumerate() {
             let names = graph.names.get(below).map_or(0, Vec::len);
             let children = graph.children.get(below).map_or(0, Vec::len);
-            alone = alone && if i == 0 { names <= 1 && children == 0 } else { names == 0 && children == 1 };
+            alone = alone
+                && if i == 0 {
+                    names <= 1 && children == 0
+                } else {
+                    names == 0 && children == 1
+                };
             let allocated = graph.nodes.get(below).map_or(0, |n| n.allocated);
             let data = match *below {
                 Below::Layer(id) => self.layer_counts(id)?.1.0 * BLOCK,
@@ -77,7 +88,11 @@ impl Store {
             if alone {
                 usage.exclusive += allocated;
             } else {
-                usage.shared += if matches!(below, Below::Base(_)) { data } else { allocated };
+                usage.shared += if matches!(below, Below::Base(_)) {
+                    data
+                } else {
+                    allocated
+                };
             }
         }
         usage.refer = usage.refer.min(usage.size);
@@ -106,7 +121,11 @@ impl Store {
             private_bytes: data * BLOCK,
             zero_blocks: zeros,
             allocated: graph.nodes.get(&own).map_or(0, |n| n.allocated),
-            state: if object.kind == ObjectKind::Base { "base" } else { state },
+            state: if object.kind == ObjectKind::Base {
+                "base"
+            } else {
+                state
+            },
             usage: self.usage_in(object, &graph)?,
             chain,
         })
