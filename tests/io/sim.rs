@@ -142,6 +142,26 @@ fn later_writes_are_done_without_earlier_ones_in_all_combinations() {
 }
 
 #[test]
+fn garbage_may_be_let_fall_on_the_rest_of_the_page() {
+    let disk = disk_with("f", &[b'o'; 3 * K4]);
+    let file = disk.root().open("f", Access::Write).unwrap();
+    file.write_at(&[b'n'; 512], K4 as u64 + 1024).unwrap();
+    let look = |left: &SimDisk, seed: u64| {
+        let all = sectors(&left.read_file("f").unwrap());
+        let beside = all.iter().enumerate().filter(|(i, _)| *i != 10);
+        let bad: Vec<usize> = beside
+            .filter(|(_, s)| **s != Sector::Old)
+            .map(|(i, _)| i)
+            .collect();
+        assert!(bad.iter().all(|i| (8..16).contains(i)), "seed {seed}");
+        bad.is_empty()
+    };
+    assert_eq!(outcomes(&disk, look), BTreeSet::from([true]));
+    disk.set_garbage_pages(true);
+    assert_eq!(outcomes(&disk, look), BTreeSet::from([false, true]));
+}
+
+#[test]
 fn several_writes_may_be_torn_at_once() {
     let disk = disk_with("f", &[b'o'; 2 * K4]);
     let file = disk.root().open("f", Access::Write).unwrap();

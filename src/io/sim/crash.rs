@@ -68,6 +68,8 @@ struct Plan {
     /// The numbers of all un-synced changes, in order.
     order: Vec<u64>,
     garbage: bool,
+    /// May it fall on the other sectors of a page that was written to?
+    garbage_pages: bool,
     /// What a disk may show where something else belongs.
     stale: Vec<Block>,
 }
@@ -98,8 +100,10 @@ pub(super) fn crash(state: &State, policy: Policy) -> State {
     };
     let mut left = State::new(rng.next());
     left.capacity = state.capacity;
+    left.garbage_pages = state.garbage_pages;
     let mut plan = Plan {
         garbage: rng.chance(1, 2),
+        garbage_pages: state.garbage_pages,
         rng,
         lean,
         order,
@@ -291,7 +295,12 @@ impl Plan {
     /// Leaves of a write some sectors, and garbage in some.
     fn tear(&mut self, image: &mut Image, bytes: &[u8], at: u64) {
         let end = at + bytes.len() as u64;
-        let (first, last) = (at / SECTOR, end.div_ceil(SECTOR));
+        let unit = match self.garbage_pages {
+            true => BLOCK,
+            false => SECTOR,
+        };
+        let first = at / unit * unit / SECTOR;
+        let last = end.next_multiple_of(unit) / SECTOR;
         let sectors = last - first;
         let cut = first + self.rng.below(sectors + 1);
         let shape = self.rng.below(6);
@@ -314,8 +323,9 @@ impl Plan {
                 4 => self.rng.chance(1, 2),
                 _ => false,
             };
-            let start = (sector * SECTOR).max(at);
-            let stop = ((sector + 1) * SECTOR).min(end);
+            // Empty where the page, but not the sector was written to.
+            let start = (sector * SECTOR).clamp(at, end);
+            let stop = ((sector + 1) * SECTOR).clamp(start, end);
             let new = &bytes[(start - at) as usize..(stop - at) as usize];
             let garbage = match bad {
                 0 => false,

@@ -181,6 +181,11 @@ impl SimDisk {
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state.lock().capacity = bytes.map(|bytes| bytes / crate::units::BLOCK);
     }
+    /// Lets the garbage of a torn write fall on any sector of the 4 KiB pages it touched, as the page cache writes whole
+    /// pages: crueller than the seam allows, for formats that trust it with whole pages only.
+    pub fn set_garbage_pages(&self, on: bool) {
+        self.state.lock().garbage_pages = on;
+    }
     /// Bytes in use, as counted against the capacity.
     pub fn used(&self) -> u64 {
         self.state.lock().used * crate::units::BLOCK

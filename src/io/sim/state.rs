@@ -139,6 +139,8 @@ pub(super) struct State {
     pub(super) capacity: Option<u64>,
     pub(super) used: u64,
     pub(super) attic: Vec<Block>,
+    /// May garbage fall on a whole page, or only on the sectors that were written?
+    pub(super) garbage_pages: bool,
 }
 
 pub(super) fn power_off(what: &str, path: &Path) -> Error {
@@ -283,6 +285,7 @@ impl State {
             capacity: None,
             used: 0,
             attic: Vec::new(),
+            garbage_pages: false,
         }
     }
 
