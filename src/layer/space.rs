@@ -166,10 +166,10 @@ impl Space {
     /// `n` slots, side by side where that is cheap.
     pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Vec<(u32, u32)>> {
         self.settle(quiesce);
-        if n == 1 {
-            if let Some(one) = self.hot.take_some(1).or_else(|| self.cold.take_some(1)) {
-                return Ok(vec![one]);
-            }
+        if n == 1
+            && let Some(one) = self.hot.take_some(1).or_else(|| self.cold.take_some(1))
+        {
+            return Ok(vec![one]);
         }
         if let Ok(start) = self.contiguous(n) {
             return Ok(vec![(start, n)]);

@@ -128,6 +128,10 @@ impl RegionMap {
     pub fn is_empty(&self) -> bool {
         self.pointers.is_empty() && !self.fill
     }
+    /// Has it no stored pointer (though it may be filled with zeros)?
+    pub fn has_no_pointers(&self) -> bool {
+        self.pointers.is_empty()
+    }
     /// Number of stored pointers.
     pub fn len(&self) -> usize {
         self.pointers.len()

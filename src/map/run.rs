@@ -113,13 +113,13 @@ impl<W: FnMut(&[u8]) -> Result<()>> Builder<W> {
         let at = self.payload_len;
         let mut flags = if map.fill() { FLAG_FILL } else { 0 };
         let mut body = Vec::with_capacity(64 + map.len() * 8);
-        if map.len() > 0 && map.len() <= LIST_MAX {
+        if !map.has_no_pointers() && map.len() <= LIST_MAX {
             flags |= FLAG_LIST;
             for (index, _) in map.iter() {
                 body.extend_from_slice(&(index as u16).to_le_bytes());
             }
             body.resize(body.len().next_multiple_of(8), 0);
-        } else if map.len() > 0 {
+        } else if !map.has_no_pointers() {
             for word in map.present() {
                 body.extend_from_slice(&word.to_le_bytes());
             }
