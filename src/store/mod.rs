@@ -1,4 +1,6 @@
 //! Names, bases, layers, references.
 
+pub mod stub;
 pub mod types;
+pub use stub::*;
 pub use types::*;
