@@ -23,7 +23,8 @@ fn readers_share_one_device() {
         assert_eq!((&second["count"], &second["read_only"]), (&2.into(), &true.into()));
         let ro = fs::read_to_string(format!("/sys/block/{}/ro", &first[5..])).unwrap();
         assert_eq!(ro.trim(), "1");
-        assert!(File::options().write(true).open(&first).is_err());
+        let open = File::options().write(true).open(&first);
+        assert!(open.and_then(|f| f.write_all_at(b"x", 0).and(f.sync_all())).is_err());
         w.ok(["detach", name]);
         assert_eq!(w.device_of(name), first, "one user is left");
         w.ok(["attach", name, "--mount", s(&m1)]);

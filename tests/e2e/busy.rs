@@ -87,8 +87,6 @@ fn what_is_attached_is_attached_once() {
     w.fails(12, &["attach", "d@nothing"]);
     // A base or snapshot that is attached.
     w.ok(["snapshot", "d@s"]);
-    w.ok(["rm", "d@s"]);
-    w.ok(["snapshot", "d@s"]);
     w.ok(["attach", "d@s"]);
     w.fails_here(11, &["rm", "d@s"]);
     w.ok(["detach", "d@s"]);
@@ -96,7 +94,6 @@ fn what_is_attached_is_attached_once() {
     w.fails_here(11, &["rm", "-r", "--yes", "base"]);
     w.fails_here(11, &["rename", "base", "other"]);
     w.ok(["detach", "base"]);
-    w.ok(["rm", "d@s"]);
     w.finish();
 }
 
@@ -127,7 +124,7 @@ fn what_others_stand_on_is_not_removed() {
     for name in ["a", "b", "a@one", "base"] {
         assert!(listed.contains(name), "{listed}");
     }
-    assert_eq!(before, w.fingerprint());
+    assert!(before == w.fingerprint());
     w.ok(["rm", "b"]);
     let removed = w.json(["rm", "-r", "--yes", "base"]);
     assert_eq!(removed["removed"].as_array().unwrap().len(), 3);

@@ -23,12 +23,11 @@ fn others_go_on(w: &World) {
     let m = w.mkdir("m");
     w.ok(["attach", "good", "--mount", s(&m)]);
     assert!(fs::read(m.join("f")).unwrap() == noise(1, 1 << 20));
-    w.ok(["snapshot", "good@s"]);
+    w.ok(["create", "new", "--from", "good"]);
     w.ok(["detach", "good"]);
-    w.ok(["create", "new", "--from", "good@s"]);
+    w.ok(["snapshot", "new@s"]);
     w.ok(["info", "new"]);
-    w.ok(["rm", "new"]);
-    w.ok(["rm", "good@s"]);
+    w.ok(["rm", "--yes", "-r", "new"]);
     w.ok(["export", "good", s(&w.path("good.out"))]);
     fs::remove_file(w.path("good.out")).unwrap();
 }

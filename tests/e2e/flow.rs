@@ -40,6 +40,7 @@ fn main_flow(mkfs: &[&str], fsck: &[&str], mib: u64) {
         assert_eq!(who, format!("disk {i}"));
         assert_eq!(fs::read_dir(dir).unwrap().count() > 5, i == 0);
     }
+    tool("sync", ["-f", s(&mounts[1])]);
     // A snapshot and a fork while it is mounted and written to.
     let mut writer = Command::new("bash");
     writer.args(["-c", "i=0; while :; do i=$((i+1)); echo $i > \"$0/n.$((i%50))\"; sync -d \"$0/n.$((i%50))\"; done"]);

@@ -70,7 +70,7 @@ fn a_store_that_can_only_be_read() {
     tool("mount", ["-o", "remount,ro", s(&host)]);
     for args in [
         &["create", "e", "--from", "base"][..], &["create", "e", "--from", "d"], &["import", s(&image), "x"], &["snapshot", "d@t"],
-        &["rename", "d", "e"], &["rm", "d"], &["attach", "d"], &["attach", "base"],
+        &["rename", "d", "e"], &["rm", "-r", "--yes", "d"], &["attach", "d"], &["attach", "base"],
     ] {
         let told = w.fails(1, args);
         assert!(told.contains("ead-only"), "{args:?}: {told}");
