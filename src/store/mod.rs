@@ -179,7 +179,8 @@ impl Store {
             .with("format", VERSION.to_string())
             .with("id", (env.id)().to_string())
             .encode();
-        let temporary = names::stage(&*root, STORE_FILE, &record, true)?;
+        let (temporary, file) = names::stage(&*root, STORE_FILE, &record)?;
+        file.sync()?;
         root.sync()?;
         root.rename_new(&temporary, STORE_FILE)?;
         root.sync()?;
