@@ -603,6 +603,19 @@ impl Store {
                             parent,
                             depth,
                             allocated: open.allocated()?,
+                            damaged: false,
+                        },
+                    );
+                }
+                // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent: None,
+                            depth: MAX_DEPTH + 1,
+                            allocated: open.allocated()?,
+                            damaged: true,
                         },
                     );
                 }
@@ -619,6 +632,7 @@ impl Store {
                         parent: None,
                         depth: 0,
                         allocated,
+                        damaged: false,
                     },
                 );
             }
@@ -718,6 +732,8 @@ pub(super) struct Node {
     pub parent: Option<Below>,
     pub depth: u32,
     pub allocated: u64,
+    /// Its header cannot be read, so nobody knows what it stands on.
+    pub damaged: bool,
 }
 
 /// Bases and layers, and who needs whom.
@@ -763,6 +779,12 @@ impl Graph {
                 }
                 at = self.nodes.get(&b).and_then(|n| n.parent);
             }
+        }
+        if needed
+            .iter()
+            .any(|b| self.nodes.get(b).is_some_and(|n| n.damaged))
+        {
+            return Vec::new();
         }
         self.nodes
             .keys()
