@@ -68,3 +68,30 @@ fn an_unfinished_layer_does_not_stop_gc() {
         }
     });
 }
+
+/// A process died in a snapshot after it wrote the seal and before it synced it. The next one saw a sealed layer and put a new one on top;
+/// a power cut took the seal back, and the disk stood on a layer that was not sealed.
+#[test]
+fn death_while_sealing_then_work_then_a_power_cut() {
+    let snapshots = |sim: &SimDisk| {
+        let store = store(sim, 2);
+        let disk = open(&store, "d1")?;
+        disk.write(&[7; 4096], 0)?;
+        store.snapshot_running(&disk, "d1", "s", None).map(drop)
+    };
+    each_cut(&world(), snapshots, |off, cut| {
+        for seed in 0..8 {
+            off.reseed(seed);
+            let dead = off.kill();
+            let disk = open(&store(&dead, 3), "d1").expect("d1");
+            disk.write(&[9; 4096], 4096).expect("write");
+            disk.flush().expect("flush");
+            for policy in [Policy::AllDropped, Policy::Random(seed)] {
+                match open(&store(&dead.crash_with(policy), 4), "d1") {
+                    Ok(disk) => assert_eq!(block(&*disk, 1), 9, "{cut}, seed {seed}"),
+                    Err(e) => panic!("{cut}, seed {seed}: {e:?}"),
+                }
+            }
+        }
+    });
+}

@@ -527,6 +527,8 @@ impl Store {
             .state
             .get();
         if state == crate::format::STATE_SEALED {
+            // Nor does anybody know whether the seal is on disk, and the new layer rests on it.
+            file.sync()?;
             drop(file);
             tracing::warn!(
                 disk = object.name,
