@@ -95,3 +95,27 @@ fn death_while_sealing_then_work_then_a_power_cut() {
         }
     });
 }
+
+/// A process died in a fork after it named the disk and before it synced the names. The next one wrote to the disk and was told that it is
+/// durable; a power cut took the name, and with it what was acknowledged.
+#[test]
+fn death_while_naming_then_a_flush_then_a_power_cut() {
+    let forks = |sim: &SimDisk| {
+        store(sim, 2)
+            .create(&["new".to_string()], "image", None)
+            .map(drop)
+    };
+    each_cut(&world(), forks, |off, cut| {
+        let dead = off.kill();
+        let store = store(&dead, 3);
+        let Ok(disk) = open(&store, "new") else {
+            return;
+        };
+        disk.write(&[9; 4096], 4096).expect("write");
+        disk.flush().expect("flush");
+        match open(&self::store(&dead.crash_with(Policy::AllDropped), 4), "new") {
+            Ok(disk) => assert_eq!(block(&*disk, 1), 9, "{cut}"),
+            Err(e) => panic!("{cut}: {e:?}"),
+        }
+    });
+}
