@@ -119,3 +119,24 @@ fn death_while_naming_then_a_flush_then_a_power_cut() {
         }
     });
 }
+
+/// A process died in a removal after it took the name and before it synced the names. A collection removed the layer; a power cut brought the
+/// name back, and nothing was behind it: not even a list of names could be had.
+#[test]
+fn death_while_removing_then_gc_then_a_power_cut() {
+    let removes = |sim: &SimDisk| {
+        let store = store(sim, 2);
+        store.remove(&store.plan_removal(&["d1".to_string()], false)?)
+    };
+    each_cut(&world(), removes, |off, cut| {
+        let dead = off.kill();
+        store(&dead, 3).gc(false).expect("gc");
+        for seed in 0..20 {
+            let left = store(&dead.crash(seed), 4);
+            let names = left
+                .list()
+                .unwrap_or_else(|e| panic!("{cut}, seed {seed}: {e:?}"));
+            assert!(names.iter().any(|o| o.name == "image"));
+        }
+    });
+}

@@ -510,6 +510,11 @@ impl Store {
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
         let _lock = self.lock(true)?;
+        if !dry_run {
+            // Whoever removed a name may have died before the directory was synced: then the name would be there again, and what it
+            // refers to would be gone.
+            self.names.sync()?;
+        }
         self.collect(&self.graph()?, dry_run)
     }
     fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
