@@ -140,3 +140,24 @@ fn death_while_removing_then_gc_then_a_power_cut() {
         }
     });
 }
+
+/// A process died while it closed a disk: one copy of the superblock was durable, the other only in the page cache. The next
+/// process wrote to the durable one first, the power went, and both copies were gone.
+#[test]
+fn death_while_closing_then_a_power_cut_while_opening() {
+    let closes = |sim: &SimDisk| {
+        let disk = open(&store(sim, 2), "d1")?;
+        disk.write(&[7; 4096], 0)?;
+        disk.close()
+    };
+    let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
+    each_cut(&world(), closes, |off, first| {
+        each_cut(&off.kill(), opens, |off, second| {
+            for seed in 0..150 {
+                if let Err(e) = open(&store(&off.crash(seed), 4), "d1") {
+                    panic!("death at {first}, power at {second}, seed {seed}: {e:?}");
+                }
+            }
+        });
+    });
+}
