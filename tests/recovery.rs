@@ -161,3 +161,26 @@ fn death_while_closing_then_a_power_cut_while_opening() {
         });
     });
 }
+
+/// A power cut tore copy 2 of the superblock, which a checkpoint leaves to the next sync. Recovery wrote to copy 1, the only good one;
+/// the power went again, and both copies were gone.
+#[test]
+fn a_torn_second_copy_then_a_power_cut_during_recovery() {
+    let sim = world();
+    let disk = open(&store(&sim, 2), "d1").expect("d1");
+    disk.write(&[7; 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    disk.checkpoint().expect("checkpoint");
+    sim.set_garbage_pages(true);
+    let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
+    for seed in 0..40 {
+        each_cut(&sim.crash(seed), opens, |off, cut| {
+            for again in 0..6 {
+                match open(&store(&off.crash(seed << 8 | again), 4), "d1") {
+                    Ok(disk) => assert_eq!(block(&*disk, 0), 7),
+                    Err(e) => panic!("seeds {seed} and {again}, {cut}: {e:?}"),
+                }
+            }
+        });
+    }
+}

@@ -223,12 +223,12 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             file,
         };
-        layer.begin(state, found.fresh)?;
+        layer.begin(state, found.fresh, found.second_differs)?;
         Ok(layer)
     }
 
     /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State, fresh: bool) -> Result<()> {
+    fn begin(&self, found: State, fresh: bool, second_differs: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
@@ -236,6 +236,12 @@ impl Layer {
             // The writer before us may have died with its last commit only in the page cache: what that commit freed
             // must not be reused before it is durable. Or in the middle of closing, with one copy of the superblock only there: the other
             // must not be touched before.
+            self.file.sync()?;
+        }
+        if second_differs {
+            // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
+            let bytes = c.superblock.encode().to_vec();
+            self.file.write_at(&bytes, Slot(2).at())?;
             self.file.sync()?;
         }
         if found == State::Writable {
