@@ -236,19 +236,28 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             file,
         };
-        layer.begin(state)?;
+        layer.begin(state, found.fresh, found.second_differs)?;
         Ok(layer)
     }
 
     /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State) -> Result<()> {
+    fn begin(&self, found: State, fresh: bool, second_differs: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
-        if found == State::Writable {
+        if !fresh {
             // The writer before us may have died with its last commit only in the page cache: what that commit freed
-            // must not be reused before it is durable.
+            // must not be reused before it is durable. Or in the middle of closing, with one copy of the superblock only there: the other
+            // must not be touched before.
             self.file.sync()?;
+        }
+        if second_differs {
+            // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
+            let bytes = c.superblock.encode().to_vec();
+            self.file.write_at(&bytes, Slot(2).at())?;
+            self.file.sync()?;
+        }
+        if found == State::Writable {
             // Everything behind the high-water mark was never committed.
             if self.file.len()? > Slot(c.high as u32).at() {
                 self.file.set_len(Slot(c.high as u32).at())?;

@@ -527,7 +527,12 @@ impl Store {
             .superblock
             .state
             .get();
+        // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
+        // vanish with the name.
+        self.names.sync()?;
         if state == crate::format::STATE_SEALED {
+            // Nor does anybody know whether the seal is on disk, and the new layer rests on it.
+            file.sync()?;
             drop(file);
             tracing::warn!(
                 disk = object.name,

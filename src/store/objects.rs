@@ -530,6 +530,11 @@ impl Store {
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
         let _lock = self.lock(true)?;
+        if !dry_run {
+            // Whoever removed a name may have died before the directory was synced: then the name would be there again, and what it
+            // refers to would be gone.
+            self.names.sync()?;
+        }
         self.collect(&self.graph()?, dry_run)
     }
     fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
@@ -624,6 +629,19 @@ impl Store {
                             parent,
                             depth,
                             allocated: open.allocated()?,
+                            damaged: false,
+                        },
+                    );
+                }
+                // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent: None,
+                            depth: MAX_DEPTH + 1,
+                            allocated: open.allocated()?,
+                            damaged: true,
                         },
                     );
                 }
@@ -640,6 +658,7 @@ impl Store {
                         parent: None,
                         depth: 0,
                         allocated,
+                        damaged: false,
                     },
                 );
             }
@@ -749,6 +768,8 @@ pub(super) struct Node {
     pub parent: Option<Below>,
     pub depth: u32,
     pub allocated: u64,
+    /// Its header cannot be read, so nobody knows what it stands on.
+    pub damaged: bool,
 }
 
 /// Bases and layers, and who needs whom.
@@ -794,6 +815,12 @@ impl Graph {
                 }
                 at = self.nodes.get(&b).and_then(|n| n.parent);
             }
+        }
+        if needed
+            .iter()
+            .any(|b| self.nodes.get(b).is_some_and(|n| n.damaged))
+        {
+            return Vec::new();
         }
         self.nodes
             .keys()
