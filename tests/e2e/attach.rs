@@ -68,7 +68,7 @@ fn sectors_of_4096_bytes() {
     w.ok(["detach", s(&m)]);
     w.ok(["attach", "d", "--block-size", "4096", "--mount", s(&m)]);
     assert!(fs::read(m.join("a")).unwrap() == noise(1, 1 << 20));
-    w.ok(["detach", &device]);
+    w.ok(["detach", "d"]);
     // In 512s as well, as the filesystem allows.
     w.ok(["attach", "d", "--mount", s(&m)]);
     w.ok(["detach", "d"]);

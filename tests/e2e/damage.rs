@@ -147,7 +147,8 @@ fn foreign_things_in_the_store() {
     let names = w.store.join("names");
     let foreign = [
         layers.join("notes.txt"),
-        layers.join("00112233445566778899aabbccddeeff.layer"),
+        layers.join("0011.layer"),
+        layers.join("00112233445566778899aabbccddeeff.layer~"),
         names.join("..odd"),
     ];
     for path in &foreign {
