@@ -269,7 +269,9 @@ impl Detach {
                 ));
                 document.detached.push(AttachedDoc::new(attached, &[]));
             } else {
-                let daemon = daemon.as_mut().ok_or_else(|| not_attached(&attached.name))?;
+                let daemon = daemon
+                    .as_mut()
+                    .ok_or_else(|| not_attached(&attached.name))?;
                 for gone in daemon.detach(handle(attached))? {
                     document.detached.push(AttachedDoc::new(&gone, &[]));
                 }
@@ -300,7 +302,9 @@ impl Detach {
         for target in &self.targets {
             let mut plan = plan(store, &known, target)?;
             let same = |p: &Plan| handle(&p.attached) == handle(&plan.attached);
-            let at = known.iter().position(|(a, _)| handle(a) == handle(&plan.attached));
+            let at = known
+                .iter()
+                .position(|(a, _)| handle(a) == handle(&plan.attached));
             plan.dead = at
                 .and_then(|at| at.checked_sub(living))
                 .map(|at| dead[at].clone());

@@ -8,6 +8,7 @@ use crate::{
         render::{json::ObjectDoc, size::SizeArg},
         store::counted,
     },
+    daemon::Attached,
     error::{Error, Kind, Result},
     store::{Object, ObjectKind, RemovePlan, Store},
     sys::{
@@ -201,6 +202,17 @@ impl Rename {
             let document = json!({"dry_run": true, "old": old, "name": new});
             return ui.answer(document, || format!("would rename {old} to {new}\n"));
         }
+        let name = store.resolve(old)?.name;
+        // The daemon knows what is attached by its name.
+        let concerned = |a: &Attached| {
+            let tail = a.name.strip_prefix(name.as_str());
+            tail.is_some_and(|tail| tail.is_empty() || tail.starts_with('@'))
+        };
+        if let Some(a) = context.attached(&store)?.iter().find(|a| concerned(a)) {
+            return Err(Error::new(Kind::Busy, format!("{} is attached", a.name))
+                .hint(format!("`forkdisk detach {}` first", a.name))
+                .into());
+        }
         let object = store.rename(old, new)?;
         if ui.json {
             return ui.document(ObjectDoc::new(&object, &Names::of(&store)?));
@@ -236,7 +248,9 @@ impl Rm {
         let plan = store.plan_removal(&self.references, self.recursive)?;
         let mut named = HashSet::new();
         for reference in &self.references {
-            named.insert(store.resolve(reference)?.name);
+            // What is damaged is called by its name.
+            let name = store.resolve(reference).map(|o| o.name);
+            named.insert(name.unwrap_or_else(|_| reference.clone()));
         }
         let more = plan
             .names

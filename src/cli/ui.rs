@@ -180,7 +180,8 @@ impl Ui {
                 self.warn(visible(&format!("{name} is damaged: {message}")));
             }
             let word = self.paint_err(Paint::Hint, "hint:");
-            let advice = "`forkdisk check` lists all damage; what is not named here is not affected";
+            let advice =
+                "`forkdisk check` lists all damage; what is not named here is not affected";
             say(&format!("  {word} {advice}\n"));
         }
         Err(Stop::Code(Kind::Corrupt.exit_code()))

@@ -372,6 +372,14 @@ impl Server {
             let mut table = self.table.lock();
             self.settle(&mut table, same, begun)?;
             if let Some(entry) = table.values_mut().find(|e| same(e)) {
+                if entry.attached.id != object.id && object.kind != ObjectKind::Disk {
+                    // Renamed or removed behind our back: its file stands in the way.
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("something else is attached under the name {}", object.name),
+                    )
+                    .hint(format!("`forkdisk detach {}` first", object.name)));
+                }
                 share(entry, &object, read_only, via, block_size)?;
                 let mut said = self.shown(&entry.attached);
                 said["fresh"] = false.into();
@@ -457,11 +465,10 @@ impl Server {
             if opens > 0 {
                 let file = mount.join(&name);
                 let file = file.display();
-                return Err(Error::new(
-                    Kind::Busy,
-                    format!("{file} is open {opens} times"),
-                )
-                .hint(format!("`fuser -v {file}` names who has it open")));
+                return Err(
+                    Error::new(Kind::Busy, format!("{file} is open {opens} times"))
+                        .hint(format!("`fuser -v {file}` names who has it open")),
+                );
             }
         }
         entry.phase = Phase::Closing;

@@ -2,8 +2,8 @@
 
 use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
 use super::{
-    Below, Damage, Found, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
-    too_deep,
+    Below, Damage, Found, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file,
+    parent_of, too_deep,
 };
 use crate::chain::Chain;
 use crate::disk::CowDisk;

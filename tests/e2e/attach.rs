@@ -20,11 +20,17 @@ fn readers_share_one_device() {
         let first = w.ok(["attach", name, "--ro"]);
         let second = w.json(["attach", name]);
         assert_eq!(second["device"], first.as_str());
-        assert_eq!((&second["count"], &second["read_only"]), (&2.into(), &true.into()));
+        assert_eq!(
+            (&second["count"], &second["read_only"]),
+            (&2.into(), &true.into())
+        );
         let ro = fs::read_to_string(format!("/sys/block/{}/ro", &first[5..])).unwrap();
         assert_eq!(ro.trim(), "1");
         let open = File::options().write(true).open(&first);
-        assert!(open.and_then(|f| f.write_all_at(b"x", 0).and(f.sync_all())).is_err());
+        assert!(
+            open.and_then(|f| f.write_all_at(b"x", 0).and(f.sync_all()))
+                .is_err()
+        );
         w.ok(["detach", name]);
         assert_eq!(w.device_of(name), first, "one user is left");
         w.ok(["attach", name, "--mount", s(&m1)]);
@@ -63,7 +69,10 @@ fn sectors_of_4096_bytes() {
     let m = w.mkdir("m");
     let device = w.ok(["attach", "d", "--block-size", "4096", "--mount", s(&m)]);
     assert_eq!(tool("blockdev", ["--getss", &device]).trim(), "4096");
-    assert_eq!(tool("blockdev", ["--getsize64", &device]).trim(), (300 << 20).to_string());
+    assert_eq!(
+        tool("blockdev", ["--getsize64", &device]).trim(),
+        (300 << 20).to_string()
+    );
     fs::write(m.join("a"), noise(1, 1 << 20)).unwrap();
     w.ok(["detach", s(&m)]);
     w.ok(["attach", "d", "--block-size", "4096", "--mount", s(&m)]);
@@ -91,9 +100,15 @@ fn a_disk_as_a_file() {
     assert_eq!(fs::metadata(path).unwrap().len(), 4 << 20);
     let open = File::options().read(true).write(true).open(path).unwrap();
     // Odd places and lengths, through the cache.
-    for (i, (at, len)) in [(1, 1), (4095, 2), (12_345, 54_321), (4 << 20, 0), ((4 << 20) - 3, 3)]
-        .into_iter()
-        .enumerate()
+    for (i, (at, len)) in [
+        (1, 1),
+        (4095, 2),
+        (12_345, 54_321),
+        (4 << 20, 0),
+        ((4 << 20) - 3, 3),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let bytes = noise(10 + i as u64, len);
         open.write_all_at(&bytes, at).unwrap();
@@ -101,21 +116,52 @@ fn a_disk_as_a_file() {
     }
     open.sync_all().unwrap();
     assert!(fs::read(path).unwrap() == expected);
-    assert!(open.write_all_at(b"x", 4 << 20).is_err(), "a disk does not grow");
+    assert!(
+        open.write_all_at(b"x", 4 << 20).is_err(),
+        "a disk does not grow"
+    );
     // Direct.
     let piece = w.file("piece", &noise(20, 256 << 10));
-    tool("dd", [&format!("if={}", piece.display()), &format!("of={file}"), "bs=64k", "seek=5", "oflag=direct", "conv=notrunc,fsync", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={}", piece.display()),
+            &format!("of={file}"),
+            "bs=64k",
+            "seek=5",
+            "oflag=direct",
+            "conv=notrunc,fsync",
+            "status=none",
+        ],
+    );
     expected[5 << 16..9 << 16].copy_from_slice(&noise(20, 256 << 10));
     assert!(read_direct(path, 0, 4 << 20) == expected);
-    let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+    let direct = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .unwrap();
     drop(direct);
     // Holes, in whole blocks and not.
     for (at, len) in [(8192, 4096), (1 << 20, 300_000), (777, 5000)] {
-        tool("fallocate", ["--punch-hole", "-o", &at.to_string(), "-l", &len.to_string(), &file]);
+        tool(
+            "fallocate",
+            [
+                "--punch-hole",
+                "-o",
+                &at.to_string(),
+                "-l",
+                &len.to_string(),
+                &file,
+            ],
+        );
         expected[at..at + len].fill(0);
         assert!(fs::read(path).unwrap() == expected, "{at}+{len}");
     }
-    tool("fallocate", ["--zero-range", "-o", "2000000", "-l", "100001", &file]);
+    tool(
+        "fallocate",
+        ["--zero-range", "-o", "2000000", "-l", "100001", &file],
+    );
     expected[2_000_000..2_100_001].fill(0);
     assert!(fs::read(path).unwrap() == expected);
     // Open: it stays, and works on.

@@ -21,7 +21,10 @@ fn a_busy_mount_stays() {
     fs::write(m.join("f"), "x").unwrap();
     for (script, dir) in [
         ("exec sleep 1000", m.clone()),
-        (&*format!("exec 3<'{}/f'; exec sleep 1000", m.display()), w.dir.clone()),
+        (
+            &*format!("exec 3<'{}/f'; exec sleep 1000", m.display()),
+            w.dir.clone(),
+        ),
     ] {
         let pid = holder(&w, &dir, script);
         eventually("sleep runs", || {
@@ -29,7 +32,10 @@ fn a_busy_mount_stays() {
         });
         for target in ["d", &device, s(&m)] {
             let told = w.fails_here(11, &["detach", target]);
-            assert!(told.contains(&pid.to_string()) && told.contains("sleep"), "{told}");
+            assert!(
+                told.contains(&pid.to_string()) && told.contains("sleep"),
+                "{told}"
+            );
         }
         fs::write(m.join("g"), "still usable").unwrap();
         assert_eq!(w.attached(), ["d"]);
@@ -42,7 +48,10 @@ fn a_busy_mount_stays() {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "sleep\n")
     });
     let told = w.fails_here(11, &["detach", "d"]);
-    assert!(told.contains(&pid.to_string()) && told.contains("sleep"), "{told}");
+    assert!(
+        told.contains(&pid.to_string()) && told.contains("sleep"),
+        "{told}"
+    );
     w.end_children();
     // One busy, one not: none is touched.
     w.ok(["create", "e", "--from", "base"]);
@@ -93,6 +102,7 @@ fn what_is_attached_is_attached_once() {
     w.ok(["attach", "base"]);
     w.fails_here(11, &["rm", "-r", "--yes", "base"]);
     w.fails_here(11, &["rename", "base", "other"]);
+    w.fails_here(11, &["attach", "base", "--via", "file"]);
     w.ok(["detach", "base"]);
     w.finish();
 }

@@ -34,7 +34,14 @@ fn status_and_stop() {
     let meta = fs::metadata(path("socket")).unwrap();
     assert!(meta.file_type().is_socket());
     assert_eq!(meta.permissions().mode() & 0o777, 0o600);
-    assert_eq!(fs::metadata(w.store.join("run")).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(
+        fs::metadata(w.store.join("run"))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o700
+    );
     assert!(path("mount").join("d").is_file());
     assert!(path("socket").starts_with(w.store.join("run")));
     let log = w.store.join("run/daemon.log");
@@ -63,7 +70,13 @@ fn in_the_foreground() {
     w.ok(["create", "d", "--from", "base"]);
     for signal in ["TERM", "INT"] {
         let mut command = Command::new(BIN);
-        command.arg("-S").arg(&w.store).args(["daemon", "run", "--foreground"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["daemon", "run", "--foreground"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let child = command.spawn().unwrap();
         eventually("it serves", || w.run(["daemon", "status"]).code == 0);
         assert_eq!(w.pid("keeper_pid"), child.id() as i32);
@@ -103,7 +116,10 @@ fn a_term_signal_detaches_what_is_idle() {
     eventually("the daemon ends", || !alive(keeper));
     w.nothing_left();
     for name in ["d-1", "d-2", "d-3"] {
-        let state = w.json(["info", name])["state"].as_str().unwrap().to_string();
+        let state = w.json(["info", name])["state"]
+            .as_str()
+            .unwrap()
+            .to_string();
         assert_ne!(state, "writable", "{name}\n{}", w.log());
     }
     w.ok(["attach", "d-1", "--mount", s(&m)]);
@@ -154,22 +170,45 @@ fn rubbish_on_the_socket_does_no_harm() {
     let mut open = Vec::new();
     let deep = format!("{}1{}\n", "[".repeat(100_000), "]".repeat(100_000));
     for rubbish in [
-        &b"\n\n\n"[..], b"hello\n", b"{}\n", b"[]\n", b"null\n", b"{\"op\":\"bogus\"}\n", b"{\"op\":7}\n", b"{\"op\":\"attach\"}\n",
-        b"{\"op\":\"detach\",\"target\":\"nothing\"}\n", b"{\"op\":\"attach-done\",\"name\":\"d\"}\n", b"{\"op\":\"attach-undo\",\"name\":\"x\"}\n",
-        b"{\"op\":\"detach-done\",\"name\":\"x\"}\n", b"{\"op\":\"hello\",\"version\":99}\n", b"{\"op\":\"create\"}\n",
-        b"{\"op\":\"snapshot\",\"disk\":\"d\",\"name\":\"../x\"}\n", b"\0\0\0\0\0\0\0\0", b"\xff\xfe\xfd\n", deep.as_bytes(),
+        &b"\n\n\n"[..],
+        b"hello\n",
+        b"{}\n",
+        b"[]\n",
+        b"null\n",
+        b"{\"op\":\"bogus\"}\n",
+        b"{\"op\":7}\n",
+        b"{\"op\":\"attach\"}\n",
+        b"{\"op\":\"detach\",\"target\":\"nothing\"}\n",
+        b"{\"op\":\"attach-done\",\"name\":\"d\"}\n",
+        b"{\"op\":\"attach-undo\",\"name\":\"x\"}\n",
+        b"{\"op\":\"detach-done\",\"name\":\"x\"}\n",
+        b"{\"op\":\"hello\",\"version\":99}\n",
+        b"{\"op\":\"create\"}\n",
+        b"{\"op\":\"snapshot\",\"disk\":\"d\",\"name\":\"../x\"}\n",
+        b"\0\0\0\0\0\0\0\0",
+        b"\xff\xfe\xfd\n",
+        deep.as_bytes(),
         &noise(1, 3 << 20),
         // Begun, and not ended.
         b"{\"op\":\"detach\",\"target\":\"d\"}\n",
     ] {
         let mut stream = UnixStream::connect(&socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
         let _ = stream.write_all(rubbish);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut said = Vec::new();
         let _ = stream.read_to_end(&mut said);
-        assert_eq!(w.attached(), ["d"], "{:?}", &rubbish[..rubbish.len().min(80)]);
+        assert_eq!(
+            w.attached(),
+            ["d"],
+            "{:?}",
+            &rubbish[..rubbish.len().min(80)]
+        );
         fs::write(m.join("f"), "works").unwrap();
         tool("sync", ["-f", s(&m)]);
     }
@@ -196,7 +235,12 @@ fn a_command_that_dies_leaves_nothing_stuck() {
     w.ok(["daemon", "run"]);
     for i in 0..12 {
         let mut command = Command::new(BIN);
-        command.arg("-S").arg(&w.store).args(["attach", "d"]).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["attach", "d"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(i * 3));
         let _ = child.kill();
@@ -209,7 +253,11 @@ fn a_command_that_dies_leaves_nothing_stuck() {
         let device = w.ok(["attach", "d"]);
         assert!(Path::new(&device).exists());
         let mut command = Command::new(BIN);
-        command.arg("-S").arg(&w.store).args(["detach", "d"]).stderr(Stdio::null());
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["detach", "d"])
+            .stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(i * 3));
         let _ = child.kill();

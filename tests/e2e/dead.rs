@@ -22,7 +22,10 @@ fn goes_on(w: &World, m: &std::path::Path) {
     let dead = w.loops();
     let n = w.mkdir("n");
     w.ok(["attach", "d-2", "--mount", s(&n)]);
-    assert!(fs::read(n.join("f")).unwrap() == noise(1, 3 << 20), "synced data is lost");
+    assert!(
+        fs::read(n.join("f")).unwrap() == noise(1, 3 << 20),
+        "synced data is lost"
+    );
     let device = w.ok(["attach", "d-1"]);
     w.ok(["attach", "d-3"]);
     tool("e2fsck", ["-fn", &device]);
@@ -46,7 +49,9 @@ fn the_server_is_killed() {
     let (w, m) = in_use();
     let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
     kill_and_wait(server);
-    eventually("the keeper ends or serves anew", || !alive(keeper) || w.run(["daemon", "status"]).code == 0);
+    eventually("the keeper ends or serves anew", || {
+        !alive(keeper) || w.run(["daemon", "status"]).code == 0
+    });
     goes_on(&w, &m);
 }
 

@@ -15,7 +15,12 @@ fn ten_thousand_forks() {
     let w = World::new();
     // 4 GiB, with something in it.
     let image = w.sparse("base.img", 4 << 30);
-    File::options().write(true).open(&image).unwrap().write_all_at(&noise(1, 1 << 20), 1 << 30).unwrap();
+    File::options()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .write_all_at(&noise(1, 1 << 20), 1 << 30)
+        .unwrap();
     w.ok(["import", s(&image)]);
     let used = || {
         tool("sync", ["-f", s(&w.dir)]);
@@ -47,7 +52,12 @@ fn ten_thousand_random_writes() {
     }
     let w = World::new();
     let image = w.sparse("base.img", 4 << 30);
-    File::options().write(true).open(&image).unwrap().write_all_at(&noise(1, 64 << 20), 1 << 20).unwrap();
+    File::options()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .write_all_at(&noise(1, 64 << 20), 1 << 20)
+        .unwrap();
     w.ok(["import", s(&image)]);
     w.ok(["create", "d", "--from", "base"]);
     let used = || {
@@ -56,18 +66,25 @@ fn ten_thousand_random_writes() {
     };
     let before = used();
     let device = w.ok(["attach", "d"]);
-    let open = File::options().write(true).custom_flags(libc::O_DIRECT).open(&device).unwrap();
+    let open = File::options()
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&device)
+        .unwrap();
     let mut place = 12345u64;
     let mut seen = std::collections::HashSet::new();
     // As aligned as direct I/O wants it.
     let mut buffer = vec![0u8; 8192];
     let offset = buffer.as_ptr().align_offset(4096);
     while seen.len() < 10_000 {
-        place = place.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        place = place
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         let block = (place >> 33) % (1 << 20);
         if seen.insert(block) {
             buffer[offset..offset + 4096].copy_from_slice(&noise(block, 4096));
-            open.write_all_at(&buffer[offset..offset + 4096], block * 4096).unwrap();
+            open.write_all_at(&buffer[offset..offset + 4096], block * 4096)
+                .unwrap();
         }
     }
     open.sync_all().unwrap();
@@ -78,7 +95,10 @@ fn ten_thousand_random_writes() {
     assert!(grown <= 42 << 20, "{grown}");
     let device = w.ok(["attach", "d"]);
     for block in seen.iter().take(500) {
-        assert!(read_direct(device.as_ref(), block * 4096, 4096) == noise(*block, 4096), "block {block}");
+        assert!(
+            read_direct(device.as_ref(), block * 4096, 4096) == noise(*block, 4096),
+            "block {block}"
+        );
     }
     w.ok(["detach", "d"]);
     w.finish();

@@ -46,7 +46,7 @@ fn main_flow(mkfs: &[&str], fsck: &[&str], mib: u64) {
     writer.args(["-c", "i=0; while :; do i=$((i+1)); echo $i > \"$0/n.$((i%50))\"; sync -d \"$0/n.$((i%50))\"; done"]);
     writer.arg(&mounts[1]).stderr(std::process::Stdio::null());
     w.child(writer);
-    eventually("the writer writes", || mounts[1].join("n.5").exists());
+    eventually("the writer writes", || mounts[1].join("n.8").exists());
     w.ok(["snapshot", "web-2@busy", "-m", "while writing"]);
     w.ok(["create", "live", "--from", "web-2"]);
     w.ok(["snapshot", "web-2@frozen", "--freeze"]);
@@ -86,10 +86,8 @@ fn main_flow(mkfs: &[&str], fsck: &[&str], mib: u64) {
         assert_eq!(out.code, 0, "{out:?}");
         w.note(&out.stdout);
         // A journal cannot be replayed on what is read-only; that is said.
-        if !out.stderr.contains("journal") {
+        if name == "web-2@frozen" || !out.stderr.contains("journal") {
             assert_eq!(fs::read_to_string(m.join("who")).unwrap(), "disk 1");
-        } else {
-            assert_eq!(name, "web-2@busy", "{out:?}");
         }
         assert!(fs::write(m.join("new"), "x").is_err());
         w.ok(["detach", name]);
@@ -124,9 +122,27 @@ fn an_export_is_the_content() {
     w.ok(["create", "a", "--from", "odd", "--size", "8M"]);
     let device = w.ok(["attach", "a"]);
     fs::write(w.path("piece"), noise(2, 70_000)).unwrap();
-    tool("dd", [&format!("if={}", w.path("piece").display()), &format!("of={device}"), "bs=7k", "seek=3", "conv=notrunc,fsync", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={}", w.path("piece").display()),
+            &format!("of={device}"),
+            "bs=7k",
+            "seek=3",
+            "conv=notrunc,fsync",
+            "status=none",
+        ],
+    );
     let whole = w.path("whole");
-    tool("dd", [&format!("if={device}"), &format!("of={}", whole.display()), "bs=1M", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={device}"),
+            &format!("of={}", whole.display()),
+            "bs=1M",
+            "status=none",
+        ],
+    );
     let seen = fs::read(&whole).unwrap();
     assert_eq!(seen.len(), 8 << 20);
     let mut expected = fs::read(&image).unwrap();
@@ -172,7 +188,12 @@ fn the_documents_have_their_fields() {
     let m = w.mkdir("m");
     let attached = w.json(["attach", "web", "--mount", s(&m)]);
     let device = attached["device"].as_str().unwrap().to_string();
-    assert!(attached["file"].as_str().unwrap().ends_with("/run/disks/web"));
+    assert!(
+        attached["file"]
+            .as_str()
+            .unwrap()
+            .ends_with("/run/disks/web")
+    );
     assert_eq!(attached["mounts"][0], s(&m));
     assert_eq!(attached["mount"], s(&m));
     assert_eq!(attached["count"], 1);
@@ -181,14 +202,33 @@ fn the_documents_have_their_fields() {
     fs::write(m.join("data"), noise(3, 4 << 20)).unwrap();
     tool("sync", ["-f", s(&m)]);
     let snap = w.json(["snapshot", "web@one", "-m", "first"]);
-    assert_eq!((&snap["name"], &snap["kind"], &snap["message"]), (&"web@one".into(), &"snap".into(), &"first".into()));
+    assert_eq!(
+        (&snap["name"], &snap["kind"], &snap["message"]),
+        (&"web@one".into(), &"snap".into(), &"first".into())
+    );
 
     let listed = w.json(["ls", "-o", "name,refer"]);
-    let web = listed["objects"].as_array().unwrap().iter().find(|o| o["name"] == "web").unwrap();
-    for field in ["name", "id", "size", "kind", "parent", "parent_id", "created"] {
+    let web = listed["objects"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|o| o["name"] == "web")
+        .unwrap();
+    for field in [
+        "name",
+        "id",
+        "size",
+        "kind",
+        "parent",
+        "parent_id",
+        "created",
+    ] {
         assert!(!web[field].is_null(), "{field}: {web}");
     }
-    assert_eq!((&web["attached"], &web["device"]), (&true.into(), &device.as_str().into()));
+    assert_eq!(
+        (&web["attached"], &web["device"]),
+        (&true.into(), &device.as_str().into())
+    );
     assert!(web["usage"]["refer"].as_u64().unwrap() >= 4 << 20);
 
     let info = w.json(["info", "web@one"]);
@@ -212,7 +252,10 @@ fn the_documents_have_their_fields() {
     let nodes = tree["nodes"].as_array().unwrap();
     assert_eq!(nodes.len(), 3);
     let web = nodes.iter().find(|n| n["name"] == "web").unwrap();
-    assert_eq!((&web["depth"], &web["attached"], &web["mounts"][0]), (&2.into(), &true.into(), &s(&m).into()));
+    assert_eq!(
+        (&web["depth"], &web["attached"], &web["mounts"][0]),
+        (&2.into(), &true.into(), &s(&m).into())
+    );
 
     let map = w.json(["map", "web@one"]);
     let mut at = 0;
@@ -223,7 +266,10 @@ fn the_documents_have_their_fields() {
     }
     assert_eq!(at, 300 << 20);
     let check = w.json(["check"]);
-    assert_eq!((&check["leaks"], &check["corruptions"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert_eq!(
+        (&check["leaks"], &check["corruptions"]),
+        (&serde_json::json!([]), &serde_json::json!([]))
+    );
     let gone = w.json(["detach", "web"]);
     assert_eq!(gone["detached"][0]["name"], "web");
     assert_eq!(gone["unmounted"][0], s(&m));

@@ -109,7 +109,12 @@ fn a_linked_image_must_stay_what_it_is() {
     for change in ["content", "size", "gone", "replaced", "a directory"] {
         match change {
             "content" => fs::write(&image, noise(2, 1 << 20)).unwrap(),
-            "size" => File::options().write(true).open(&image).unwrap().set_len(1 << 19).unwrap(),
+            "size" => File::options()
+                .write(true)
+                .open(&image)
+                .unwrap()
+                .set_len(1 << 19)
+                .unwrap(),
             "gone" => fs::remove_file(&image).unwrap(),
             "replaced" => fs::rename(w.file("new", &content), &image).unwrap(),
             _ => {
@@ -117,7 +122,12 @@ fn a_linked_image_must_stay_what_it_is() {
                 fs::create_dir(&image).unwrap();
             }
         }
-        for args in [&["attach", "d"][..], &["attach", "linked"], &["export", "d", "out"], &["export", "linked", "out"]] {
+        for args in [
+            &["attach", "d"][..],
+            &["attach", "linked"],
+            &["export", "d", "out"],
+            &["export", "linked", "out"],
+        ] {
             let told = w.fails_here(4, args);
             assert!(told.contains("linked"), "{change}: {told}");
         }
@@ -154,7 +164,10 @@ fn a_file_that_may_not_be_read() {
     fs::set_permissions(&image, fs::Permissions::from_mode(0o600)).unwrap();
     let out = crate::users::run_as_nobody(&w, &["import", s(&image), "x"]);
     assert_eq!(out.code, 1, "{out:?}");
-    assert!(out.stderr.contains("Permission denied") && out.stderr.contains("hint:"), "{out:?}");
+    assert!(
+        out.stderr.contains("Permission denied") && out.stderr.contains("hint:"),
+        "{out:?}"
+    );
     assert_eq!(bases(&w), [""; 0]);
 }
 
@@ -185,9 +198,29 @@ fn a_full_disk_keeps_what_was_there() {
     // A disk that fills the host: its writer is told, what was flushed stays.
     let device = w.ok(["attach", "d"]);
     let first = w.file("first", &noise(3, 8 << 20));
-    tool("dd", [&format!("if={}", first.display()), &format!("of={device}"), "bs=1M", "oflag=direct", "conv=notrunc,fsync", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={}", first.display()),
+            &format!("of={device}"),
+            "bs=1M",
+            "oflag=direct",
+            "conv=notrunc,fsync",
+            "status=none",
+        ],
+    );
     let mut dd = std::process::Command::new("timeout");
-    dd.args(["60", "dd", &format!("if={}", big.display()), &format!("of={device}"), "bs=1M", "seek=20", "oflag=direct", "conv=notrunc,fsync", "status=none"]);
+    dd.args([
+        "60",
+        "dd",
+        &format!("if={}", big.display()),
+        &format!("of={device}"),
+        "bs=1M",
+        "seek=20",
+        "oflag=direct",
+        "conv=notrunc,fsync",
+        "status=none",
+    ]);
     let out = finish(dd);
     assert_eq!(out.code, 1, "{out:?}");
     assert!(out.stderr.contains("No space left"), "{out:?}");
@@ -196,11 +229,26 @@ fn a_full_disk_keeps_what_was_there() {
     let out = w.run(["snapshot", "d@s"]);
     assert!(out.code == 14 || out.code == 0, "{out:?}");
     w.ok(["ls"]);
-    tool("blkdiscard", ["-f", "-o", "20M", "-l", "180M", &device].map(|a| a.replace("20M", "20971520").replace("180M", "188743680")));
+    tool(
+        "blkdiscard",
+        ["-f", "-o", "20M", "-l", "180M", &device]
+            .map(|a| a.replace("20M", "20971520").replace("180M", "188743680")),
+    );
     w.ok(["detach", "d"]);
     let device = w.ok(["attach", "d"]);
     assert!(read_direct(device.as_ref(), 0, 8 << 20) == noise(3, 8 << 20));
-    tool("dd", [&format!("if={}", first.display()), &format!("of={device}"), "bs=1M", "seek=50", "oflag=direct", "conv=notrunc,fsync", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={}", first.display()),
+            &format!("of={device}"),
+            "bs=1M",
+            "seek=50",
+            "oflag=direct",
+            "conv=notrunc,fsync",
+            "status=none",
+        ],
+    );
     w.ok(["detach", "d"]);
     w.ok(["create", "e", "--from", "small"]);
     let check = w.run(["check"]);
@@ -220,7 +268,12 @@ fn an_interrupted_import_leaves_nothing() {
     for (signal, code) in [("INT", 130), ("TERM", 130)] {
         // From a pipe that never ends, and from a file.
         let mut command = std::process::Command::new(BIN);
-        command.arg("-S").arg(&w.store).args(["import", "-", "x"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["import", "-", "x"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut pipe = child.stdin.take().unwrap();
         pipe.write_all(&noise(2, 3 << 20)).unwrap();
@@ -233,7 +286,11 @@ fn an_interrupted_import_leaves_nothing() {
         assert_eq!(bases(&w).len(), 1, "{signal}");
 
         let mut command = std::process::Command::new(BIN);
-        command.arg("-S").arg(&w.store).args(["import", s(&image), "--copy"]).stderr(Stdio::piped());
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["import", s(&image), "--copy"])
+            .stderr(Stdio::piped());
         let child = command.spawn().unwrap();
         eventually("it began", || bases(&w).len() == 2);
         kill(child.id() as i32, signal);
@@ -243,7 +300,10 @@ fn an_interrupted_import_leaves_nothing() {
     }
     // Killed: what is left is a leak that gc takes away.
     let mut command = std::process::Command::new(BIN);
-    command.arg("-S").arg(&w.store).args(["import", s(&image), "--copy"]);
+    command
+        .arg("-S")
+        .arg(&w.store)
+        .args(["import", s(&image), "--copy"]);
     let mut child = command.spawn().unwrap();
     eventually("it began", || bases(&w).len() == 2);
     child.kill().unwrap();
@@ -267,7 +327,12 @@ fn an_import_under_way_is_no_garbage() {
     let w = World::with_base();
     w.ok(["create", "d", "--from", "base"]);
     let mut command = std::process::Command::new(BIN);
-    command.arg("-S").arg(&w.store).args(["import", "-", "slow"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .arg("-S")
+        .arg(&w.store)
+        .args(["import", "-", "slow"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut pipe = child.stdin.take().unwrap();
     let content = noise(2, 5 << 20);

@@ -50,7 +50,9 @@ fn odd_places() {
     // By the environment.
     let w = World::with_base();
     let mut command = std::process::Command::new(BIN);
-    command.env("FORKDISK_STORE", &w.store).args(["ls", "-H", "-o", "name"]);
+    command
+        .env("FORKDISK_STORE", &w.store)
+        .args(["ls", "-H", "-o", "name"]);
     assert_eq!(finish(command).stdout, "base\n");
 }
 
@@ -69,8 +71,14 @@ fn a_store_that_can_only_be_read() {
     w.ok(["snapshot", "d@s"]);
     tool("mount", ["-o", "remount,ro", s(&host)]);
     for args in [
-        &["create", "e", "--from", "base"][..], &["create", "e", "--from", "d"], &["import", s(&image), "x"], &["snapshot", "d@t"],
-        &["rename", "d", "e"], &["rm", "-r", "--yes", "d"], &["attach", "d"], &["attach", "base"],
+        &["create", "e", "--from", "base"][..],
+        &["create", "e", "--from", "d"],
+        &["import", s(&image), "x"],
+        &["snapshot", "d@t"],
+        &["rename", "d", "e"],
+        &["rm", "-r", "--yes", "d"],
+        &["attach", "d"],
+        &["attach", "base"],
     ] {
         let told = w.fails(1, args);
         assert!(told.contains("ead-only"), "{args:?}: {told}");
@@ -84,8 +92,12 @@ fn a_store_that_can_only_be_read() {
     assert_eq!(sha256(&w.path("out")), sha256(&image));
     tool("mount", ["-o", "remount,rw", s(&host)]);
     w.ok(["create", "e", "--from", "base"]);
-    w.finish();
+    assert_eq!(w.run(["check"]).code, 0);
+    w.ok(["attach", "e"]);
+    w.ok(["detach", "e"]);
+    w.ok(["daemon", "stop"]);
     tool("umount", [s(&host)]);
+    w.nothing_left();
     // A place where no store can be made.
     let w = World::at("host/store");
     let host = w.mkdir("host");
@@ -110,11 +122,21 @@ fn a_store_of_another_version() {
     let write = |line2: &str| fs::write(&file, old.replace(line, line2)).unwrap();
     write(&line.replace(char::is_numeric, "999"));
     for args in [
-        &["ls"][..], &["create", "e", "--from", "base"], &["attach", "d"], &["rm", "d"], &["check"], &["gc"], &["init"],
-        &["import", s(&w.path("base.img")), "x"], &["daemon", "run"],
+        &["ls"][..],
+        &["create", "e", "--from", "base"],
+        &["attach", "d"],
+        &["rm", "d"],
+        &["check"],
+        &["gc"],
+        &["init"],
+        &["import", s(&w.path("base.img")), "x"],
+        &["daemon", "run"],
     ] {
         let told = w.fails(1, args);
-        assert!(told.contains("version 999") && told.contains("newer"), "{told}");
+        assert!(
+            told.contains("version 999") && told.contains("newer"),
+            "{told}"
+        );
     }
     for damage in ["", "format = nonsense", "nonsense"] {
         write(damage);
@@ -184,11 +206,27 @@ fn a_store_of_somebody_else() {
     let before = w.fingerprint();
     for mode in [0o700, 0o755] {
         fs::set_permissions(&w.store, fs::Permissions::from_mode(mode)).unwrap();
-        for args in [&["ls"][..], &["create", "e", "--from", "base"], &["attach", "d"], &["rm", "d"], &["init"], &["check"], &["daemon", "status"]] {
+        for args in [
+            &["ls"][..],
+            &["create", "e", "--from", "base"],
+            &["attach", "d"],
+            &["rm", "d"],
+            &["init"],
+            &["check"],
+            &["daemon", "status"],
+        ] {
             let out = crate::users::run_as_nobody_on(&w, &w.store, args);
             assert!([1, 13].contains(&out.code), "{args:?} {out:?}");
-            assert!(out.stderr.contains("error:") && out.stderr.contains("hint:"), "{args:?} {out:?}");
-            assert!(out.code == 13 || out.stderr.contains("ermission") || out.stderr.contains("no daemon"), "{args:?} {out:?}");
+            assert!(
+                out.stderr.contains("error:") && out.stderr.contains("hint:"),
+                "{args:?} {out:?}"
+            );
+            assert!(
+                out.code == 13
+                    || out.stderr.contains("ermission")
+                    || out.stderr.contains("no daemon"),
+                "{args:?} {out:?}"
+            );
         }
     }
     fs::set_permissions(&w.store, fs::Permissions::from_mode(0o700)).unwrap();

@@ -1,7 +1,9 @@
 //! Many commands at once.
 
 use crate::rig::*;
-use std::{process::Child, process::Stdio, sync::atomic::AtomicU32, sync::atomic::Ordering::SeqCst};
+use std::{
+    process::Child, process::Stdio, sync::atomic::AtomicU32, sync::atomic::Ordering::SeqCst,
+};
 
 fn start(w: &World, args: &[&str]) -> Child {
     let mut command = w.command(args);
@@ -38,7 +40,10 @@ fn one_name_is_made_once() {
     let w = World::new();
     let image = w.sparse("i.img", 1 << 20);
     let names: Vec<String> = (0..8).map(|i| format!("b{i}")).collect();
-    let all: Vec<Child> = names.iter().map(|n| start(&w, &["import", s(&image), n])).collect();
+    let all: Vec<Child> = names
+        .iter()
+        .map(|n| start(&w, &["import", s(&image), n]))
+        .collect();
     for child in all {
         let out = end(child);
         assert_eq!(out.code, 0, "{out:?}");

@@ -161,7 +161,11 @@ impl World {
     pub fn fails<I: AsRef<OsStr> + Copy>(&self, code: i32, args: &[I]) -> String {
         let before = self.fingerprint();
         let text = self.fails_here(code, args);
-        assert!(before == self.fingerprint(), "{:?} changed the store", shown(args));
+        assert!(
+            before == self.fingerprint(),
+            "{:?} changed the store",
+            shown(args)
+        );
         text
     }
     /// [`World::fails`], where what changes meanwhile is not of interest.
@@ -254,7 +258,10 @@ impl World {
                     false => Vec::new(),
                 };
                 let (len, time, links) = (meta.len(), meta.mtime_nsec(), meta.nlink());
-                all.push(format!("{} {len} {time} {links} {content:?}", path.display()));
+                all.push(format!(
+                    "{} {len} {time} {links} {content:?}",
+                    path.display()
+                ));
             }
         }
         let mut all = Vec::new();
@@ -264,15 +271,23 @@ impl World {
     }
     /// Host bytes of bases, layers and names.
     pub fn stored(&self) -> u64 {
-        du(&self.store.join("layers")) + du(&self.store.join("names")) + du(&self.store.join("bases"))
+        du(&self.store.join("layers"))
+            + du(&self.store.join("names"))
+            + du(&self.store.join("bases"))
     }
     pub fn layer_of(&self, name: &str) -> PathBuf {
-        let id = self.json(["info", name])["id"].as_str().unwrap().to_string();
+        let id = self.json(["info", name])["id"]
+            .as_str()
+            .unwrap()
+            .to_string();
         self.store.join(format!("layers/{id}.layer"))
     }
     /// Device of what is attached.
     pub fn device_of(&self, name: &str) -> String {
-        self.json(["info", name])["device"].as_str().unwrap().to_string()
+        self.json(["info", name])["device"]
+            .as_str()
+            .unwrap()
+            .to_string()
     }
     pub fn names(&self) -> Vec<String> {
         let all = self.json(["ls"]);
@@ -297,7 +312,8 @@ impl World {
         self.nothing_left();
     }
     pub fn nothing_left(&self) {
-        assert_eq!(self.mounts(), [PathBuf::new(); 0], "{}", self.log());
+        let mounts = self.mounts();
+        assert!(mounts.is_empty(), "{mounts:?}\n{}", self.log());
         assert_eq!(self.loops(), [""; 0], "{}", self.log());
         eventually("no process is left", || self.processes().is_empty());
     }
@@ -357,8 +373,10 @@ impl Drop for World {
                 .stderr(Stdio::null())
                 .status();
         };
-        let (served, others): (Vec<_>, Vec<_>) =
-            self.mounts().into_iter().partition(|m| m.ends_with("run/disks"));
+        let (served, others): (Vec<_>, Vec<_>) = self
+            .mounts()
+            .into_iter()
+            .partition(|m| m.ends_with("run/disks"));
         for mount in others.iter().filter(|m| !m.ends_with("host")) {
             run("umount", &["-l", s(mount)]);
         }
@@ -375,7 +393,10 @@ impl Drop for World {
         for pid in self.processes() {
             let _ = kill(pid, "KILL");
         }
-        for mount in served.iter().chain(others.iter().filter(|m| m.ends_with("host"))) {
+        for mount in served
+            .iter()
+            .chain(others.iter().filter(|m| m.ends_with("host")))
+        {
             run("umount", &["-l", s(mount)]);
         }
         for device in self.loops() {
@@ -397,7 +418,9 @@ fn sequence(device: &str) -> String {
 }
 
 pub fn finish(mut command: Command) -> Out {
-    let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let out = command
+        .output()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert_ne!(out.status.code(), Some(124), "hangs: {command:?}");
     out.into()
 }
@@ -409,7 +432,10 @@ pub fn s(path: &Path) -> &str {
 /// Runs a program to its end; panics with what it said if it fails.
 pub fn tool<I: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = I>) -> String {
     let mut command = Command::new("timeout");
-    command.args(["-k", "5", "100", program]).args(args).stdin(Stdio::null());
+    command
+        .args(["-k", "5", "100", program])
+        .args(args)
+        .stdin(Stdio::null());
     let shown = format!("{command:?}");
     let out = finish(command);
     assert_eq!(out.code, 0, "{shown}\n{out:?}");

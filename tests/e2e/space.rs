@@ -26,7 +26,19 @@ fn a_discarded_device_is_empty_and_stays_so() {
     let path = Path::new(&device);
     let layer = w.layer_of("d");
     let content = w.file("content", &noise(8, 32 << 20));
-    let fill = || tool("dd", [&format!("if={}", content.display()), &format!("of={device}"), "bs=1M", "oflag=direct", "conv=fsync", "status=none"]);
+    let fill = || {
+        tool(
+            "dd",
+            [
+                &format!("if={}", content.display()),
+                &format!("of={device}"),
+                "bs=1M",
+                "oflag=direct",
+                "conv=fsync",
+                "status=none",
+            ],
+        )
+    };
     for how in [&[][..], &["-z"]] {
         fill();
         eventually("all is written", || du(&layer) >= 32 << 20);
@@ -38,7 +50,10 @@ fn a_discarded_device_is_empty_and_stays_so() {
     w.ok(["detach", "d"]);
     assert!(du(&layer) <= 128 << 10, "{}", du(&layer));
     let device = w.ok(["attach", "d"]);
-    assert!(zeros(&read_direct(Path::new(&device), 0, 32 << 20)), "the base shows");
+    assert!(
+        zeros(&read_direct(Path::new(&device), 0, 32 << 20)),
+        "the base shows"
+    );
     w.ok(["detach", "d"]);
     // What stands on it sees zeros, too; the base is as ever.
     w.ok(["snapshot", "d@zero"]);
@@ -61,7 +76,17 @@ fn odd_ranges_are_discarded_to_the_byte() {
     let path = Path::new(&device);
     // Some of it written before, some the base's.
     let piece = w.file("piece", &noise(9, 5 << 20));
-    tool("dd", [&format!("if={}", piece.display()), &format!("of={device}"), "bs=1M", "seek=3", "conv=notrunc,fsync", "status=none"]);
+    tool(
+        "dd",
+        [
+            &format!("if={}", piece.display()),
+            &format!("of={device}"),
+            "bs=1M",
+            "seek=3",
+            "conv=notrunc,fsync",
+            "status=none",
+        ],
+    );
     expected[3 << 20..8 << 20].copy_from_slice(&noise(9, 5 << 20));
     for (at, len) in [
         (512, 512),
@@ -73,8 +98,22 @@ fn odd_ranges_are_discarded_to_the_byte() {
         ((20 << 20) + 512, (2 << 20) + 1024),
     ] {
         for how in [&[][..], &["-z"]] {
-            let at = if how.is_empty() { at } else { at / 2 / 512 * 512 };
-            tool("blkdiscard", how.iter().copied().chain(["-f", "-o", &at.to_string(), "-l", &len.to_string(), &device]));
+            let at = if how.is_empty() {
+                at
+            } else {
+                at / 2 / 512 * 512
+            };
+            tool(
+                "blkdiscard",
+                how.iter().copied().chain([
+                    "-f",
+                    "-o",
+                    &at.to_string(),
+                    "-l",
+                    &len.to_string(),
+                    &device,
+                ]),
+            );
             let all = read_direct(path, 0, 32 << 20);
             // A device may leave the edges of a discard, which are no whole blocks, as they are; but
             // what it says is gone is gone as a whole: zeros or untouched, never the base under a written block.
@@ -82,11 +121,15 @@ fn odd_ranges_are_discarded_to_the_byte() {
             for block in a / 512..b / 512 {
                 let range = block * 512..block * 512 + 512;
                 let now = &all[range.clone()];
-                let inner = range.start.next_multiple_of(4096) + 4096 <= b && range.start / 4096 * 4096 >= a;
+                let inner = range.start.next_multiple_of(4096) + 4096 <= b
+                    && range.start / 4096 * 4096 >= a;
                 if zeros(now) {
                     expected[range].fill(0);
                 } else {
-                    assert!(how.is_empty() && !inner, "{at}+{len} {how:?}: sector {block} is not zero");
+                    assert!(
+                        how.is_empty() && !inner,
+                        "{at}+{len} {how:?}: sector {block} is not zero"
+                    );
                     assert!(now == &expected[range], "sector {block} is neither");
                 }
             }
@@ -119,7 +162,9 @@ fn fstrim_gives_deleted_files_back() {
     tool("sync", ["-f", s(&m)]);
     tool("fstrim", [s(&m)]);
     tool("sync", ["-f", s(&m)]);
-    eventually("the space is given back", || du(&layer) < before + (8 << 20));
+    eventually("the space is given back", || {
+        du(&layer) < before + (8 << 20)
+    });
     w.ok(["detach", s(&m)]);
     assert!(du(&layer) < before + (4 << 20));
     w.ok(["attach", "d", "--mount", s(&m)]);

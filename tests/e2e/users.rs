@@ -15,7 +15,11 @@ fn with_fuse(w: &World) -> String {
     tool("mknod", ["-m", "666", s(&node), "c", "10", "229"]);
     let mut holder = Command::new("unshare");
     let ready = w.path("ready");
-    let script = format!("mount --bind '{}' /dev/fuse && touch '{}' && exec sleep 1000", node.display(), ready.display());
+    let script = format!(
+        "mount --bind '{}' /dev/fuse && touch '{}' && exec sleep 1000",
+        node.display(),
+        ready.display()
+    );
     holder.args(["-m", "--propagation", "private", "bash", "-ec", &script]);
     let pid = w.child(holder);
     eventually("the namespace is there", || ready.exists());
@@ -44,7 +48,19 @@ pub fn run_as_nobody_on<I: AsRef<OsStr>>(w: &World, store: &Path, args: &[I]) ->
 fn run_in<I: AsRef<OsStr>>(namespace: &str, w: &World, store: &Path, args: &[I]) -> Out {
     let mut command = Command::new("timeout");
     command
-        .args(["-k", "5", "60", "nsenter", &format!("--mount={namespace}"), "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .args([
+            "-k",
+            "5",
+            "60",
+            "nsenter",
+            &format!("--mount={namespace}"),
+            "setpriv",
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+        ])
         .arg(binary(w))
         .arg("-S")
         .arg(store)
@@ -94,7 +110,21 @@ fn a_user_works_without_devices() {
         let script = format!(
             "dd if=/dev/zero of='{file}' bs=1000 count=3 seek=7 conv=notrunc,fsync status=none; sha256sum < '{file}'"
         );
-        let seen = tool("nsenter", [&format!("--mount={namespace}"), "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "bash", "-ec", &script]);
+        let seen = tool(
+            "nsenter",
+            [
+                &format!("--mount={namespace}"),
+                "setpriv",
+                "--reuid",
+                "65534",
+                "--regid",
+                "65534",
+                "--clear-groups",
+                "bash",
+                "-ec",
+                &script,
+            ],
+        );
         let mut expected = noise(1, 1 << 20);
         expected[7000..10_000].fill(0);
         let same = w.file("expected", &expected);
