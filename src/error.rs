@@ -101,7 +101,9 @@ impl Kind {
             Kind::Interrupted,
             Kind::Io,
         ];
-        ALL.into_iter().find(|k| k.code() == code).unwrap_or(Kind::Io)
+        ALL.into_iter()
+            .find(|k| k.code() == code)
+            .unwrap_or(Kind::Io)
     }
     /// The `errno` that a kernel front end answers for this kind.
     pub fn errno(self) -> i32 {
@@ -167,7 +169,9 @@ impl Error {
         e.0.path = Some(path);
         e.0.cause = Some(plain(source));
         let hint = match kind {
-            Kind::NoSpace => Some("free space on the host filesystem (`forkdisk gc`, `forkdisk rm`), then try again"),
+            Kind::NoSpace => Some(
+                "free space on the host filesystem (`forkdisk gc`, `forkdisk rm`), then try again",
+            ),
             Kind::Permission => Some("run as the owner of the store, or as root"),
             Kind::ReadOnly => Some("the host filesystem is mounted read-only"),
             _ => None,
@@ -184,7 +188,11 @@ impl Error {
     /// Adds a hint unless there is one.
     #[must_use]
     pub fn or_hint(self, hint: &str) -> Error {
-        if self.0.hint.is_some() { self } else { self.hint(hint) }
+        if self.0.hint.is_some() {
+            self
+        } else {
+            self.hint(hint)
+        }
     }
     /// Puts a wider statement in front: what the caller was doing. The former message becomes part of the cause.
     #[must_use]

@@ -3,6 +3,7 @@
 //! Mounting happens here and not in the daemon: a mount belongs to the mount namespace of the caller.
 
 use crate::{
+    attach,
     cli::{
         Outcome, Stop,
         context::{Context, mounts_of},
@@ -125,9 +126,13 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
         if signals::caught() {
             return Err(Error::new(Kind::Interrupted, "interrupted").into());
         }
+        let options = mounts::Options {
+            read_only: attached.read_only,
+            ..mounts::Options::default()
+        };
         let device = attached.device.as_deref().map(Path::new);
         let device = device.ok_or_else(|| Error::new(Kind::Io, "the daemon names no device"))?;
-        mounts::mount_device(device, dir, attached.read_only)
+        attach::mount(device, dir, &options)
             .map_err(|e| e.or_hint("`mkfs.ext4 $(forkdisk attach DISK)` makes a filesystem"))?;
     }
     if ui.json {
@@ -148,7 +153,7 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
 fn undo(daemon: &mut Client, attached: &Attached, mount: Option<&Path>) {
     let mounted = mounts_of(attached).unwrap_or_default();
     if let Some(dir) = mount.filter(|dir| mounted.iter().any(|m| m == dir)) {
-        let _ = mounts::unmount(dir);
+        let _ = attach::unmount(dir);
     }
     if let Err(e) = daemon.detach(handle(attached)) {
         tracing::warn!("{} stays attached: {e}", attached.name);
@@ -360,7 +365,7 @@ fn unmount_all(attached: &Attached, mounts: &[PathBuf]) -> Result<(), Stop> {
         }
     }
     for dir in order {
-        mounts::unmount(dir).map_err(busy)?;
+        attach::unmount(dir).map_err(busy)?;
     }
     Ok(())
 }

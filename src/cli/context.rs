@@ -1,11 +1,11 @@
 //! What every command starts from: the store, its daemon, and how to talk.
 
 use crate::{
+    attach,
     cli::ui::Ui,
     daemon::{Attached, Client},
     error::{Error, Kind, Result},
     store::{Object, ObjectKind, Store},
-    sys::mounts,
 };
 use std::path::{Path, PathBuf};
 
@@ -94,7 +94,7 @@ fn taken(object: &Object) -> Error {
 /// Where the device of an attachment is mounted.
 pub fn mounts_of(attached: &Attached) -> Result<Vec<PathBuf>> {
     match &attached.device {
-        Some(device) => mounts::mounts_of_device(Path::new(device)),
+        Some(device) => attach::mounts_of(Path::new(device)),
         None => Ok(Vec::new()),
     }
 }

@@ -24,6 +24,12 @@ pub(crate) enum Daemon {
         #[arg(long)]
         foreground: bool,
     },
+    /// Become the keeper, in the background
+    #[command(hide = true)]
+    Keep,
+    /// Become the server of a keeper
+    #[command(hide = true)]
+    Serve,
     /// Tell whether it runs, and its processes and places
     #[command(after_help = "Exit code 1: no daemon runs.")]
     Status,
@@ -34,7 +40,7 @@ pub(crate) enum Daemon {
 impl Daemon {
     /// Does this command set up its log by itself?
     pub(crate) fn logs_for_itself(&self) -> bool {
-        matches!(self, Daemon::Run { .. })
+        matches!(self, Daemon::Run { .. } | Daemon::Keep | Daemon::Serve)
     }
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
@@ -50,6 +56,8 @@ impl Daemon {
                 format!("would become the daemon of {shown}\n")
             }),
             Daemon::Run { foreground } => Ok(daemon::run(store, foreground)?),
+            Daemon::Keep => Ok(daemon::serve(store, "keep")?),
+            Daemon::Serve => Ok(daemon::serve(store, daemon::SERVE_COMMAND)?),
             Daemon::Status => {
                 let Some(mut client) = Client::connect(&store)? else {
                     ui.answer(json!({"running": false, "store": path}), || {

@@ -193,7 +193,7 @@ impl Check {
         let store = context.open()?;
         signals::catch();
         let progress = ui.progress("checking");
-        let report = store.check(self.reference.as_deref(), &*progress)?;
+        let report = crate::check::check(&store, self.reference.as_deref(), &*progress)?;
         drop(progress);
         let code = exit_code(&report);
         let document = CheckDoc {

@@ -1,163 +1,83 @@
-//! A stand-in for the daemon: losetup and one JSON document. To be thrown away.
-#![allow(missing_docs)]
+//! The daemon of a store: it owns the attached disks and shows each as a file of one FUSE mount.
+//!
+//! Two processes. The **keeper** ([`keeper`]) holds what must outlive a server: the descriptor of the mount, the listening
+//! socket, the lock that makes the daemon the only one. The **server** ([`server`]) does everything else. Commands talk to the server
+//! through a [`Client`].
+//!
+//! Loop devices are configured and mounted by the command, not here: each of those steps waits for requests on the served
+//! file, and a process that waits for itself cannot even be killed. What is attached where is known from the kernel, so a command
+//! that dies half-way leaves nothing that the next one does not find.
 
-use crate::{
-    error::{Error, Kind, Result},
-    store::{Object, ObjectKind, Store, stub::run as sh},
-    units::Id,
-};
-use serde_json::{Value, json};
+mod client;
+mod keeper;
+mod log;
+mod protocol;
+mod server;
+
+pub use client::Client;
+pub use keeper::{SERVE_COMMAND, run, serve};
+
+use crate::store::ObjectKind;
+use crate::units::Id;
 use std::path::PathBuf;
 
+/// How a disk is shown.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Via {
+    /// As a loop device over the file.
     Loop,
+    /// As the file alone.
     File,
 }
 
+impl Via {
+    /// The word in JSON and on the socket.
+    pub fn word(self) -> &'static str {
+        match self {
+            Via::Loop => "loop",
+            Via::File => "file",
+        }
+    }
+}
+
+/// What to attach, and how.
+#[derive(Clone, Debug)]
 pub struct AttachRequest {
+    /// Name, snapshot, or beginning of an id.
     pub reference: String,
+    /// Door.
     pub via: Via,
+    /// Attach a disk read-only (snapshots and images always are).
     pub read_only: bool,
+    /// Sector size of the loop device: 512 or 4096.
     pub block_size: u32,
 }
 
-#[derive(Clone, Debug)]
+/// An attached object.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
+    /// Name it was attached by.
     pub name: String,
+    /// Id of its layer or base.
     pub id: Id,
+    /// What it is.
     pub kind: ObjectKind,
+    /// Can it only be read?
     pub read_only: bool,
+    /// Door.
     pub via: Via,
+    /// The loop device, if there is one.
     pub device: Option<String>,
+    /// The file that shows it.
     pub file: PathBuf,
+    /// How often it is attached: more than once only read-only.
     pub count: u32,
+    /// Bytes.
     pub size: u64,
 }
 
-pub struct Client {
-    store: PathBuf,
-}
-
-fn load(store: &std::path::Path) -> Vec<Value> {
-    std::fs::read(store.join("attached.json"))
-        .map_or(Vec::new(), |t| serde_json::from_slice(&t).unwrap())
-}
-
-impl Client {
-    pub fn connect(store: &Store) -> Result<Option<Client>> {
-        let any = store.path().join("attached.json").exists();
-        Ok(any.then(|| Client {
-            store: store.path().into(),
-        }))
-    }
-    pub fn connect_or_start(store: &Store) -> Result<Client> {
-        Ok(Client {
-            store: store.path().into(),
-        })
-    }
-    fn store(&self) -> Result<Store> {
-        Store::open(&self.store)
-    }
-    fn save(&self, all: &[Value]) {
-        std::fs::write(
-            self.store.join("attached.json"),
-            serde_json::to_vec(all).unwrap(),
-        )
-        .unwrap();
-    }
-    pub fn attach(&mut self, request: &AttachRequest) -> Result<Attached> {
-        let store = self.store()?;
-        let object = store.resolve(&request.reference)?;
-        let mut all = load(&self.store);
-        if all.iter().any(|v| v["name"] == object.name.as_str()) {
-            return Err(Error::new(
-                Kind::Busy,
-                format!("{} is attached", object.name),
-            ));
-        }
-        let file = store.image(object.id);
-        let read_only = request.read_only || object.kind != ObjectKind::Disk;
-        let device = if request.via == Via::Loop {
-            let size = request.block_size.to_string();
-            let mut args = vec!["-f", "--show", "-b", &size];
-            if read_only {
-                args.push("-r");
-            }
-            args.push(file.to_str().unwrap());
-            Some(sh("losetup", &args)?)
-        } else {
-            None
-        };
-        all.push(json!({"name": object.name, "ro": read_only, "loop": request.via == Via::Loop, "device": device}));
-        self.save(&all);
-        Ok(self.attached()?.pop().unwrap())
-    }
-    pub fn detach(&mut self, target: &str) -> Result<Vec<Attached>> {
-        let gone: Vec<Attached> = self
-            .attached()?
-            .into_iter()
-            .filter(|a| a.name == target || a.device.as_deref() == Some(target))
-            .collect();
-        for a in &gone {
-            if let Some(device) = &a.device {
-                sh("losetup", &["-d", device])?;
-            }
-        }
-        let mut all = load(&self.store);
-        all.retain(|v| !gone.iter().any(|a| v["name"] == a.name.as_str()));
-        self.save(&all);
-        Ok(gone)
-    }
-    pub fn attached(&mut self) -> Result<Vec<Attached>> {
-        let store = self.store()?;
-        load(&self.store)
-            .iter()
-            .map(|v| {
-                let object = store.resolve(v["name"].as_str().unwrap())?;
-                Ok(Attached {
-                    id: object.id,
-                    kind: object.kind,
-                    read_only: v["ro"].as_bool().unwrap(),
-                    via: if v["loop"].as_bool().unwrap() {
-                        Via::Loop
-                    } else {
-                        Via::File
-                    },
-                    device: v["device"].as_str().map(str::to_string),
-                    file: store.image(object.id),
-                    count: 1,
-                    size: object.size,
-                    name: object.name,
-                })
-            })
-            .collect()
-    }
-    pub fn snapshot(&mut self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
-        sh("sync", &[])?;
-        self.store()?.snapshot(disk, name, message)
-    }
-    pub fn create(
-        &mut self,
-        names: &[String],
-        from: &str,
-        size: Option<u64>,
-    ) -> Result<Vec<Object>> {
-        sh("sync", &[])?;
-        self.store()?.create(names, from, size)
-    }
-    pub fn status(&mut self) -> Result<Value> {
-        Ok(
-            json!({"keeper_pid": 1, "server_pid": 2, "socket": self.store.join("run/socket"),
-            "mount": self.store.join("run/mount"), "attached": load(&self.store).len(), "uptime": 61}),
-        )
-    }
-    pub fn stop(&mut self) -> Result<()> {
-        let _ = std::fs::remove_file(self.store.join("attached.json"));
-        Ok(())
-    }
-}
-
-pub fn run(_store: Store, _foreground: bool) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "the daemon is not built yet"))
-}
+/// Names of files in the run directory.
+pub(crate) const SOCKET: &str = "control.sock";
+pub(crate) const LOCK: &str = "daemon.lock";
+pub(crate) const MOUNT: &str = "disks";
+pub(crate) const LOG: &str = "daemon.log";

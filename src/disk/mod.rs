@@ -9,6 +9,10 @@
 //!
 //! Not here: names, devices, requests and their queues.
 
+pub mod cow;
+
+pub use cow::CowDisk;
+
 use crate::error::Result;
 
 /// A fixed-size array of bytes that outlives crashes. Any offset and any length within the size; all

@@ -7,14 +7,16 @@
 //! What the callers rely on, and all they rely on:
 //!
 //! - Un-synced changes of contents, lengths and allocation may after a crash be there, not be there,
-//!   or be there for some 512-byte sectors; a sector that an un-synced write covered may hold garbage.
-//!   Sectors that no un-synced write covered keep what they held.
+//!   or be there for some 512-byte sectors; a sector of a 4 KiB page that an un-synced write touched may hold garbage.
+//!   Pages that no un-synced write touched keep what they held.
 //! - [`File::sync`] makes all earlier changes of that file's contents and length durable, if it returns
 //!   `Ok`. After an error nothing is known of the changes since the last good sync.
-//! - A name that was created, renamed or removed is durable after [`Dir::sync`] of its directory.
+//! - A name that was created, renamed or removed is durable after [`Dir::sync`] of its directory, if those above are.
 //!   A rename is atomic: after a crash the name means the old file or the new one.
 //! - [`Dir::sync_filesystem`] makes everything before it durable.
 
+mod common;
+pub mod count;
 pub mod os;
 pub mod sim;
 
@@ -98,7 +100,7 @@ pub trait File: Send + Sync {
     /// files that are locked; must lie within the file.
     fn map(&self, at: u64, len: usize) -> Result<Mapping>;
     /// Takes the file's lock without waiting: exclusive or shared. Held until the last handle from the same
-    /// `open` goes. `Busy` if another holds it.
+    /// `open` goes. `Busy` if another holds it; a failed change from one to the other loses the lock.
     fn lock(&self, exclusive: bool) -> Result<()>;
     /// The ranges `(at, len)` within `at..at+len` that hold data on the host; what is between them reads as zeros.
     /// May report holes as data.

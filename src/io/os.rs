@@ -1,1 +1,414 @@
-//! The real disk.
+//! The real disk: [`Dir`] and [`File`] on the system calls of Linux.
+//!
+//! Always true:
+//! - every name is opened relative to its directory's descriptor and never followed out of it: it is one
+//!   component (checked), and `O_NOFOLLOW` refuses a symbolic link there. `openat2` could promise no more for a
+//!   single component, and is forbidden in some sandboxes;
+//! - an open file is a regular file: a FIFO, device or directory in its place is told, not waited for;
+//! - an interrupted call is repeated, a short one continued.
+//!
+//! Not here: caching, retries of failed syncs, and anything that knows what the bytes mean.
+
+use super::{
+    Access, Dir, EntryKind, File, Mapping,
+    common::{check_name, check_range, fail, locked, past_end, read_only, wrong_type},
+};
+use crate::error::{Error, Result};
+use rustix::{
+    fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
+    io::{Errno, retry_on_intr},
+};
+use std::{
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// New files are their owner's alone: they may hold a disk with secrets on it.
+const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// New directories likewise.
+const DIR_MODE: Mode = Mode::RWXU;
+
+/// A directory of the host.
+#[derive(Debug)]
+pub struct OsDir {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+/// A regular file of the host, opened through an [`OsDir`].
+#[derive(Debug)]
+pub struct OsFile {
+    fd: OwnedFd,
+    path: PathBuf,
+    writable: bool,
+}
+
+impl OsDir {
+    /// Opens a directory by its path, which may lead through symbolic links: it is the user's own word.
+    pub fn open(path: &Path) -> Result<OsDir> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = retry_on_intr(|| fs::open(path, flags, Mode::empty()))
+            .map_err(|e| fail("open", path, e.raw_os_error()))?;
+        let path = path.to_path_buf();
+        Ok(OsDir { fd, path })
+    }
+    /// Opens a directory by its path after having created it and its missing ancestors, for the owner
+    /// alone. Their names are durable on return.
+    pub fn create(path: &Path) -> Result<OsDir> {
+        let mut missing = Vec::new();
+        let mut here = path;
+        while !here.as_os_str().is_empty() && !here.exists() {
+            missing.push(here);
+            match here.parent() {
+                Some(parent) => here = parent,
+                None => break,
+            }
+        }
+        for dir in missing.into_iter().rev() {
+            match retry_on_intr(|| fs::mkdir(dir, DIR_MODE)) {
+                Ok(()) => {}
+                // Another process was faster. That it is a directory shows when it is opened.
+                Err(Errno::EXIST) => continue,
+                Err(e) => return Err(fail("create", dir, e.raw_os_error())),
+            }
+            let parent = match dir.parent() {
+                Some(parent) if !parent.as_os_str().is_empty() => parent,
+                _ => Path::new("."),
+            };
+            OsDir::open(parent)?.sync()?;
+        }
+        OsDir::open(path)
+    }
+    fn at(&self, name: &str) -> Result<PathBuf> {
+        check_name(&self.path, name)?;
+        Ok(self.path.join(name))
+    }
+    fn kind_of(&self, name: impl rustix::path::Arg + Copy) -> Result<Option<EntryKind>, Errno> {
+        match retry_on_intr(|| fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)) {
+            Ok(stat) => Ok(Some(entry_kind(FileType::from_raw_mode(stat.st_mode)))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn entry_kind(file_type: FileType) -> EntryKind {
+    match file_type {
+        FileType::RegularFile => EntryKind::File,
+        FileType::Directory => EntryKind::Dir,
+        _ => EntryKind::Other,
+    }
+}
+
+impl Dir for OsDir {
+    fn open(&self, name: &str, access: Access) -> Result<Arc<dyn File>> {
+        let path = self.at(name)?;
+        let what = match access {
+            Access::CreateNew => "create",
+            Access::Read | Access::Write => "open",
+        };
+        let told = |e: Errno| fail(what, &path, e.raw_os_error());
+        // O_NONBLOCK: opening a FIFO would wait for its other end.
+        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let flags = flags
+            | match access {
+                Access::Read => OFlags::RDONLY,
+                Access::Write => OFlags::RDWR,
+                Access::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
+            };
+        let fd = retry_on_intr(|| fs::openat(&self.fd, name, flags, FILE_MODE)).map_err(told)?;
+        let stat = fs::fstat(&fd).map_err(told)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(told(Errno::ISDIR)),
+            FileType::Fifo => {
+                return Err(wrong_type(what, &path, "a FIFO where a file belongs"));
+            }
+            _ => return Err(told(Errno::NXIO)),
+        }
+        // The descriptor is handed out (`fd`), and some users of descriptors take O_NONBLOCK at its word.
+        // It is the only one of the flags set above that can still be changed.
+        fs::fcntl_setfl(&fd, OFlags::empty()).map_err(told)?;
+        Ok(Arc::new(OsFile {
+            fd,
+            writable: access != Access::Read,
+            path,
+        }))
+    }
+
+    fn subdir(&self, name: &str) -> Result<Arc<dyn Dir>> {
+        let path = self.at(name)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = retry_on_intr(|| fs::openat(&self.fd, name, flags, Mode::empty()))
+            .map_err(|e| fail("open", &path, e.raw_os_error()))?;
+        Ok(Arc::new(OsDir { fd, path }))
+    }
+
+    fn create_dir(&self, name: &str) -> Result<()> {
+        let path = self.at(name)?;
+        retry_on_intr(|| fs::mkdirat(&self.fd, name, DIR_MODE))
+            .map_err(|e| fail("create", &path, e.raw_os_error()))
+    }
+
+    fn list(&self) -> Result<Vec<(String, EntryKind)>> {
+        let told = |e: Errno| fail("list", &self.path, e.raw_os_error());
+        let mut entries = Vec::new();
+        // Opens the directory anew: the position of the descriptor is shared, also between threads.
+        for entry in fs::Dir::read_from(&self.fd).map_err(told)? {
+            let entry = entry.map_err(told)?;
+            let name = match entry.file_name().to_str() {
+                Ok("." | "..") => continue,
+                Ok(name) => name.to_string(),
+                // No name of ours: shown as well as can be, and as nothing that could be opened.
+                Err(_) => {
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    entries.push((name, EntryKind::Other));
+                    continue;
+                }
+            };
+            let kind = match entry.file_type() {
+                FileType::Unknown => self.kind_of(entry.file_name()).map_err(told)?,
+                known => Some(entry_kind(known)),
+            };
+            // `None`: removed since it was read.
+            entries.extend(kind.map(|kind| (name, kind)));
+        }
+        Ok(entries)
+    }
+
+    fn entry(&self, name: &str) -> Result<Option<EntryKind>> {
+        let path = self.at(name)?;
+        self.kind_of(name)
+            .map_err(|e| fail("look at", &path, e.raw_os_error()))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let path = self.at(from)?;
+        let new = self.at(to)?;
+        retry_on_intr(|| fs::renameat(&self.fd, from, &self.fd, to)).map_err(|e| {
+            fail("rename", &path, e.raw_os_error())
+                .context(format!("cannot rename {from} to {}", new.display()))
+        })
+    }
+
+    fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        let path = self.at(from)?;
+        let new = self.at(to)?;
+        let flags = fs::RenameFlags::NOREPLACE;
+        retry_on_intr(|| fs::renameat_with(&self.fd, from, &self.fd, to, flags)).map_err(|e| {
+            let e = match e {
+                // What filesystems answer that do not know the flag.
+                Errno::INVAL => fail("rename", &path, libc::EOPNOTSUPP),
+                Errno::EXIST => fail("replace", &new, libc::EEXIST),
+                e => fail("rename", &path, e.raw_os_error()),
+            };
+            e.context(format!("cannot rename {from} to {}", new.display()))
+        })
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        let path = self.at(name)?;
+        retry_on_intr(|| fs::unlinkat(&self.fd, name, AtFlags::empty()))
+            .map_err(|e| fail("remove", &path, e.raw_os_error()))
+    }
+
+    fn remove_dir(&self, name: &str) -> Result<()> {
+        let path = self.at(name)?;
+        retry_on_intr(|| fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR))
+            .map_err(|e| fail("remove", &path, e.raw_os_error()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        retry_on_intr(|| fs::fsync(&self.fd))
+            .map_err(|e| fail("sync", &self.path, e.raw_os_error()))
+    }
+
+    fn sync_filesystem(&self) -> Result<()> {
+        retry_on_intr(|| fs::syncfs(&self.fd))
+            .map_err(|e| fail("sync the filesystem of", &self.path, e.raw_os_error()))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.path.clone()
+    }
+}
+
+impl OsFile {
+    fn fail(&self, what: &str, e: Errno) -> Error {
+        fail(what, &self.path, e.raw_os_error())
+    }
+    fn writable(&self, what: &str) -> Result<()> {
+        match self.writable {
+            true => Ok(()),
+            false => Err(read_only(what, &self.path)),
+        }
+    }
+    fn fallocate(&self, what: &str, mode: FallocateFlags, at: u64, len: u64) -> Result<()> {
+        self.writable(what)?;
+        check_range(&self.path, at, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = mode | FallocateFlags::KEEP_SIZE;
+        retry_on_intr(|| fs::fallocate(&self.fd, mode, at, len))
+            .map_err(|e| self.fail(what, e).offset(at))
+    }
+}
+
+impl File for OsFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        let len = buf.len();
+        if check_range(&self.path, at, len as u64).is_err() {
+            return Err(past_end(&self.path, at, len));
+        }
+        let mut done = 0;
+        while done < len {
+            let here = at + done as u64;
+            match rustix::io::pread(&self.fd, &mut buf[done..], here) {
+                Ok(0) => return Err(past_end(&self.path, at, len)),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(self.fail("read", e).offset(here)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.writable("write")?;
+        check_range(&self.path, at, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at + done as u64;
+            match rustix::io::pwrite(&self.fd, &buf[done..], here) {
+                // No regular file does this; but to go round for ever would be worse than an error.
+                Ok(0) => return Err(self.fail("write", Errno::IO).offset(here)),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(self.fail("write", e).offset(here)),
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        retry_on_intr(|| fs::fdatasync(&self.fd)).map_err(|e| self.fail("sync", e))
+    }
+
+    fn len(&self) -> Result<u64> {
+        let stat = fs::fstat(&self.fd).map_err(|e| self.fail("look at", e))?;
+        Ok(stat.st_size as u64)
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.writable("resize")?;
+        check_range(&self.path, len, 0)?;
+        retry_on_intr(|| fs::ftruncate(&self.fd, len))
+            .map_err(|e| self.fail("resize", e).offset(len))
+    }
+
+    fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.fallocate("reserve space in", FallocateFlags::empty(), at, len)
+    }
+
+    fn punch(&self, at: u64, len: u64) -> Result<()> {
+        self.fallocate("punch a hole into", FallocateFlags::PUNCH_HOLE, at, len)
+    }
+
+    fn start_writeback(&self, at: u64, len: u64) {
+        let Ok(end) = check_range(&self.path, at, len) else {
+            return;
+        };
+        // A length of 0 would mean "to the end".
+        if end == at {
+            return;
+        }
+        let fd = self.fd.as_raw_fd();
+        // SAFETY: takes three numbers and a descriptor that `self` keeps open; reads and writes no memory.
+        // A failure is of no interest: the next sync reports it.
+        unsafe {
+            libc::sync_file_range(fd, at as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE);
+        }
+    }
+
+    fn map(&self, at: u64, len: usize) -> Result<Mapping> {
+        let end = check_range(&self.path, at, len as u64);
+        if end.is_err() || end.is_ok_and(|end| end > self.len().unwrap_or(0)) {
+            return Err(past_end(&self.path, at, len));
+        }
+        if len == 0 {
+            return Ok(Mapping::Copied(Vec::new()));
+        }
+        // SAFETY: the range lies within the file (just checked), and the callers of `File::map` promise that it
+        // is immutable, and the file not shortened, while it is mapped: sealed layers under the store's lock.
+        let map = unsafe {
+            memmap2::MmapOptions::new()
+                .offset(at)
+                .len(len)
+                .map(&self.fd)
+        };
+        match map {
+            Ok(map) => Ok(Mapping::Mapped(map)),
+            Err(e) => Err(Error::io("map", &self.path, &e).offset(at)),
+        }
+    }
+
+    fn lock(&self, exclusive: bool) -> Result<()> {
+        let how = match exclusive {
+            true => FlockOperation::NonBlockingLockExclusive,
+            false => FlockOperation::NonBlockingLockShared,
+        };
+        retry_on_intr(|| fs::flock(&self.fd, how)).map_err(|e| match e {
+            Errno::WOULDBLOCK => locked(&self.path),
+            e => self.fail("lock", e),
+        })
+    }
+
+    fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        let end = check_range(&self.path, at, len)?;
+        // Moves the file's position, which nobody uses: all reads and writes say where.
+        let seek = |to: SeekFrom, here: u64| match retry_on_intr(|| fs::seek(&self.fd, to)) {
+            Ok(found) => Ok(Some(found)),
+            // Nothing (more) from here to the end of the file.
+            Err(Errno::NXIO) => Ok(None),
+            Err(e) => Err(self.fail("look for data in", e).offset(here)),
+        };
+        let mut ranges = Vec::new();
+        let mut here = at;
+        while here < end {
+            let Some(data) = seek(SeekFrom::Data(here), here)? else {
+                break;
+            };
+            if data >= end {
+                break;
+            }
+            // `None`: shortened in between.
+            let Some(hole) = seek(SeekFrom::Hole(data), data)? else {
+                break;
+            };
+            let data = data.max(here);
+            let hole = hole.min(end);
+            if hole <= data {
+                break;
+            }
+            ranges.push((data, hole - data));
+            here = hole;
+        }
+        Ok(ranges)
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        let stat = fs::fstat(&self.fd).map_err(|e| self.fail("look at", e))?;
+        // In units of 512 bytes, whatever the filesystem's own.
+        Ok(stat.st_blocks as u64 * 512)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.path.clone()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
+    }
+}

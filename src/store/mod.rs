@@ -1,6 +1,625 @@
-//! Names, bases, layers, references.
+//! The store: names, bases, layers, references, locks (FORMAT.md, section 2).
+//!
+//! Always true:
+//! - names change under the exclusive lock of `lock`, and are read under the shared one;
+//! - a name on disk refers to a base or layer that was durable before it;
+//! - a sealed layer or a base that anything refers to is never removed;
+//! - whoever has a layer open holds its file's lock: exclusive for writing, shared for reading.
+//!
+//! Works on any [`Dir`], the simulated disk included. It reads no clock and draws no randomness but through [`Env`].
 
-pub mod stub;
+mod import;
+pub mod names;
+mod objects;
 pub mod types;
-pub use stub::*;
+mod usage;
+
 pub use types::*;
+
+use crate::base::Base;
+use crate::chain::{Budget, Chain};
+use crate::disk::{CowDisk, Disk};
+use crate::error::{Error, Kind, Result};
+use crate::format::text::Record;
+use crate::format::{Header, MAX_DEPTH, VERSION};
+use crate::io::os::OsDir;
+use crate::io::{Access, Dir, EntryKind, File};
+use crate::layer::{Layer, ReadLayer, read_header};
+use crate::units::{BLOCK, Id, blocks};
+use names::{NameRecord, read_name, read_record};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// Where ids and times come from.
+#[derive(Clone)]
+pub struct Env {
+    /// A fresh random id.
+    pub id: Arc<dyn Fn() -> Id + Send + Sync>,
+    /// Seconds since 1970.
+    pub now: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl Env {
+    /// The operating system's.
+    pub fn os() -> Env {
+        Env {
+            id: Arc::new(|| {
+                let mut id = [0u8; 16];
+                let mut at = 0;
+                while at < id.len() {
+                    // Cannot fail for so few bytes once the system is up; a short read is continued.
+                    match rustix::rand::getrandom(
+                        &mut id[at..],
+                        rustix::rand::GetRandomFlags::empty(),
+                    ) {
+                        Ok(n) => at += n,
+                        Err(rustix::io::Errno::INTR) => {}
+                        Err(e) => {
+                            tracing::error!("getrandom: {e}");
+                            std::process::abort();
+                        }
+                    }
+                }
+                Id(id)
+            }),
+            now: Arc::new(|| {
+                std::time::SystemTime::now()
+                    .duration_since(std::time::UNIX_EPOCH)
+                    .map_or(0, |d| d.as_secs())
+            }),
+        }
+    }
+}
+
+/// How long a command waits for another one that changes names.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// File that says what the directory is.
+const STORE_FILE: &str = "forkdisk.toml";
+
+/// An open store.
+pub struct Store {
+    path: PathBuf,
+    id: Id,
+    env: Env,
+    root: Arc<dyn Dir>,
+    names: Arc<dyn Dir>,
+    layers: Arc<dyn Dir>,
+    bases: Arc<dyn Dir>,
+    budget: Arc<Budget>,
+    open_layers: Mutex<HashMap<Id, Weak<ReadLayer>>>,
+    open_bases: Mutex<HashMap<Id, Weak<Base>>>,
+    open_chains: Mutex<HashMap<Below, Weak<Chain>>>,
+}
+
+/// The names lock, held while this lives.
+pub struct NamesLock(#[expect(dead_code, reason = "held for its lock")] Arc<dyn File>);
+
+/// File name of a layer.
+pub fn layer_file(id: Id) -> String {
+    format!("{id}.layer")
+}
+
+impl Store {
+    /// Makes a store at `path` (a new or empty directory); `Exists` if there is one.
+    pub fn init(path: &Path) -> Result<Store> {
+        match Store::open(path) {
+            Ok(_) => {
+                return Err(Error::new(
+                    Kind::Exists,
+                    format!("there is a store at {} already", path.display()),
+                )
+                .hint("use it, or choose another directory with --store"));
+            }
+            Err(e) if e.kind() == Kind::NoStore => {}
+            Err(e) => return Err(e),
+        }
+        let dir = OsDir::create(path)?;
+        Store::init_on(Arc::new(dir), path, Env::os())
+    }
+    /// Opens the store at `path`; `NoStore` if there is none.
+    pub fn open(path: &Path) -> Result<Store> {
+        let dir = OsDir::open(path).map_err(|e| match e.kind() {
+            Kind::NotFound => no_store(path),
+            _ => e,
+        })?;
+        Store::open_on(Arc::new(dir), path, Env::os())
+    }
+    /// Opens the store at `path`, making it first if there is none.
+    pub fn open_or_init(path: &Path) -> Result<Store> {
+        match Store::open(path) {
+            Err(e) if e.kind() == Kind::NoStore => match Store::init(path) {
+                // Another command was faster.
+                Err(e) if e.kind() == Kind::Exists => Store::open(path),
+                other => other,
+            },
+            other => other,
+        }
+    }
+    /// Makes a store in `root`. Every step can be repeated after a crash.
+    pub fn init_on(root: Arc<dyn Dir>, path: &Path, env: Env) -> Result<Store> {
+        for (name, _) in root.list()? {
+            let ours = matches!(
+                name.as_str(),
+                "bases" | "layers" | "names" | "lock" | "run" | "lost+found"
+            ) || name.starts_with(names::TEMPORARY);
+            if !ours {
+                return Err(Error::new(
+                    Kind::Exists,
+                    format!(
+                        "{} is neither empty nor a store: it contains `{name}`",
+                        path.display()
+                    ),
+                )
+                .hint("choose an empty or new directory"));
+            }
+        }
+        for dir in ["bases", "layers", "names", "run"] {
+            match root.create_dir(dir) {
+                Err(e) if e.kind() == Kind::Exists => {}
+                other => other?,
+            }
+        }
+        let lock = match root.open("lock", Access::CreateNew) {
+            Err(e) if e.kind() == Kind::Exists => root.open("lock", Access::Write)?,
+            other => other?,
+        };
+        wait_for(&*lock, true)?;
+        if root.entry(STORE_FILE)?.is_some() {
+            return Err(Error::new(
+                Kind::Exists,
+                format!("there is a store at {} already", path.display()),
+            )
+            .hint("use it, or choose another directory with --store"));
+        }
+        let record = Record::new()
+            .with("format", VERSION.to_string())
+            .with("id", (env.id)().to_string())
+            .encode();
+        let temporary = names::stage(&*root, STORE_FILE, &record, true)?;
+        root.sync()?;
+        root.rename_new(&temporary, STORE_FILE)?;
+        root.sync()?;
+        drop(lock);
+        Store::open_on(root, path, env)
+    }
+    /// Opens the store in `root`.
+    pub fn open_on(root: Arc<dyn Dir>, path: &Path, env: Env) -> Result<Store> {
+        let bytes = read_record(&*root, STORE_FILE).map_err(|e| match e.kind() {
+            Kind::NotFound => no_store(path),
+            _ => e,
+        })?;
+        let store_file = path.join(STORE_FILE);
+        let record = Record::decode(&bytes).map_err(|e| {
+            e.context(format!("{} is damaged", store_file.display()))
+                .hint("restore the file from a backup")
+        })?;
+        let version = record.number("format").map_err(|e| e.path(&store_file))?;
+        if version > u64::from(VERSION) {
+            return Err(Error::new(
+                Kind::Version,
+                format!("the store {} has format version {version}, newer than this forkdisk reads ({VERSION})", path.display()),
+            )
+            .hint("use a newer forkdisk"));
+        }
+        let id = Id::parse(record.need("id")?).ok_or_else(|| {
+            Error::new(Kind::Corrupt, "the store's id is no id").path(&store_file)
+        })?;
+        let sub = |name: &str| {
+            root.subdir(name).map_err(|e| {
+                e.context(format!("the store {} is not whole", path.display()))
+                    .hint("restore the directory from a backup; `forkdisk check` tells what is missing")
+            })
+        };
+        Ok(Store {
+            path: path.to_path_buf(),
+            id,
+            env,
+            names: sub("names")?,
+            layers: sub("layers")?,
+            bases: sub("bases")?,
+            root,
+            budget: Arc::default(),
+            open_layers: Mutex::default(),
+            open_bases: Mutex::default(),
+            open_chains: Mutex::default(),
+        })
+    }
+    /// Its id.
+    pub fn id(&self) -> Id {
+        self.id
+    }
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+    /// Directory of the daemon's socket, log and mount point.
+    pub fn run_dir(&self) -> PathBuf {
+        self.path.join("run")
+    }
+    /// The store's directory.
+    pub fn root(&self) -> &Arc<dyn Dir> {
+        &self.root
+    }
+    /// The directory of names.
+    pub fn names_dir(&self) -> &Arc<dyn Dir> {
+        &self.names
+    }
+    /// The directory of layers.
+    pub fn layers_dir(&self) -> &Arc<dyn Dir> {
+        &self.layers
+    }
+    /// The directory of bases.
+    pub fn bases_dir(&self) -> &Arc<dyn Dir> {
+        &self.bases
+    }
+    /// Takes the lock of the names: shared for reading, exclusive for changes. Waits for others a while.
+    pub fn lock(&self, exclusive: bool) -> Result<NamesLock> {
+        let file = self.root.open("lock", Access::Read)?;
+        wait_for(&*file, exclusive)?;
+        Ok(NamesLock(file))
+    }
+
+    // ---- looking ---------------------------------------------------------------------------------------------
+
+    /// All names, without temporary ones, sorted.
+    fn all_names(&self) -> Result<Vec<String>> {
+        let mut all: Vec<String> = self
+            .names
+            .list()?
+            .into_iter()
+            .filter(|(name, kind)| *kind == EntryKind::File && !name.starts_with('.'))
+            .map(|(name, _)| name)
+            .collect();
+        all.sort();
+        Ok(all)
+    }
+    /// All named objects, sorted by name.
+    pub fn list(&self) -> Result<Vec<Object>> {
+        let _lock = self.lock(false)?;
+        self.list_locked()
+    }
+    fn list_locked(&self) -> Result<Vec<Object>> {
+        self.all_names()?
+            .iter()
+            .map(|name| self.object(name))
+            .collect()
+    }
+    /// The object behind a name that exists.
+    fn object(&self, name: &str) -> Result<Object> {
+        let record = read_name(&*self.names, name)?;
+        self.object_of(name, record)
+    }
+    fn object_of(&self, name: &str, record: NameRecord) -> Result<Object> {
+        let missing = |e: Error| match e.kind() {
+            Kind::NotFound => e
+                .context(format!("`{name}` refers to something that is gone"))
+                .with_kind(Kind::Corrupt)
+                .hint("`forkdisk check` tells what is missing; restore the file from a backup"),
+            _ => e.context(format!("`{name}` cannot be read")),
+        };
+        let (size, parent) = match record.target {
+            Below::Base(id) => (
+                blocks(self.base_meta(id).map_err(missing)?.len) * BLOCK,
+                None,
+            ),
+            Below::Layer(id) => {
+                let (header, size) = self.layer_head(id).map_err(missing)?;
+                (size, Some(parent_of(&header)))
+            }
+        };
+        Ok(Object {
+            name: name.to_string(),
+            kind: record.kind,
+            id: record.target.id(),
+            size,
+            parent,
+            created: record.created,
+            message: record.message,
+        })
+    }
+    /// Header and present size of a layer file, without opening its maps.
+    fn layer_head(&self, id: Id) -> Result<(Header, u64)> {
+        let file = self.layers.open(&layer_file(id), Access::Read)?;
+        let header = read_header(&*file)?;
+        if header.layer != id.0 {
+            return Err(Error::new(
+                Kind::Corrupt,
+                "the layer file holds another layer than its name says",
+            )
+            .path(file.path())
+            .hint("restore the file from a backup"));
+        }
+        let size = crate::layer::recover::superblock(&*file, &header)?
+            .superblock
+            .size
+            .get();
+        Ok((header, size))
+    }
+    /// Finds an object by name, or by a unique beginning of its id (at least four digits).
+    pub fn resolve(&self, reference: &str) -> Result<Object> {
+        let _lock = self.lock(false)?;
+        self.resolve_locked(reference)
+    }
+    fn resolve_locked(&self, reference: &str) -> Result<Object> {
+        match reference.split_once('@') {
+            Some(_) => drop(names::split_snapshot(reference)?),
+            None => names::check_part(reference)?,
+        }
+        match self.object(reference) {
+            Err(e) if e.kind() == Kind::NotFound => {}
+            other => return other,
+        }
+        let hex = reference.len() >= 4
+            && reference
+                .bytes()
+                .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if hex {
+            let mut found = Vec::new();
+            for name in self.all_names()? {
+                let record = read_name(&*self.names, &name)?;
+                if record.target.id().to_string().starts_with(reference) {
+                    found.push((name, record));
+                }
+            }
+            if found.len() > 1 {
+                let list: Vec<&str> = found.iter().map(|(n, _)| n.as_str()).collect();
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("`{reference}` could be any of {}", list.join(", ")),
+                )
+                .hint("give more digits of the id, or the name"));
+            }
+            if let Some((name, record)) = found.pop() {
+                return self.object_of(&name, record);
+            }
+        }
+        Err(Error::new(
+            Kind::NotFound,
+            format!("there is no `{reference}` in {}", self.path.display()),
+        )
+        .hint("`forkdisk ls` lists all names"))
+    }
+
+    // ---- opening ---------------------------------------------------------------------------------------------
+
+    /// Opens a base, or finds it open.
+    pub fn base(&self, id: Id) -> Result<Arc<Base>> {
+        let mut open = self.open_bases.lock();
+        if let Some(base) = open.get(&id).and_then(Weak::upgrade) {
+            return Ok(base);
+        }
+        let meta = self.base_meta(id)?;
+        let base = Arc::new(import::open_base(self, &meta)?);
+        open.retain(|_, b| b.strong_count() > 0);
+        open.insert(id, Arc::downgrade(&base));
+        Ok(base)
+    }
+    /// Opens a sealed layer, or finds it open.
+    fn sealed(&self, id: Id) -> Result<Arc<ReadLayer>> {
+        let mut open = self.open_layers.lock();
+        if let Some(layer) = open.get(&id).and_then(Weak::upgrade) {
+            return Ok(layer);
+        }
+        let file = self
+            .layers
+            .open(&layer_file(id), Access::Read)
+            .map_err(|e| match e.kind() {
+                Kind::NotFound => e
+                    .context(format!("layer {id} is gone"))
+                    .with_kind(Kind::Corrupt),
+                _ => e,
+            })?;
+        let layer = Arc::new(self.read_sealed(id, file)?);
+        open.retain(|_, l| l.strong_count() > 0);
+        open.insert(id, Arc::downgrade(&layer));
+        Ok(layer)
+    }
+    fn read_sealed(&self, id: Id, file: Arc<dyn File>) -> Result<ReadLayer> {
+        file.lock(false)
+            .map_err(|e| in_use(&e, "the layer is open for writing"))?;
+        let layer = ReadLayer::open(file)?;
+        if layer.id() != id || layer.state() != crate::layer::State::Sealed {
+            let what = if layer.id() == id {
+                "a parent layer is not sealed"
+            } else {
+                "the file holds another layer"
+            };
+            return Err(Error::new(Kind::Corrupt, what)
+                .layer(id)
+                .path(layer.file().path())
+                .hint("restore the layer file from a backup"));
+        }
+        Ok(layer)
+    }
+    /// The chain from `below` down; disks over the same parent share it.
+    pub fn chain(&self, below: Below) -> Result<Arc<Chain>> {
+        if let Some(chain) = self.open_chains.lock().get(&below).and_then(Weak::upgrade) {
+            return Ok(chain);
+        }
+        let mut layers: Vec<Arc<ReadLayer>> = Vec::new();
+        let mut at = below;
+        let base = loop {
+            match at {
+                Below::Base(id) => break self.base(id)?,
+                Below::Layer(id) => {
+                    let layer = self.sealed(id)?;
+                    let depth = layer.header().depth.get();
+                    // Depths fall by one at each step, so no chain can be a circle.
+                    if layers
+                        .last()
+                        .is_some_and(|upper| upper.header().depth.get() != depth + 1)
+                    {
+                        return Err(Error::new(
+                            Kind::Corrupt,
+                            "the depths of a chain of layers do not fit each other",
+                        )
+                        .layer(id)
+                        .path(layer.file().path())
+                        .hint("restore the layer file from a backup"));
+                    }
+                    at = parent_of(layer.header());
+                    layers.push(layer);
+                }
+            }
+        };
+        let chain = Arc::new(Chain::new(layers, base, self.budget.clone()));
+        let mut open = self.open_chains.lock();
+        open.retain(|_, c| c.strong_count() > 0);
+        open.insert(below, Arc::downgrade(&chain));
+        Ok(chain)
+    }
+    /// Opens an object as a disk: for writing only if it is a disk.
+    pub fn open_disk(&self, object: &Object, writable: bool) -> Result<Arc<dyn Disk>> {
+        Ok(self.open_cow(object, writable)?)
+    }
+    /// [`Store::open_disk`], as the copy-on-write disk it is.
+    pub fn open_cow(&self, object: &Object, writable: bool) -> Result<Arc<CowDisk>> {
+        match object.kind {
+            ObjectKind::Disk if writable => {
+                let _lock = self.lock(true)?;
+                // It may have been renamed, snapshotted or removed since it was looked up.
+                let object = self.object(&object.name)?;
+                let (layer, chain) = self.open_top(&object)?;
+                Ok(Arc::new(CowDisk::writable(layer, chain)))
+            }
+            ObjectKind::Disk => {
+                let file = self.layers.open(&layer_file(object.id), Access::Read)?;
+                file.lock(false)
+                    .map_err(|e| in_use(&e, &format!("`{}` is attached", object.name)))?;
+                let layer = ReadLayer::open(file)?;
+                let below = self.chain(parent_of(layer.header()))?;
+                let mut layers = vec![Arc::new(layer)];
+                layers.extend(below.layers().iter().cloned());
+                let chain = Chain::new(layers, below.base().clone(), self.budget.clone());
+                Ok(Arc::new(CowDisk::read_only(Arc::new(chain))))
+            }
+            _ if writable => Err(Error::new(
+                Kind::ReadOnly,
+                format!(
+                    "`{}` is a {} and can only be read",
+                    object.name,
+                    object.kind.word()
+                ),
+            )
+            .hint(format!(
+                "`forkdisk fork NAME --from {}` makes a writable disk from it",
+                object.name
+            ))),
+            ObjectKind::Base => Ok(Arc::new(CowDisk::read_only(
+                self.chain(Below::Base(object.id))?,
+            ))),
+            ObjectKind::Image | ObjectKind::Snapshot => Ok(Arc::new(CowDisk::read_only(
+                self.chain(Below::Layer(object.id))?,
+            ))),
+        }
+    }
+    /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
+    /// completed by a new layer on top. The names lock is held.
+    fn open_top(&self, object: &Object) -> Result<(Layer, Arc<Chain>)> {
+        let file = self.open_exclusive(object)?;
+        let header = read_header(&*file)?;
+        let state = crate::layer::recover::superblock(&*file, &header)?
+            .superblock
+            .state
+            .get();
+        if state == crate::format::STATE_SEALED {
+            drop(file);
+            tracing::warn!(
+                disk = object.name,
+                "a snapshot was interrupted; the disk goes on in a new layer"
+            );
+            let fresh = self.put_layer_on_top(object)?;
+            return self.open_top(&self.object_of(&object.name, fresh)?);
+        }
+        let layer = Layer::open(file)
+            .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
+        let chain = self.chain(parent_of(&header))?;
+        let opened = layer.opened();
+        if opened.recovered {
+            tracing::info!(
+                disk = object.name,
+                commits = opened.commits,
+                "recovered a disk that was not closed cleanly"
+            );
+        }
+        if let Some(commit) = opened.dropped {
+            tracing::warn!(
+                disk = object.name,
+                commit,
+                "the last commit was incomplete and was dropped: it was never acknowledged"
+            );
+        }
+        if opened.damaged_copy {
+            tracing::warn!(
+                disk = object.name,
+                "one copy of the superblock could not be read; the other was used"
+            );
+        }
+        Ok((layer, chain))
+    }
+    fn open_exclusive(&self, object: &Object) -> Result<Arc<dyn File>> {
+        let file = self.layers.open(&layer_file(object.id), Access::Write)?;
+        file.lock(true)
+            .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
+        Ok(file)
+    }
+}
+
+/// What a layer stands on.
+pub fn parent_of(header: &Header) -> Below {
+    if header.parent_kind.get() == 0 {
+        Below::Base(Id(header.parent))
+    } else {
+        Below::Layer(Id(header.parent))
+    }
+}
+
+fn no_store(path: &Path) -> Error {
+    Error::new(
+        Kind::NoStore,
+        format!("there is no store at {}", path.display()),
+    )
+    .hint("`forkdisk import` or `forkdisk init` makes one; --store names another")
+}
+
+fn in_use(e: &Error, what: &str) -> Error {
+    if e.kind() != Kind::Busy {
+        return e.clone();
+    }
+    Error::new(Kind::Busy, what)
+        .hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it")
+}
+
+fn too_deep(name: &str) -> Error {
+    Error::new(
+        Kind::Invalid,
+        format!("`{name}` stands on {MAX_DEPTH} layers already, the most there can be"),
+    )
+    .hint("export it and import the result as a new image")
+}
+
+/// Takes a file's lock, waiting for others.
+fn wait_for(file: &dyn File, exclusive: bool) -> Result<()> {
+    let mut waited = Duration::ZERO;
+    let step = Duration::from_millis(2);
+    loop {
+        match file.lock(exclusive) {
+            Err(e) if e.kind() == Kind::Busy && waited < LOCK_WAIT => {
+                std::thread::sleep(step);
+                waited += step;
+            }
+            Err(e) if e.kind() == Kind::Busy => {
+                return Err(
+                    Error::new(Kind::Busy, "another command keeps the store locked")
+                        .path(file.path())
+                        .hint("wait for it to end; `fuser` on the lock file names it"),
+                );
+            }
+            other => return other,
+        }
+    }
+}

@@ -132,6 +132,48 @@ pub enum ImportMode {
     Link,
 }
 
+/// Where an image comes from.
+pub enum ImportSource<'a> {
+    /// A file.
+    Path(&'a std::path::Path),
+    /// A stream of raw bytes.
+    Reader(&'a mut dyn std::io::Read),
+}
+
+/// A layer file.
+#[derive(Clone, Debug)]
+pub struct LayerInfo {
+    /// Its id.
+    pub id: Id,
+    /// What it stands on.
+    pub parent: Below,
+    /// `writable`, `clean` or `sealed`.
+    pub state: &'static str,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Host bytes allocated.
+    pub allocated: u64,
+    /// Bytes of data blocks.
+    pub private_bytes: u64,
+    /// Blocks recorded as zeros.
+    pub zero_blocks: u64,
+    /// Layers from here to the base.
+    pub depth: u32,
+    /// The names that refer to it.
+    pub names: Vec<String>,
+}
+
+/// What a collection of garbage took away (or would).
+#[derive(Clone, Debug, Default)]
+pub struct GcReport {
+    /// Layers and bases that nothing named or needed.
+    pub layers: Vec<Id>,
+    /// Temporary files of interrupted operations.
+    pub files: Vec<String>,
+    /// Host bytes freed.
+    pub bytes: u64,
+}
+
 /// Told how far long work is. `total` 0 means unknown.
 pub trait Progress: Sync {
     /// `done` of `total` bytes are done. Returning `false` cancels the work (kind `Interrupted`).

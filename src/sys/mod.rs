@@ -1,6 +1,14 @@
-//! The system calls that no safe library offers, each in a small safe shape.
+//! What the operating system offers beyond files: loop devices, mounts, processes, descriptor passing.
+//!
+//! Earth: this floor knows nothing of disks, layers or stores. Everything here is Linux, and each
+//! function is one thing the kernel does, with the kernel's races and delays taken care of.
 
+pub mod fdpass;
 pub mod freeze;
+pub mod holders;
 pub mod idle;
+pub mod loopdev;
 pub mod mounts;
+pub mod probe;
+pub mod process;
 pub mod signals;

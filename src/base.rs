@@ -1,0 +1,118 @@
+//! One base image: a raw file that is only ever read (FORMAT.md, section 2).
+//!
+//! The file is never mapped where its bytes are looked at: it may be someone else's (`--link`), and someone else may cut it. Reads
+//! go through the host's page cache, which is the one copy that all disks share.
+
+use crate::error::{Error, Kind, Result};
+use crate::format::{self, SumsHeader, ZERO_SUM};
+use crate::io::{File, Mapping};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, blocks};
+use std::sync::Arc;
+
+/// An open base.
+pub struct Base {
+    id: Id,
+    file: Arc<dyn File>,
+    len: u64,
+    sums: Option<Mapping>,
+}
+
+impl Base {
+    /// Opens a base whose image is `len` bytes long; `sums` is its file of checksums, if there is one.
+    pub fn open(
+        id: Id,
+        file: Arc<dyn File>,
+        len: u64,
+        sums: Option<Arc<dyn File>>,
+    ) -> Result<Base> {
+        let found = file.len()?;
+        if found != len {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("the base image has {found} bytes, but had {len} when it was imported"),
+            )
+            .path(file.path())
+            .hint("restore the image: all disks over it depend on its exact contents"));
+        }
+        let sums = match sums {
+            None => None,
+            Some(sums) => {
+                let n = blocks(len);
+                let mut head = vec![0; BLOCK_SIZE];
+                sums.read_at(&mut head, 0)?;
+                let header = SumsHeader::decode(&head, &id).map_err(|e| e.path(sums.path()))?;
+                if header.blocks.get() != n || sums.len()? < BLOCK + n * 4 {
+                    return Err(
+                        Error::new(Kind::Corrupt, "the checksums of the base are cut")
+                            .path(sums.path())
+                            .hint("restore the file from a backup, or import the image again"),
+                    );
+                }
+                Some(sums.map(BLOCK, (n * 4) as usize)?)
+            }
+        };
+        Ok(Base {
+            id,
+            file,
+            len,
+            sums,
+        })
+    }
+    /// Its id.
+    pub fn id(&self) -> Id {
+        self.id
+    }
+    /// Length of the image in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+    /// Is the image empty? No base is.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Its file.
+    pub fn file(&self) -> &Arc<dyn File> {
+        &self.file
+    }
+    /// The CRC that block `lba` must have, where sums are known.
+    fn sum(&self, lba: u64) -> Option<u32> {
+        let at = lba as usize * 4;
+        let raw = self.sums.as_ref()?.get(at..at + 4)?;
+        Some(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]) ^ ZERO_SUM)
+    }
+    /// Reads whole blocks from `lba` on; what lies past the image's end is zeros.
+    pub fn read_blocks(&self, lba: Lba, buf: &mut [u8]) -> Result<()> {
+        debug_assert!(buf.len().is_multiple_of(BLOCK_SIZE));
+        let at = lba.at();
+        let inside = self.len.saturating_sub(at).min(buf.len() as u64) as usize;
+        let (data, past) = buf.split_at_mut(inside);
+        past.fill(0);
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.file.read_at(data, at).map_err(|e| {
+            e.context(format!("cannot read base {}", self.id))
+                .block(lba)
+        })?;
+        if self.sums.is_some() {
+            let whole = inside.next_multiple_of(BLOCK_SIZE);
+            for (i, block) in buf[..whole].chunks_exact(BLOCK_SIZE).enumerate() {
+                let block_lba = u64::from(lba.0) + i as u64;
+                if self
+                    .sum(block_lba)
+                    .is_some_and(|sum| sum != format::crc(block))
+                {
+                    return Err(Error::new(
+                        Kind::Corrupt,
+                        format!("the base image does not match its checksum (base {})", self.id),
+                    )
+                    .block(Lba(block_lba as u32))
+                    .offset(block_lba * BLOCK)
+                    .path(self.file.path())
+                    .hint("restore the image from a backup; disks that do not read this block are not affected"));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! Top-down resolution of a region through sealed layers, memoised.
+//!
+//! A chain is a sealed layer, the layers below it, and the base. It never changes, so an answer once found holds for ever, and all
+//! disks over the same parent share the chain and its answers. Depth costs at the first touch of a region only.
+
+use crate::base::Base;
+use crate::error::Result;
+use crate::format::Pointer;
+use crate::layer::ReadLayer;
+use crate::map::RegionMap;
+use crate::units::{Lba, REGION_BLOCKS, Region, Slot};
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Where a block of a chain is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// In the base, at its own offset (or past its end: zeros).
+    Base,
+    /// Zeros, by the word of the layer `depth` steps below the top of the chain.
+    Zero {
+        /// Layers above it in the chain.
+        depth: u16,
+    },
+    /// A slot of the layer `depth` steps below the top of the chain.
+    Slot {
+        /// Layers above it in the chain.
+        depth: u16,
+        /// Slot of that layer's file.
+        slot: Slot,
+        /// CRC of the block.
+        sum: u32,
+    },
+}
+
+/// Places of all blocks of a region.
+#[derive(Clone, Debug)]
+enum Resolved {
+    /// No layer has anything here.
+    Base,
+    /// One place a block.
+    Mixed(Box<[Place; REGION_BLOCKS]>),
+}
+
+/// Memory for resolved regions, shared by all chains that are given the same budget.
+pub struct Budget {
+    used: AtomicUsize,
+    limit: usize,
+}
+
+impl Budget {
+    /// At most about `limit` bytes.
+    pub fn new(limit: usize) -> Arc<Budget> {
+        Arc::new(Budget {
+            used: AtomicUsize::new(0),
+            limit,
+        })
+    }
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used.load(Relaxed)
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget {
+            used: AtomicUsize::new(0),
+            limit: DEFAULT_BUDGET,
+        }
+    }
+}
+
+/// Bytes of resolved regions kept: 64 MiB are about 8,000 regions or 16 GiB of disk in use at a time.
+pub const DEFAULT_BUDGET: usize = 64 << 20;
+
+/// Shards of the cache.
+const SHARDS: usize = 16;
+
+/// A sealed layer and all below it; or a base alone.
+pub struct Chain {
+    /// From the top down.
+    layers: Vec<Arc<ReadLayer>>,
+    base: Arc<Base>,
+    cache: Vec<RwLock<HashMap<u32, Arc<Resolved>>>>,
+    budget: Arc<Budget>,
+}
+
+fn weight(resolved: &Resolved) -> usize {
+    match resolved {
+        Resolved::Base => 64,
+        Resolved::Mixed(_) => REGION_BLOCKS * size_of::<Place>() + 64,
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        let held: usize = self
+            .cache
+            .iter()
+            .flat_map(|s| s.read().values().map(|r| weight(r)).collect::<Vec<_>>())
+            .sum();
+        self.budget.used.fetch_sub(held, Relaxed);
+    }
+}
+
+impl Chain {
+    /// A chain of sealed layers, top down, over a base.
+    pub fn new(layers: Vec<Arc<ReadLayer>>, base: Arc<Base>, budget: Arc<Budget>) -> Chain {
+        Chain {
+            layers,
+            base,
+            cache: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            budget,
+        }
+    }
+    /// Number of layers.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+    /// The layers, top down.
+    pub fn layers(&self) -> &[Arc<ReadLayer>] {
+        &self.layers
+    }
+    /// The base.
+    pub fn base(&self) -> &Arc<Base> {
+        &self.base
+    }
+    /// Virtual size of what the chain holds: what its top layer says, or the base's length in whole blocks.
+    pub fn size(&self) -> u64 {
+        match self.layers.first() {
+            Some(top) => top.size(),
+            None => crate::units::blocks(self.base.len()) * crate::units::BLOCK,
+        }
+    }
+    fn resolve(&self, region: Region) -> Result<Arc<Resolved>> {
+        let shard = &self.cache[region.0 as usize % SHARDS];
+        if let Some(found) = shard.read().get(&region.0) {
+            return Ok(found.clone());
+        }
+        let resolved = Arc::new(self.walk(region)?);
+        let mut shard = shard.write();
+        if self.budget.used.load(Relaxed) + weight(&resolved) > self.budget.limit {
+            // Whichever come first: the order of a hash map is as good as random, and costs nothing to keep.
+            let gone: Vec<u32> = shard.keys().take(shard.len() / 4 + 1).copied().collect();
+            for r in gone {
+                if let Some(old) = shard.remove(&r) {
+                    self.budget.used.fetch_sub(weight(&old), Relaxed);
+                }
+            }
+        }
+        self.budget.used.fetch_add(weight(&resolved), Relaxed);
+        if let Some(old) = shard.insert(region.0, resolved.clone()) {
+            self.budget.used.fetch_sub(weight(&old), Relaxed);
+        }
+        Ok(resolved)
+    }
+    /// The first touch: every layer is asked, from the top.
+    fn walk(&self, region: Region) -> Result<Resolved> {
+        let mut places: Option<Box<[Place; REGION_BLOCKS]>> = None;
+        // Blocks that no layer has decided yet.
+        let mut open = [u64::MAX; crate::map::WORDS];
+        for (depth, layer) in self.layers.iter().enumerate() {
+            let map = layer.region(region)?;
+            if map.is_empty() {
+                continue;
+            }
+            let places = places.get_or_insert_with(|| Box::new([Place::Base; REGION_BLOCKS]));
+            self.lay(&map, depth as u16, places, &mut open);
+            if open.iter().all(|w| *w == 0) {
+                break;
+            }
+        }
+        Ok(places.map_or(Resolved::Base, Resolved::Mixed))
+    }
+    fn lay(
+        &self,
+        map: &RegionMap,
+        depth: u16,
+        places: &mut [Place; REGION_BLOCKS],
+        open: &mut [u64; crate::map::WORDS],
+    ) {
+        for (index, pointer) in map.iter() {
+            let bit = 1u64 << (index % 64);
+            if open[index / 64] & bit == 0 {
+                continue;
+            }
+            open[index / 64] &= !bit;
+            places[index] = match pointer {
+                Pointer::Data { slot, sum } => Place::Slot { depth, slot, sum },
+                Pointer::Zero | Pointer::Absent => Place::Zero { depth },
+            };
+        }
+        if map.fill() {
+            for (index, place) in places.iter_mut().enumerate() {
+                if open[index / 64] >> (index % 64) & 1 == 1 {
+                    *place = Place::Zero { depth };
+                }
+            }
+            *open = [0; crate::map::WORDS];
+        }
+    }
+    /// Where blocks `index..index+out.len()` of a region are.
+    pub fn places(&self, region: Region, index: usize, out: &mut [Place]) -> Result<()> {
+        if self.layers.is_empty() {
+            out.fill(Place::Base);
+            return Ok(());
+        }
+        match &*self.resolve(region)? {
+            Resolved::Base => out.fill(Place::Base),
+            Resolved::Mixed(places) => out.copy_from_slice(&places[index..index + out.len()]),
+        }
+        Ok(())
+    }
+    /// Does the whole region come from the base?
+    pub fn is_base(&self, region: Region) -> Result<bool> {
+        Ok(self.layers.is_empty() || matches!(&*self.resolve(region)?, Resolved::Base))
+    }
+    /// Reads `n` neighbouring blocks that begin at `place` into `buf`. For a slot, `sums` are the checksums.
+    pub fn read_blocks(&self, place: Place, sums: &[u32], lba: Lba, buf: &mut [u8]) -> Result<()> {
+        match place {
+            Place::Base => self.base.read_blocks(lba, buf),
+            Place::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Place::Slot { depth, slot, .. } => {
+                self.layers[depth as usize].read_blocks(slot, sums, lba, buf)
+            }
+        }
+    }
+}

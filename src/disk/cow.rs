@@ -1,0 +1,528 @@
+//! The copy-on-write disk: one writable layer over a chain, or a chain alone.
+//!
+//! Every request holds `top` for reading while it runs; a seal takes it for writing, which quiesces the disk.
+
+use super::{Disk, Extent, Source};
+use crate::chain::{Chain, Place};
+use crate::error::{Error, Kind, Result};
+use crate::format::{self, Pointer};
+use crate::io::File;
+use crate::layer::{Layer, State};
+use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
+use parking_lot::RwLock;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Blocks handled in one piece: bounds buffers and what one write reserves. 1 MiB, the largest request of the doors.
+const PIECE: usize = 256;
+
+struct Top {
+    layer: Option<Layer>,
+    chain: Arc<Chain>,
+}
+
+/// Blocks read, by where they came from, and written.
+#[derive(Default)]
+pub struct Counters {
+    /// Blocks read from the base.
+    pub from_base: AtomicU64,
+    /// Blocks read from sealed layers.
+    pub from_sealed: AtomicU64,
+    /// Blocks read from the disk's own layer.
+    pub from_own: AtomicU64,
+    /// Blocks that were zeros.
+    pub zeros: AtomicU64,
+    /// Blocks written.
+    pub written: AtomicU64,
+    /// Flushes.
+    pub flushes: AtomicU64,
+}
+
+/// A disk of the store.
+pub struct CowDisk {
+    size: u64,
+    top: RwLock<Top>,
+    counters: Counters,
+}
+
+/// Where the next blocks are, as the disk sees it.
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    Own(Slot, u32),
+    OwnZero,
+    Below(Place),
+}
+
+impl At {
+    /// Does a block at `other` directly continue one at `self` that is `n` blocks long?
+    fn continued_by(self, other: At, n: usize) -> bool {
+        match (self, other) {
+            (At::Own(a, _), At::Own(b, _)) => a.0 as usize + n == b.0 as usize,
+            (At::OwnZero, At::OwnZero) => true,
+            (At::Below(Place::Base), At::Below(Place::Base)) => true,
+            (At::Below(Place::Zero { depth: a }), At::Below(Place::Zero { depth: b })) => a == b,
+            (
+                At::Below(Place::Slot {
+                    depth: a, slot: s, ..
+                }),
+                At::Below(Place::Slot {
+                    depth: b, slot: t, ..
+                }),
+            ) => a == b && s.0 as usize + n == t.0 as usize,
+            _ => false,
+        }
+    }
+    fn sum(self) -> u32 {
+        match self {
+            At::Own(_, sum) | At::Below(Place::Slot { sum, .. }) => sum,
+            _ => 0,
+        }
+    }
+}
+
+impl CowDisk {
+    /// A disk that writes into `layer`, over `chain`.
+    pub fn writable(layer: Layer, chain: Arc<Chain>) -> CowDisk {
+        CowDisk {
+            size: layer.size(),
+            top: RwLock::new(Top {
+                layer: Some(layer),
+                chain,
+            }),
+            counters: Counters::default(),
+        }
+    }
+    /// A chain as a disk that can only be read.
+    pub fn read_only(chain: Arc<Chain>) -> CowDisk {
+        CowDisk {
+            size: chain.size(),
+            top: RwLock::new(Top { layer: None, chain }),
+            counters: Counters::default(),
+        }
+    }
+    /// What was read and written so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+    /// Blocks with data in the disk's own layer, and blocks it records as zeros.
+    pub fn private_blocks(&self) -> (u64, u64) {
+        self.top.read().layer.as_ref().map_or((0, 0), Layer::counts)
+    }
+    /// Gives freed space back to the host; for a housekeeping thread.
+    pub fn maintain(&self) -> Result<()> {
+        self.top
+            .read()
+            .layer
+            .as_ref()
+            .map_or(Ok(()), Layer::maintain)
+    }
+    /// Empties the journal into the block map: what a reopening would have to replay.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.top
+            .read()
+            .layer
+            .as_ref()
+            .map_or(Ok(()), Layer::checkpoint_now)
+    }
+    /// Quiesces the disk, seals its layer and goes on in what `next` makes of the sealed file: a new layer and the chain below
+    /// it. `next` is called between the seal and the first request that goes on; if it fails, the disk accepts nothing more until it is
+    /// reopened (its contents are safe in the sealed layer).
+    pub fn seal(
+        &self,
+        name: Option<&str>,
+        next: impl FnOnce(Arc<dyn File>) -> Result<(Layer, Arc<Chain>)>,
+    ) -> Result<()> {
+        // Most of the dirty data goes out while requests still run.
+        self.flush()?;
+        let mut top = self.top.write();
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
+        layer.close(State::Sealed, name)?;
+        let (layer, chain) = next(layer.file().clone())?;
+        *top = Top {
+            layer: Some(layer),
+            chain,
+        };
+        Ok(())
+    }
+    /// Flushes, checkpoints and closes. Requests that come later are refused.
+    pub fn close(&self) -> Result<()> {
+        let top = self.top.write();
+        match &top.layer {
+            Some(layer) => layer.close(State::Clean, None),
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self, at: u64, len: u64) -> Result<()> {
+        if at.checked_add(len).is_some_and(|end| end <= self.size) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "{len} bytes at {at} are outside the disk of {} bytes",
+                self.size
+            ),
+        ))
+    }
+
+    /// Where blocks of one region are. The caller holds a guard of the layer.
+    fn locate(top: &Top, region: Region, index: usize, out: &mut [At]) -> Result<()> {
+        let n = out.len();
+        let mut own = [Pointer::Absent; REGION_BLOCKS];
+        if let Some(layer) = &top.layer {
+            layer.lookup(region, index, &mut own[..n])?;
+        }
+        let mut below = [Place::Base; REGION_BLOCKS];
+        if own[..n].contains(&Pointer::Absent) {
+            top.chain.places(region, index, &mut below[..n])?;
+        }
+        for i in 0..n {
+            out[i] = match own[i] {
+                Pointer::Absent => At::Below(below[i]),
+                Pointer::Zero => At::OwnZero,
+                Pointer::Data { slot, sum } => At::Own(slot, sum),
+            };
+        }
+        Ok(())
+    }
+
+    /// Reads neighbouring blocks that begin at `place`.
+    fn fetch(&self, top: &Top, place: At, sums: &[u32], lba: Lba, buf: &mut [u8]) -> Result<()> {
+        let counter = match place {
+            At::Own(slot, _) => {
+                // A layer is there: its pointer was found.
+                if let Some(layer) = &top.layer {
+                    layer.read_blocks(slot, sums, lba, buf)?;
+                }
+                &self.counters.from_own
+            }
+            At::OwnZero => {
+                buf.fill(0);
+                &self.counters.zeros
+            }
+            At::Below(place) => {
+                top.chain.read_blocks(place, sums, lba, buf)?;
+                match place {
+                    Place::Base => &self.counters.from_base,
+                    Place::Zero { .. } => &self.counters.zeros,
+                    Place::Slot { .. } => &self.counters.from_sealed,
+                }
+            }
+        };
+        counter.fetch_add(sums.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Reads whole blocks.
+    fn read_whole(&self, top: &Top, lba: Lba, buf: &mut [u8]) -> Result<()> {
+        let total = buf.len() / BLOCK_SIZE;
+        let mut done = 0;
+        let mut places = [At::OwnZero; REGION_BLOCKS];
+        let mut sums = [0u32; REGION_BLOCKS];
+        while done < total {
+            let first = Lba(lba.0 + done as u32);
+            let n = (REGION_BLOCKS - first.index()).min(total - done);
+            // The guard is taken before the lookup and held until the data is copied.
+            let _guard = top.layer.as_ref().map(Layer::enter);
+            Self::locate(top, first.region(), first.index(), &mut places[..n])?;
+            let mut i = 0;
+            while i < n {
+                let start = places[i];
+                let mut len = 1;
+                sums[0] = start.sum();
+                while i + len < n && start.continued_by(places[i + len], len) {
+                    sums[len] = places[i + len].sum();
+                    len += 1;
+                }
+                let from = (done + i) * BLOCK_SIZE;
+                let part = &mut buf[from..from + len * BLOCK_SIZE];
+                let at = Lba(first.0 + i as u32);
+                self.fetch(top, start, &sums[..len], at, part)?;
+                i += len;
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Replaces part of one block: read, merge, write as a whole, and publish only if nobody changed the block meanwhile.
+    fn write_part(
+        &self,
+        top: &Top,
+        layer: &Layer,
+        lba: Lba,
+        offset: usize,
+        len: usize,
+        data: Option<&[u8]>,
+    ) -> Result<()> {
+        let mut block = [0u8; BLOCK_SIZE];
+        loop {
+            // Held until after publishing: the pointer compared below must not return in another life.
+            let _guard = layer.enter();
+            let mut place = [At::OwnZero];
+            Self::locate(top, lba.region(), lba.index(), &mut place)?;
+            // Read from the very place that is compared below, not from where the block may be by now.
+            self.fetch(top, place[0], &[place[0].sum()], lba, &mut block)?;
+            let before = match place[0] {
+                At::Own(slot, sum) => Pointer::Data { slot, sum },
+                At::OwnZero => Pointer::Zero,
+                At::Below(_) => Pointer::Absent,
+            };
+            match data {
+                Some(data) => block[offset..offset + len].copy_from_slice(data),
+                None => block[offset..offset + len].fill(0),
+            }
+            let zero = is_zero(&block);
+            let taken = layer.take(1, u32::from(!zero))?;
+            let pointer = if zero {
+                Pointer::Zero
+            } else {
+                if let Err(e) = layer.write_slots(&taken, &block) {
+                    layer.give_back(taken);
+                    return Err(e);
+                }
+                let slot = Slot(taken.extents.first().map_or(0, |e| e.0));
+                Pointer::Data {
+                    slot,
+                    sum: format::crc(&block),
+                }
+            };
+            if layer.publish_if(lba, pointer, before, taken)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Writes whole blocks, at most [`PIECE`]: the parent is never read.
+    fn write_whole(&self, layer: &Layer, lba: Lba, data: &[u8]) -> Result<()> {
+        let n = data.len() / BLOCK_SIZE;
+        let mut zero = [false; PIECE];
+        let mut slots = 0;
+        for (z, block) in zero.iter_mut().zip(data.chunks_exact(BLOCK_SIZE)) {
+            *z = is_zero(block);
+            slots += u32::from(!*z);
+        }
+        let taken = layer.take(n as u64, slots)?;
+        let mut pointers = Vec::with_capacity(n);
+        let mut free = taken
+            .extents
+            .iter()
+            .flat_map(|&(start, len)| start..start + len);
+        for (&z, block) in zero.iter().zip(data.chunks_exact(BLOCK_SIZE)) {
+            pointers.push(match free_slot(z, &mut free) {
+                None => Pointer::Zero,
+                Some(slot) => Pointer::Data {
+                    slot,
+                    sum: format::crc(block),
+                },
+            });
+        }
+        let written = if slots as usize == n {
+            layer.write_slots(&taken, data)
+        } else {
+            let dense: Vec<u8> = data
+                .chunks_exact(BLOCK_SIZE)
+                .zip(&zero)
+                .filter(|(_, z)| !**z)
+                .flat_map(|(block, _)| block.iter().copied())
+                .collect();
+            layer.write_slots(&taken, &dense)
+        };
+        if let Err(e) = written {
+            layer.give_back(taken);
+            return Err(e);
+        }
+        layer.publish(lba, &pointers, taken)
+    }
+}
+
+fn free_slot(zero: bool, free: &mut impl Iterator<Item = u32>) -> Option<Slot> {
+    if zero { None } else { free.next().map(Slot) }
+}
+
+/// Is it all zeros? Real data fails at its first bytes.
+fn is_zero(block: &[u8]) -> bool {
+    // Eight bytes at a time; the compiler makes wider ones of it.
+    block
+        .chunks_exact(64)
+        .all(|c| c.iter().fold(0u8, |a, b| a | b) == 0)
+}
+
+fn read_only() -> Error {
+    Error::new(Kind::ReadOnly, "the disk can only be read")
+        .hint("snapshots and images never change; `forkdisk fork` makes a writable disk from one")
+}
+
+impl Disk for CowDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read_only(&self) -> bool {
+        self.top.read().layer.is_none()
+    }
+    fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        self.check(at, buf.len() as u64)?;
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let top = self.top.read();
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let offset = (at % BLOCK) as usize;
+            let n = if offset != 0 || rest.len() < BLOCK_SIZE {
+                // Part of a block: the sum covers all of it.
+                let n = (BLOCK_SIZE - offset).min(rest.len());
+                let mut block = [0u8; BLOCK_SIZE];
+                self.read_whole(&top, Lba::of(at), &mut block)?;
+                rest[..n].copy_from_slice(&block[offset..offset + n]);
+                n
+            } else {
+                let n = rest.len() / BLOCK_SIZE * BLOCK_SIZE;
+                self.read_whole(&top, Lba::of(at), &mut rest[..n])?;
+                n
+            };
+            at += n as u64;
+            rest = &mut rest[n..];
+        }
+        Ok(())
+    }
+    fn write(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.check(at, buf.len() as u64)?;
+        let top = self.top.read();
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let offset = (at % BLOCK) as usize;
+            let n = if offset != 0 || rest.len() < BLOCK_SIZE {
+                let n = (BLOCK_SIZE - offset).min(rest.len());
+                self.write_part(&top, layer, Lba::of(at), offset, n, Some(&rest[..n]))?;
+                n
+            } else {
+                let n = (rest.len() / BLOCK_SIZE).min(PIECE) * BLOCK_SIZE;
+                self.write_whole(layer, Lba::of(at), &rest[..n])?;
+                n
+            };
+            at += n as u64;
+            rest = &rest[n..];
+        }
+        self.counters
+            .written
+            .fetch_add(crate::units::blocks(buf.len() as u64), Relaxed);
+        Ok(())
+    }
+    fn discard(&self, at: u64, len: u64) -> Result<()> {
+        self.check(at, len)?;
+        let top = self.top.read();
+        let Some(layer) = &top.layer else {
+            return Err(read_only());
+        };
+        let (mut at, end) = (at, at + len);
+        while at < end {
+            let offset = at % BLOCK;
+            if offset != 0 || end - at < BLOCK {
+                let n = (BLOCK - offset).min(end - at);
+                self.write_part(&top, layer, Lba::of(at), offset as usize, n as usize, None)?;
+                at += n;
+            } else {
+                let n = (end - at) / BLOCK;
+                layer.zero(Lba::of(at), n)?;
+                at += n * BLOCK;
+            }
+        }
+        Ok(())
+    }
+    fn flush(&self) -> Result<()> {
+        let top = self.top.read();
+        self.counters.flushes.fetch_add(1, Relaxed);
+        match &top.layer {
+            Some(layer) => layer.flush(),
+            None => Ok(()),
+        }
+    }
+    fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>> {
+        self.check(at, len)?;
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let top = self.top.read();
+        let own = u32::from(top.layer.is_some());
+        let base_end = crate::units::blocks(top.chain.base().len()) * BLOCK;
+        let first = at / BLOCK;
+        let last = (at + len).div_ceil(BLOCK);
+        let mut out: Vec<Extent> = Vec::new();
+        let mut places = [At::OwnZero; REGION_BLOCKS];
+        let mut block = first;
+        while block < last {
+            let lba = Lba(block as u32);
+            let n = ((REGION_BLOCKS - lba.index()) as u64).min(last - block) as usize;
+            let nothing = top
+                .layer
+                .as_ref()
+                .is_none_or(|l| l.knows_nothing(lba.region()));
+            if nothing && top.chain.is_base(lba.region())? {
+                // Most of a large disk: no need to look at each block.
+                let start = block * BLOCK;
+                let end = (block + n as u64) * BLOCK;
+                let cut = base_end.clamp(start, end);
+                for (from, to, source) in [(start, cut, Source::Base), (cut, end, Source::Absent)] {
+                    match out.last_mut() {
+                        _ if from == to => {}
+                        Some(e) if e.from == source => e.len += to - from,
+                        _ => out.push(Extent {
+                            at: from,
+                            len: to - from,
+                            from: source,
+                        }),
+                    }
+                }
+                block += n as u64;
+                continue;
+            }
+            let _guard = top.layer.as_ref().map(Layer::enter);
+            Self::locate(&top, lba.region(), lba.index(), &mut places[..n])?;
+            for (i, place) in places[..n].iter().enumerate() {
+                let at = (block + i as u64) * BLOCK;
+                let from = match *place {
+                    At::Own(slot, _) => Source::Layer { depth: 0, slot },
+                    At::OwnZero => Source::Zero { depth: 0 },
+                    At::Below(Place::Zero { depth }) => Source::Zero {
+                        depth: own + u32::from(depth),
+                    },
+                    At::Below(Place::Slot { depth, slot, .. }) => Source::Layer {
+                        depth: own + u32::from(depth),
+                        slot,
+                    },
+                    At::Below(Place::Base) if at < base_end => Source::Base,
+                    At::Below(Place::Base) => Source::Absent,
+                };
+                match out.last_mut() {
+                    Some(e) if continues(e, from) => e.len += BLOCK,
+                    _ => out.push(Extent {
+                        at,
+                        len: BLOCK,
+                        from,
+                    }),
+                }
+            }
+            block += n as u64;
+        }
+        Ok(out)
+    }
+}
+
+/// Does a block from `from` lengthen the extent?
+fn continues(extent: &Extent, from: Source) -> bool {
+    match (extent.from, from) {
+        (Source::Layer { depth: a, slot: s }, Source::Layer { depth: b, slot: t }) => {
+            a == b && u64::from(s.0) + extent.len / BLOCK == u64::from(t.0)
+        }
+        (a, b) => a == b,
+    }
+}

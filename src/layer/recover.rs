@@ -1,0 +1,286 @@
+//! Finding the state of a layer file: superblock copies, and the journal (FORMAT.md, section 4, "Recovery").
+//!
+//! Reads only. What it returns is what the writer then makes durable.
+
+use super::{MappedRun, region_of};
+use crate::error::{Error, Kind, Result};
+use crate::format::{
+    self, CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, Pointer, Superblock, decode_commit,
+};
+use crate::io::File;
+use crate::map::{Memtable, RegionMap};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The superblock that counts, and how it was found.
+pub struct Found {
+    /// The one that counts.
+    pub superblock: Superblock,
+    /// Neither copy was ever written: a fork that was never opened.
+    pub fresh: bool,
+    /// A copy that is unreadable although the other is not: said in the log.
+    pub damaged_copy: bool,
+}
+
+fn read_slot(file: &dyn File, slot: u32, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; BLOCK_SIZE];
+    let at = Slot(slot).at();
+    if at < len {
+        let n = ((len - at) as usize).min(BLOCK_SIZE);
+        file.read_at(&mut bytes[..n], at)?;
+    }
+    Ok(bytes)
+}
+
+/// Takes the valid copy with the higher sequence.
+pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
+    let id = Id(header.layer);
+    let len = file.len()?;
+    let first = read_slot(file, 1, len)?;
+    let second = read_slot(file, 2, len)?;
+    let a = Superblock::decode(&first, &id);
+    let b = Superblock::decode(&second, &id);
+    match (a, b) {
+        (Ok(a), Ok(b)) => {
+            let superblock = if b.sequence.get() > a.sequence.get() {
+                b
+            } else {
+                a
+            };
+            Ok(Found {
+                superblock,
+                fresh: false,
+                damaged_copy: false,
+            })
+        }
+        (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => Ok(Found {
+            superblock,
+            fresh: false,
+            damaged_copy: true,
+        }),
+        (Err(e), Err(_)) => {
+            let untouched = second.iter().all(|&b| b == 0);
+            let journal = read_journal(file, len)?;
+            let committed = journal
+                .chunks_exact(BLOCK_SIZE)
+                .enumerate()
+                .any(|(slot, _)| decode_commit(&journal[slot * BLOCK_SIZE..], &id).is_some());
+            if untouched && !committed {
+                return Ok(Found {
+                    superblock: Superblock::empty(header),
+                    fresh: true,
+                    damaged_copy: false,
+                });
+            }
+            Err(e
+                .context("neither copy of the superblock can be read")
+                .offset(Slot(1).at())
+                .layer(id)
+                .path(file.path()))
+        }
+    }
+}
+
+/// The journal area, as far as the file holds it.
+fn read_journal(file: &dyn File, len: u64) -> Result<Vec<u8>> {
+    let start = Slot(JOURNAL_START).at();
+    let end = len.min(start + u64::from(JOURNAL_SLOTS) * BLOCK);
+    if end <= start {
+        return Ok(Vec::new());
+    }
+    // Most of it is usually a hole: up to the last byte the host has.
+    let last = file
+        .data_ranges(start, end - start)?
+        .last()
+        .map_or(start, |(at, n)| at + n);
+    let mut bytes = vec![0; (last - start) as usize];
+    file.read_at(&mut bytes, start)?;
+    bytes.resize(bytes.len().next_multiple_of(BLOCK_SIZE), 0);
+    Ok(bytes)
+}
+
+/// What the journal adds to the superblock's state.
+pub struct Replay {
+    /// The changes, all commits over each other.
+    pub memtable: Memtable,
+    /// Sequence of the next commit.
+    pub next_commit: u64,
+    /// Counts after the changes.
+    pub data_blocks: u64,
+    /// See `data_blocks`.
+    pub zero_blocks: u64,
+    /// Slots that the commits freed, in order with `used`: an entry of `Change`.
+    pub changes: Vec<Change>,
+    /// A last commit that was dropped because its data is not whole: its sequence.
+    pub dropped: Option<u64>,
+    /// Number of commits found.
+    pub commits: u64,
+}
+
+/// A slot that a commit took into use or freed.
+#[derive(Clone, Copy, Debug)]
+pub enum Change {
+    /// Now holds data.
+    Used(Slot),
+    /// Holds nothing any more.
+    Freed(Slot),
+}
+
+/// Follows the journal of a layer that was not closed cleanly.
+pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>]) -> Result<Replay> {
+    let id = Id(superblock.layer);
+    let journal = read_journal(file, file.len()?)?;
+    let generation = superblock.generation.get();
+    let mut expected = superblock.next_commit.get();
+    let mut at = 0usize;
+    let mut records: Vec<&[CommitEntry]> = Vec::new();
+    while let Some(rest) = journal.get(at..).filter(|r| !r.is_empty()) {
+        match decode_commit(rest, &id) {
+            Some((h, entries))
+                if h.sequence.get() == expected && h.generation.get() == generation =>
+            {
+                records.push(entries);
+                at += h.slots.get() as usize * BLOCK_SIZE;
+                expected += 1;
+            }
+            _ => break,
+        }
+    }
+    // An invalid record with a valid later one behind it is damage, never a crash: each commit was durable before the next
+    // one was begun.
+    for slot in (at..journal.len()).step_by(BLOCK_SIZE) {
+        if let Some((h, _)) = decode_commit(&journal[slot..], &id)
+            && (h.generation.get() > generation
+                || (h.generation.get() == generation && h.sequence.get() >= expected))
+        {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("the journal is damaged: commit {expected} cannot be read, but commit {} stands behind it", h.sequence),
+            )
+            .offset(Slot(JOURNAL_START).at() + at as u64)
+            .layer(id)
+            .path(file.path())
+            .hint("restore the layer from a backup; snapshots below it are not affected"));
+        }
+    }
+    let mut dropped = None;
+    if let Some(last) = records.last()
+        && !data_whole(file, last)?
+    {
+        expected -= 1;
+        dropped = Some(expected);
+        records.pop();
+    }
+    let mut replay = Replay {
+        memtable: Memtable::new(),
+        next_commit: expected,
+        data_blocks: superblock.data_blocks.get(),
+        zero_blocks: superblock.zero_blocks.get(),
+        changes: Vec::new(),
+        dropped,
+        commits: records.len() as u64,
+    };
+    let mut below = Below {
+        runs,
+        regions: HashMap::new(),
+    };
+    for record in records {
+        for entry in record {
+            replay
+                .apply(entry, &mut below)
+                .map_err(|e| e.layer(id).path(file.path()))?;
+        }
+    }
+    Ok(replay)
+}
+
+/// What the runs say, remembered region by region while the journal is replayed.
+struct Below<'a> {
+    runs: &'a [Arc<MappedRun>],
+    regions: HashMap<u32, RegionMap>,
+}
+
+/// Regions remembered at most: recovery's memory is bounded by the journal and this.
+const REMEMBER: usize = 4096;
+
+impl Below<'_> {
+    fn region(&mut self, region: Region) -> Result<&RegionMap> {
+        if self.regions.len() >= REMEMBER && !self.regions.contains_key(&region.0) {
+            self.regions.clear();
+        }
+        match self.regions.entry(region.0) {
+            std::collections::hash_map::Entry::Occupied(e) => Ok(e.into_mut()),
+            std::collections::hash_map::Entry::Vacant(e) => {
+                Ok(e.insert(region_of(self.runs, region)?))
+            }
+        }
+    }
+    fn may_touch(&self, start: u32, end: u32) -> bool {
+        self.runs.iter().any(|r| r.may_touch(start, end))
+    }
+}
+
+impl Replay {
+    fn apply(&mut self, entry: &CommitEntry, below: &mut Below<'_>) -> Result<()> {
+        let (lba, count, pointer) = entry.get();
+        let end = u64::from(lba.0) + u64::from(count);
+        let mut at = u64::from(lba.0);
+        while at < end {
+            let first = Lba(at as u32);
+            let region = first.region();
+            let n = ((REGION_BLOCKS - first.index()) as u64).min(end - at);
+            let known = self.memtable.region(region);
+            // Whole regions that nothing knows: only to be counted.
+            if known.is_none() && !below.may_touch(region.0, region.0 + 1) {
+                self.count(Pointer::Absent, pointer, n);
+            } else {
+                let mut map = known.unwrap_or_default();
+                map.underlay(below.region(region)?);
+                for index in first.index()..first.index() + n as usize {
+                    let old = map.get(index);
+                    self.count(old, pointer, 1);
+                    if let Pointer::Data { slot, .. } = old {
+                        self.changes.push(Change::Freed(slot));
+                    }
+                }
+            }
+            at += n;
+        }
+        if let Pointer::Data { slot, .. } = pointer {
+            self.changes.push(Change::Used(slot));
+        }
+        self.memtable.apply(lba, count, pointer);
+        Ok(())
+    }
+    fn count(&mut self, old: Pointer, new: Pointer, blocks: u64) {
+        match old {
+            Pointer::Data { .. } => self.data_blocks = self.data_blocks.saturating_sub(blocks),
+            Pointer::Zero => self.zero_blocks = self.zero_blocks.saturating_sub(blocks),
+            Pointer::Absent => {}
+        }
+        match new {
+            Pointer::Data { .. } => self.data_blocks += blocks,
+            Pointer::Zero => self.zero_blocks += blocks,
+            Pointer::Absent => {}
+        }
+    }
+}
+
+/// Is all the data of a commit there?
+fn data_whole(file: &dyn File, entries: &[CommitEntry]) -> Result<bool> {
+    let len = file.len()?;
+    let mut block = vec![0; BLOCK_SIZE];
+    for entry in entries {
+        if let (_, _, Pointer::Data { slot, sum }) = entry.get() {
+            if slot.at() + BLOCK > len {
+                return Ok(false);
+            }
+            file.read_at(&mut block, slot.at())?;
+            if format::crc(&block) != sum {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}

@@ -1,0 +1,205 @@
+//! Free slots of a writable layer.
+
+use super::quiesce::Quiesce;
+use crate::error::{Error, Kind, Result};
+use crate::format::{DATA_START, MAX_FREE_EXTENTS, SLOT_ZERO};
+use std::collections::{BTreeMap, VecDeque};
+
+/// A set of slots as disjoint, joined extents.
+#[derive(Clone, Debug, Default)]
+pub struct FreeSet {
+    extents: BTreeMap<u32, u32>,
+    total: u64,
+}
+
+/// How many extents a search for neighbouring slots looks at before it gives up.
+const SEARCH: usize = 64;
+
+impl FreeSet {
+    /// Slots in it.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+    /// Number of extents.
+    pub fn extents(&self) -> usize {
+        self.extents.len()
+    }
+    /// Adds slots that are not in it.
+    pub fn insert(&mut self, start: u32, len: u32) {
+        if len == 0 {
+            return;
+        }
+        self.total += u64::from(len);
+        let (mut start, mut len) = (start, len);
+        if let Some((&s, &l)) = self.extents.range(..start).next_back()
+            && s + l == start
+        {
+            self.extents.remove(&s);
+            start = s;
+            len += l;
+        }
+        if let Some(&l) = self.extents.get(&(start + len)) {
+            self.extents.remove(&(start + len));
+            len += l;
+        }
+        self.extents.insert(start, len);
+    }
+    /// Takes `start..start+len` out, as far as it is in.
+    pub fn remove(&mut self, start: u32, len: u32) {
+        let end = start + len;
+        if let Some((&s, &l)) = self.extents.range(..start).next_back()
+            && s + l > start
+        {
+            self.extents.insert(s, start - s);
+            self.total -= u64::from((s + l).min(end) - start);
+            if s + l > end {
+                self.extents.insert(end, s + l - end);
+            }
+        }
+        while let Some((&s, &l)) = self.extents.range(start..end).next() {
+            self.extents.remove(&s);
+            self.total -= u64::from((s + l).min(end) - s);
+            if s + l > end {
+                self.extents.insert(end, s + l - end);
+            }
+        }
+    }
+    /// Takes `n` neighbouring slots, if a short search finds them.
+    pub fn take(&mut self, n: u32) -> Option<u32> {
+        let (&start, &len) = self.extents.iter().take(SEARCH).find(|(_, l)| **l >= n)?;
+        self.extents.remove(&start);
+        if len > n {
+            self.extents.insert(start + n, len - n);
+        }
+        self.total -= u64::from(n);
+        Some(start)
+    }
+    /// Takes up to `n` neighbouring slots.
+    pub fn take_some(&mut self, n: u32) -> Option<(u32, u32)> {
+        let (start, len) = self.extents.pop_first()?;
+        let n = n.min(len);
+        if len > n {
+            self.extents.insert(start + n, len - n);
+        }
+        self.total -= u64::from(n);
+        Some((start, n))
+    }
+    /// The extents in order.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.extents.iter().map(|(&s, &l)| (s, l))
+    }
+    /// Forgets extents until at most the limit is left; returns the number of slots forgotten.
+    pub fn limit(&mut self) -> u64 {
+        let before = self.total;
+        while self.extents.len() > MAX_FREE_EXTENTS {
+            self.extents
+                .pop_last()
+                .inspect(|&(_, l)| self.total -= u64::from(l));
+        }
+        before - self.total
+    }
+}
+
+/// Where the next slots come from, and where freed ones wait.
+#[derive(Default)]
+pub struct Space {
+    /// No slot from here on was ever handed out.
+    pub high: u64,
+    /// Free, with host blocks still behind them: the first choice, for rewriting written blocks is cheapest.
+    pub hot: FreeSet,
+    /// Free, without host blocks.
+    pub cold: FreeSet,
+    /// Unpublished in that epoch; readers may still know them.
+    waiting: VecDeque<(u64, Vec<(u32, u32)>)>,
+    /// Journal entries that accepted and running writes of the open epoch may need.
+    pub entries: u64,
+    /// Journal slots in use by durable commits, and by the one being written.
+    pub journal_head: u32,
+    /// See `journal_head`.
+    pub committing: u32,
+    /// Journal slots that have host space.
+    pub journal_reserved: u32,
+}
+
+impl Space {
+    /// An empty layer's space.
+    pub fn new(high: u64) -> Space {
+        Space {
+            high: high.max(u64::from(DATA_START)),
+            ..Space::default()
+        }
+    }
+    /// Makes extents free once no reader can know them.
+    pub fn retire(&mut self, epoch: u64, extents: Vec<(u32, u32)>) {
+        if !extents.is_empty() {
+            self.waiting.push_back((epoch, extents));
+        }
+    }
+    /// Moves what no reader can know any more to the free slots.
+    pub fn settle(&mut self, quiesce: &Quiesce) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let now = quiesce.advance();
+        while self
+            .waiting
+            .front()
+            .is_some_and(|(epoch, _)| epoch + 2 <= now)
+        {
+            for (start, len) in self.waiting.pop_front().map(|(_, e)| e).unwrap_or_default() {
+                self.hot.insert(start, len);
+            }
+        }
+    }
+    /// `n` slots side by side.
+    pub fn contiguous(&mut self, n: u32) -> Result<u32> {
+        if let Some(start) = self.hot.take(n).or_else(|| self.cold.take(n)) {
+            return Ok(start);
+        }
+        if self.high + u64::from(n) <= u64::from(SLOT_ZERO) {
+            let start = self.high as u32;
+            self.high += u64::from(n);
+            return Ok(start);
+        }
+        Err(Self::full())
+    }
+    /// `n` slots, side by side where that is cheap.
+    pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Vec<(u32, u32)>> {
+        self.settle(quiesce);
+        if n == 1
+            && let Some(one) = self.hot.take_some(1).or_else(|| self.cold.take_some(1))
+        {
+            return Ok(vec![one]);
+        }
+        if let Ok(start) = self.contiguous(n) {
+            return Ok(vec![(start, n)]);
+        }
+        // The file is at its largest: gather what is left.
+        let mut left = n;
+        let mut got = Vec::new();
+        while left > 0 {
+            match self
+                .hot
+                .take_some(left)
+                .or_else(|| self.cold.take_some(left))
+            {
+                Some((start, len)) => {
+                    got.push((start, len));
+                    left -= len;
+                }
+                None => {
+                    for (start, len) in got {
+                        self.hot.insert(start, len);
+                    }
+                    return Err(Self::full());
+                }
+            }
+        }
+        Ok(got)
+    }
+    fn full() -> Error {
+        Error::new(Kind::NoSpace, "the layer has used all of its 2^32 slots").hint(
+            "take a snapshot: the disk goes on in a new layer; or discard unused blocks (`fstrim`)",
+        )
+    }
+}

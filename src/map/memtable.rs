@@ -1,0 +1,217 @@
+//! Changes in memory: regions with pointers, and ranges of regions that are zero.
+
+use super::{Item, Items, RegionMap, merge};
+use crate::format::{CommitEntry, Pointer};
+use crate::units::{Lba, REGION_BLOCKS, Region};
+use std::collections::BTreeMap;
+
+/// Disjoint ranges of region numbers, each with a tag.
+#[derive(Clone, Debug, Default)]
+pub struct Ranges(BTreeMap<u32, (u32, u64)>);
+
+impl Ranges {
+    /// Adds `start..end` with `tag`, over whatever was there.
+    pub fn insert(&mut self, start: u32, end: u32, tag: u64) {
+        if start >= end {
+            return;
+        }
+        self.remove(start, end);
+        // Join with equal neighbours, so that a long discard in pieces stays one range.
+        let mut start = start;
+        let mut end = end;
+        if let Some((&s, &(e, t))) = self.0.range(..start).next_back()
+            && e == start
+            && t == tag
+        {
+            start = s;
+        }
+        if let Some(&(e, t)) = self.0.get(&end)
+            && t == tag
+        {
+            self.0.remove(&end);
+            end = e;
+        }
+        self.0.insert(start, (end, tag));
+    }
+    fn remove(&mut self, start: u32, end: u32) {
+        if let Some((&s, &(e, t))) = self.0.range(..start).next_back()
+            && e > start
+        {
+            self.0.insert(s, (start, t));
+            if e > end {
+                self.0.insert(end, (e, t));
+            }
+        }
+        while let Some((&s, &(e, t))) = self.0.range(start..end).next() {
+            self.0.remove(&s);
+            if e > end {
+                self.0.insert(end, (e, t));
+            }
+        }
+    }
+    /// The tag of the range that holds `region`.
+    pub fn get(&self, region: u32) -> Option<u64> {
+        let (_, &(end, tag)) = self.0.range(..=region).next_back()?;
+        (region < end).then_some(tag)
+    }
+    /// Drops all ranges with a tag of at most `tag`.
+    pub fn forget_up_to(&mut self, tag: u64) {
+        self.0.retain(|_, (_, t)| *t > tag);
+    }
+    /// The ranges in order: start, end.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.0.iter().map(|(&s, &(e, _))| (s, e))
+    }
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Changes of a block map, in memory.
+///
+/// Always true: a region inside a zero range that also has a map of its own has `fill` set there.
+#[derive(Clone, Debug, Default)]
+pub struct Memtable {
+    regions: BTreeMap<u32, RegionMap>,
+    zeros: Ranges,
+    /// Entries applied since it was empty: what a record of it could need at most.
+    applied: u64,
+}
+
+impl Memtable {
+    /// An empty table.
+    pub fn new() -> Memtable {
+        Memtable::default()
+    }
+    /// Number of entries applied, superseded ones included.
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+    /// Does it say nothing?
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty() && self.zeros.is_empty()
+    }
+    /// Sets `count` blocks from `lba` to `pointer` (`count` is 1 unless it is zero).
+    pub fn apply(&mut self, lba: Lba, count: u32, pointer: Pointer) {
+        self.applied += 1;
+        let mut at = u64::from(lba.0);
+        let end = at + u64::from(count);
+        while at < end {
+            let first = Lba(at as u32);
+            let (region, index) = (first.region().0, first.index());
+            let whole = if index == 0 && pointer == Pointer::Zero {
+                (end - at) / REGION_BLOCKS as u64
+            } else {
+                0
+            };
+            if whole > 0 {
+                let last = (u64::from(region) + whole) as u32;
+                let covered: Vec<u32> = self.regions.range(region..last).map(|(&r, _)| r).collect();
+                for r in covered {
+                    self.regions.remove(&r);
+                }
+                self.zeros.insert(region, last, 0);
+                at += whole * REGION_BLOCKS as u64;
+                continue;
+            }
+            let inside = self.zeros.get(region).is_some();
+            let map = self.regions.entry(region).or_insert_with(|| {
+                if inside {
+                    RegionMap::zeros()
+                } else {
+                    RegionMap::new()
+                }
+            });
+            let n = (REGION_BLOCKS - index).min((end - at) as usize);
+            for i in index..index + n {
+                map.set(i, pointer);
+            }
+            at += n as u64;
+        }
+    }
+    /// What it says of a block.
+    pub fn get(&self, lba: Lba) -> Pointer {
+        let region = lba.region().0;
+        match self.regions.get(&region) {
+            Some(map) => map.get(lba.index()),
+            None if self.zeros.get(region).is_some() => Pointer::Zero,
+            None => Pointer::Absent,
+        }
+    }
+    /// What it says of a region, if anything.
+    pub fn region(&self, region: Region) -> Option<RegionMap> {
+        match self.regions.get(&region.0) {
+            Some(map) => Some(map.clone()),
+            None => self.zeros.get(region.0).map(|_| RegionMap::zeros()),
+        }
+    }
+    /// Its content for [`merge`].
+    pub fn items(&self) -> Items<'_> {
+        let regions = self
+            .regions
+            .iter()
+            .map(|(&r, m)| Ok(Item::Region(Region(r), m.clone())));
+        let zeros = self
+            .zeros
+            .iter()
+            .map(|(s, e)| Ok(Item::Zeros(Region(s), e - s)));
+        Box::new(merge(vec![Box::new(regions), Box::new(zeros)]))
+    }
+    /// Its content as the entries of a commit record.
+    pub fn entries(&self) -> Vec<CommitEntry> {
+        let mut entries = Vec::new();
+        let mut zero: Option<(u64, u64)> = None;
+        let flush = |zero: &mut Option<(u64, u64)>, entries: &mut Vec<CommitEntry>| {
+            if let Some((start, end)) = zero.take() {
+                // A range of 2^32 blocks does not fit into 32 bits: split it.
+                let mut at = start;
+                while at < end {
+                    let n = (end - at).min(1 << 31);
+                    entries.push(CommitEntry::new(Lba(at as u32), n as u32, Pointer::Zero));
+                    at += n;
+                }
+            }
+        };
+        let extend = |start: u64,
+                      len: u64,
+                      entries: &mut Vec<CommitEntry>,
+                      zero: &mut Option<(u64, u64)>| {
+            match zero {
+                Some((_, end)) if *end == start => *end += len,
+                _ => {
+                    flush(zero, entries);
+                    *zero = Some((start, start + len));
+                }
+            }
+        };
+        // The items of memory cannot fail.
+        for item in self.items().flatten() {
+            match item {
+                Item::Zeros(r, n) => extend(
+                    u64::from(r.0) * REGION_BLOCKS as u64,
+                    u64::from(n) * REGION_BLOCKS as u64,
+                    &mut entries,
+                    &mut zero,
+                ),
+                Item::Region(r, map) => {
+                    let base = u64::from(r.0) * REGION_BLOCKS as u64;
+                    for index in 0..REGION_BLOCKS {
+                        match map.get(index) {
+                            Pointer::Absent => {}
+                            Pointer::Zero => {
+                                extend(base + index as u64, 1, &mut entries, &mut zero)
+                            }
+                            data => {
+                                flush(&mut zero, &mut entries);
+                                entries.push(CommitEntry::new(r.lba(index), 1, data));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        flush(&mut zero, &mut entries);
+        entries
+    }
+}

@@ -1,0 +1,470 @@
+//! What each request does. Malformed requests are answered with an error like any other: lengths are
+//! checked before anything is looked at.
+//!
+//! Two decisions about what the kernel may remember:
+//! - **names: nothing.** A name is looked up when a device is attached, which is rare; a removed one must not be
+//!   found, and an added one must be, without a message to the kernel that could be lost with the server.
+//! - **attributes: for a day**, and they are called back when a size changes. The loop driver asks for the inode of
+//!   its backing file whenever somebody lists loop devices; while no server answers (between a crash and
+//!   the takeover) that must not hang.
+
+use super::{
+    abi::{self, op},
+    session::{Buffer, MAX_DATA, Shared},
+};
+use crate::{
+    disk::{Disk, Extent, Source},
+    error::{Error, Kind, Result},
+    serve::files::{FIRST_INO, Op, ServedFile},
+};
+use rustix::io::Errno;
+use std::sync::Arc;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// How long the kernel may remember attributes, in seconds.
+const ATTR_VALID: u64 = 24 * 3600;
+/// Block size told to programs.
+const BLKSIZE: u32 = 4096;
+/// First look of LSEEK, in bytes; it doubles up to [`SEEK_MAX`], so that a seek over a large empty disk takes
+/// few steps and one into data costs little.
+const SEEK_FIRST: u64 = 4 << 20;
+const SEEK_MAX: u64 = 64 << 30;
+
+/// How a request ends.
+enum Answer {
+    /// No answer is expected.
+    Silence,
+    /// Done, with so many bytes in the buffer's data area.
+    Body(usize),
+}
+
+/// An `errno`, or an answer.
+type Outcome = std::result::Result<Answer, i32>;
+
+const DONE: Outcome = Ok(Answer::Body(0));
+
+/// Serves the request in the first `n` bytes of the buffer and answers it.
+pub(super) fn serve(shared: &Shared, buffer: &mut Buffer, n: usize) {
+    let Ok((header, _)) = abi::InHeader::read_from_prefix(&buffer.request()[..n]) else {
+        // Without a header there is nobody to answer.
+        if shared.log.allow() {
+            tracing::error!("a request of {n} bytes from /dev/fuse");
+        }
+        return;
+    };
+    let outcome = if header.len as usize == n {
+        Request {
+            shared,
+            header,
+            buffer: &mut *buffer,
+            n,
+        }
+        .dispatch()
+    } else {
+        Err(libc::EIO)
+    };
+    let written = match outcome {
+        Ok(Answer::Silence) => return,
+        Ok(Answer::Body(len)) => {
+            rustix::io::write(&shared.fd, buffer.answer(header.unique, 0, len))
+        }
+        Err(errno) => rustix::io::write(&shared.fd, buffer.answer(header.unique, -errno, 0)),
+    };
+    match written {
+        // NOENT: whoever asked was killed meanwhile. NODEV: the mount is gone; the next read says so.
+        Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => {}
+        Err(e) => {
+            tracing::error!(
+                "the kernel refuses the answer to a request of kind {}: {e}",
+                header.opcode
+            );
+            // It must not wait for ever.
+            let _ = rustix::io::write(&shared.fd, buffer.answer(header.unique, -libc::EIO, 0));
+        }
+    }
+}
+
+struct Request<'a> {
+    shared: &'a Shared,
+    header: abi::InHeader,
+    buffer: &'a mut Buffer,
+    n: usize,
+}
+
+impl Request<'_> {
+    fn dispatch(mut self) -> Outcome {
+        match self.header.opcode {
+            op::READ => self.read(),
+            op::WRITE => self.write(),
+            op::FSYNC => self.fsync(),
+            op::FALLOCATE => self.fallocate(),
+            op::LSEEK => self.lseek(),
+            op::LOOKUP => self.lookup(),
+            op::GETATTR => self.getattr(),
+            op::SETATTR => self.setattr(),
+            op::OPEN => self.open(),
+            op::RELEASE => {
+                if let Some(file) = self.shared.files.get(self.header.nodeid) {
+                    file.closed();
+                }
+                DONE
+            }
+            // Numbers are never used again, so it does not matter what the kernel still knows.
+            op::FORGET | op::BATCH_FORGET => Ok(Answer::Silence),
+            op::OPENDIR => self.body(&abi::OpenOut::default()),
+            op::READDIR => self.readdir(),
+            op::STATFS => self.statfs(),
+            op::FLUSH | op::RELEASEDIR | op::FSYNCDIR | op::DESTROY => DONE,
+            op::IOCTL => Err(libc::ENOTTY),
+            // ENOSYS: the kernel does not ask again. For INTERRUPT it means that requests cannot be
+            // interrupted: each ends by itself.
+            op::GETXATTR | op::LISTXATTR | op::ACCESS | op::INTERRUPT => Err(libc::ENOSYS),
+            // A second greeting.
+            op::INIT => Err(libc::EIO),
+            _ => Err(libc::ENOSYS),
+        }
+    }
+
+    /// The fixed part of the request, after the header.
+    fn arg<T: FromBytes>(&self) -> std::result::Result<T, i32> {
+        let body = &self.buffer.request()[abi::IN_HEADER..self.n.max(abi::IN_HEADER)];
+        T::read_from_prefix(body)
+            .map(|(arg, _)| arg)
+            .map_err(|_| libc::EINVAL)
+    }
+
+    fn body<T: IntoBytes + Immutable>(&mut self, body: &T) -> Outcome {
+        let bytes = body.as_bytes();
+        self.buffer.data_mut()[..bytes.len()].copy_from_slice(bytes);
+        Ok(Answer::Body(bytes.len()))
+    }
+
+    /// The file the request is about.
+    fn file(&self) -> std::result::Result<Arc<ServedFile>, i32> {
+        match self.header.nodeid {
+            abi::ROOT_INO => Err(libc::EISDIR),
+            ino => self.shared.files.get(ino).ok_or(libc::ESTALE),
+        }
+    }
+
+    /// Turns the result of a disk request into an `errno`, and tells the log once what happened.
+    fn result<R>(
+        &self,
+        file: &ServedFile,
+        what: &str,
+        at: u64,
+        len: u64,
+        result: Option<Result<R>>,
+    ) -> std::result::Result<R, i32> {
+        let e: Error = match result {
+            Some(Ok(value)) => return Ok(value),
+            Some(Err(e)) => e,
+            None => return Err(libc::ESTALE),
+        };
+        if self.shared.log.allow() {
+            tracing::error!(disk = file.name(), at, len, "{what} failed: {e}");
+        }
+        Err(e.errno())
+    }
+
+    fn read(&mut self) -> Outcome {
+        let arg: abi::IoIn = self.arg()?;
+        let file = self.file()?;
+        let want = (arg.size as usize).min(MAX_DATA) as u64;
+        let buffer = &mut *self.buffer;
+        let mut len = 0;
+        let result = file.request(Op::Read(want), |disk| {
+            len = want.min(disk.size().saturating_sub(arg.offset)) as usize;
+            if len == 0 {
+                Ok(())
+            } else {
+                disk.read(&mut buffer.data_mut()[..len], arg.offset)
+            }
+        });
+        self.result(&file, "read", arg.offset, want, result)?;
+        Ok(Answer::Body(len))
+    }
+
+    fn write(&mut self) -> Outcome {
+        let arg: abi::IoIn = self.arg()?;
+        let file = self.file()?;
+        let sent = self.n.saturating_sub(abi::WRITE_HEAD);
+        if arg.size as usize > sent.min(MAX_DATA) {
+            return Err(libc::EINVAL);
+        }
+        let buffer = &*self.buffer;
+        let want = u64::from(arg.size);
+        let mut len = 0;
+        let result = file.request(Op::Write(want), |disk| {
+            if disk.read_only() {
+                return Err(Error::new(Kind::ReadOnly, "the disk can only be read"));
+            }
+            len = want.min(disk.size().saturating_sub(arg.offset)) as usize;
+            if len == 0 {
+                Ok(())
+            } else {
+                disk.write(&buffer.data()[..len], arg.offset)
+            }
+        });
+        self.result(&file, "write", arg.offset, want, result)?;
+        if len == 0 && want > 0 {
+            // As a block device does behind its end.
+            return Err(libc::ENOSPC);
+        }
+        self.body(&abi::WriteOut {
+            size: len as u32,
+            padding: 0,
+        })
+    }
+
+    fn fsync(&mut self) -> Outcome {
+        let file = self.file()?;
+        let result = file.request(Op::Flush, |disk| disk.flush());
+        self.result(&file, "flush", 0, 0, result)?;
+        DONE
+    }
+
+    fn fallocate(&mut self) -> Outcome {
+        use abi::falloc::{KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE};
+        const PUNCH: u32 = PUNCH_HOLE | KEEP_SIZE;
+        const ZERO: u32 = ZERO_RANGE | KEEP_SIZE;
+        let arg: abi::FallocateIn = self.arg()?;
+        let file = self.file()?;
+        let (size, read_only) = file
+            .disk()
+            .map(|d| (d.size(), d.read_only()))
+            .ok_or(libc::ESTALE)?;
+        if read_only {
+            return Err(libc::EROFS);
+        }
+        if arg.length == 0 {
+            return Err(libc::EINVAL);
+        }
+        let end = arg.offset.checked_add(arg.length).ok_or(libc::EFBIG)?;
+        let (at, len) = (arg.offset, end.min(size).saturating_sub(arg.offset));
+        let (what, discard) = match arg.mode {
+            PUNCH => ("discard", true),
+            ZERO => ("write zeroes", false),
+            ZERO_RANGE if end <= size => ("write zeroes", false),
+            // Space is found when it is written to: a promise for later would be a lie, but programs
+            // take a refusal worse.
+            KEEP_SIZE => return DONE,
+            0 if end <= size => return DONE,
+            0 | ZERO_RANGE => return Err(libc::EPERM),
+            _ => return Err(libc::EOPNOTSUPP),
+        };
+        if len == 0 {
+            return DONE;
+        }
+        let result = file.request(Op::Discard(len), |disk| {
+            if discard {
+                disk.discard(at, len)
+            } else {
+                disk.write_zeroes(at, len)
+            }
+        });
+        self.result(&file, what, at, len, result)?;
+        DONE
+    }
+
+    fn lseek(&mut self) -> Outcome {
+        let arg: abi::LseekIn = self.arg()?;
+        let want_data = match arg.whence {
+            abi::SEEK_DATA => true,
+            abi::SEEK_HOLE => false,
+            _ => return Err(libc::EINVAL),
+        };
+        let file = self.file()?;
+        let result = file.request(Op::Seek, |disk| seek(disk, arg.offset, want_data));
+        match self.result(&file, "seek", arg.offset, 0, result)? {
+            Some(offset) => self.body(&abi::LseekOut { offset }),
+            None => Err(libc::ENXIO),
+        }
+    }
+
+    fn lookup(&mut self) -> Outcome {
+        if self.header.nodeid != abi::ROOT_INO {
+            return Err(libc::ENOTDIR);
+        }
+        let body = &self.buffer.request()[abi::IN_HEADER..self.n.max(abi::IN_HEADER)];
+        let end = body.iter().position(|&c| c == 0).ok_or(libc::EINVAL)?;
+        let name = std::str::from_utf8(&body[..end]).map_err(|_| libc::ENOENT)?;
+        let file = self.shared.files.lookup(name).ok_or(libc::ENOENT)?;
+        let attr = self.attr_of(&file).ok_or(libc::ENOENT)?;
+        let entry = abi::EntryOut {
+            nodeid: file.ino(),
+            attr_valid: ATTR_VALID,
+            attr,
+            ..Default::default()
+        };
+        self.body(&entry)
+    }
+
+    fn attr_of(&self, file: &ServedFile) -> Option<abi::Attr> {
+        let (size, read_only) = file.disk().map(|d| (d.size(), d.read_only()))?;
+        Some(abi::Attr {
+            ino: file.ino(),
+            size,
+            // One short of what a full file has: programs that copy (cp, tar) look for holes only where
+            // this number says that there are some.
+            blocks: (size / 512).saturating_sub(8).max(1),
+            atime: file.since(),
+            mtime: file.since(),
+            ctime: file.since(),
+            mode: libc::S_IFREG | if read_only { 0o400 } else { 0o600 },
+            nlink: 1,
+            uid: self.shared.owner.0,
+            gid: self.shared.owner.1,
+            blksize: BLKSIZE,
+            ..Default::default()
+        })
+    }
+
+    fn attr(&self) -> std::result::Result<abi::Attr, i32> {
+        if self.header.nodeid != abi::ROOT_INO {
+            return self.attr_of(&*self.file()?).ok_or(libc::ESTALE);
+        }
+        Ok(abi::Attr {
+            ino: abi::ROOT_INO,
+            mode: libc::S_IFDIR | 0o700,
+            nlink: 2,
+            uid: self.shared.owner.0,
+            gid: self.shared.owner.1,
+            blksize: BLKSIZE,
+            ..Default::default()
+        })
+    }
+
+    fn getattr(&mut self) -> Outcome {
+        let attr = self.attr()?;
+        self.body(&abi::AttrOut {
+            attr_valid: ATTR_VALID,
+            attr,
+            ..Default::default()
+        })
+    }
+
+    /// Times, mode and owner are not ours to keep: asking for them is no error. The size is fixed.
+    fn setattr(&mut self) -> Outcome {
+        let arg: abi::SetattrIn = self.arg()?;
+        let attr = self.attr()?;
+        if arg.valid & abi::fattr::SIZE != 0 && arg.size != attr.size {
+            return Err(libc::EPERM);
+        }
+        self.body(&abi::AttrOut {
+            attr_valid: ATTR_VALID,
+            attr,
+            ..Default::default()
+        })
+    }
+
+    fn open(&mut self) -> Outcome {
+        let arg: abi::OpenIn = self.arg()?;
+        let file = self.file()?;
+        let read_only = file.disk().map(|d| d.read_only()).ok_or(libc::ESTALE)?;
+        if read_only && arg.flags as i32 & libc::O_ACCMODE != libc::O_RDONLY {
+            return Err(libc::EROFS);
+        }
+        file.opened();
+        self.body(&abi::OpenOut {
+            fh: file.ino(),
+            open_flags: abi::fopen::DIRECT_IO
+                | abi::fopen::PARALLEL_DIRECT_WRITES
+                | abi::fopen::NOFLUSH,
+            backing_id: 0,
+        })
+    }
+
+    /// Positions are numbers of files, so that adding and removing between two calls loses and repeats
+    /// nothing else.
+    fn readdir(&mut self) -> Outcome {
+        let arg: abi::IoIn = self.arg()?;
+        if self.header.nodeid != abi::ROOT_INO {
+            return Err(libc::ENOTDIR);
+        }
+        let room = (arg.size as usize).min(MAX_DATA);
+        let mut used = 0;
+        let mut put = |data: &mut [u8], ino: u64, off: u64, kind: u32, name: &[u8]| {
+            let head = abi::Dirent {
+                ino,
+                off,
+                namelen: name.len() as u32,
+                kind,
+            };
+            let total = (size_of::<abi::Dirent>() + name.len()).next_multiple_of(8);
+            if used + total > room {
+                return false;
+            }
+            let entry = &mut data[used..used + total];
+            entry.fill(0);
+            let (start, rest) = entry.split_at_mut(size_of::<abi::Dirent>());
+            start.copy_from_slice(head.as_bytes());
+            rest[..name.len()].copy_from_slice(name);
+            used += total;
+            true
+        };
+        let data = self.buffer.data_mut();
+        let dir = u32::from(libc::DT_DIR);
+        let mut at = arg.offset;
+        for (position, name) in [(1, &b"."[..]), (2, b"..")] {
+            if at < position && put(data, abi::ROOT_INO, position, dir, name) {
+                at = position;
+            }
+        }
+        at = at.max(2);
+        while let Some(file) = self.shared.files.after(at.max(FIRST_INO - 1)) {
+            at = file.ino();
+            if !put(
+                data,
+                at,
+                at,
+                u32::from(libc::DT_REG),
+                file.name().as_bytes(),
+            ) {
+                break;
+            }
+        }
+        Ok(Answer::Body(used))
+    }
+
+    fn statfs(&mut self) -> Outcome {
+        let (files, bytes) = self.shared.files.extent();
+        self.body(&abi::StatfsOut {
+            blocks: bytes / u64::from(BLKSIZE),
+            files,
+            bsize: BLKSIZE,
+            frsize: BLKSIZE,
+            namelen: crate::serve::files::NAME_MAX as u32,
+            ..Default::default()
+        })
+    }
+}
+
+/// The first byte from `at` on that is data (or not); the end of the disk counts as a hole.
+fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
+    let size = disk.size();
+    if at >= size {
+        return Ok(None);
+    }
+    let (mut from, mut step) = (at, SEEK_FIRST);
+    while from < size {
+        let len = step.min(size - from);
+        for Extent {
+            at: start,
+            len,
+            from: source,
+        } in disk.extents(from, len)?
+        {
+            let is_data = match source {
+                Source::Absent | Source::Zero { .. } => false,
+                Source::Layer { .. } | Source::Base => true,
+            };
+            if is_data == want_data && start + len > at {
+                return Ok((start.max(at) < size).then_some(start.max(at)));
+            }
+        }
+        from += len;
+        step = (step * 2).min(SEEK_MAX);
+    }
+    Ok(if want_data { None } else { Some(size) })
+}

@@ -1,0 +1,540 @@
+//! Bases: bringing an image in, and opening one (FORMAT.md, section 2).
+
+use super::names::{self, NameRecord, TEMPORARY, check_part, read_record};
+use super::{Below, ImportMode, ImportSource, Object, ObjectKind, Progress, Store};
+use crate::base::Base;
+use crate::error::{Error, Kind, Result};
+use crate::format::text::Record;
+use crate::format::{self, SumsHeader, ZERO_SUM};
+use crate::io::os::OsDir;
+use crate::io::{Access, Dir, File};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, MAX_DISK, blocks};
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// Bytes copied in one go.
+const PIECE: usize = 1 << 20;
+
+/// Images up to this length get a SHA-256 while they are copied. It covers holes as well, so that `sha256sum` agrees; for larger, mostly
+/// empty images that would take longer than the copy.
+const DIGEST_MAX: u64 = 16 << 30;
+
+/// What `bases/<id>/meta` says.
+#[derive(Clone, Debug)]
+pub struct BaseMeta {
+    /// Its id.
+    pub id: Id,
+    /// Length of the image in bytes.
+    pub len: u64,
+    /// `sha256:...`, where known.
+    pub digest: Option<String>,
+    /// For a linked base: the file, and what it looked like.
+    pub link: Option<Link>,
+}
+
+/// A file outside of the store, as it was when it was linked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Length, modification time in nanoseconds, inode, device.
+    pub stamp: [u64; 4],
+}
+
+/// What tells whether a file was changed.
+fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
+    let mtime = (meta.mtime() as u64)
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(meta.mtime_nsec() as u64);
+    [meta.len(), mtime, meta.ino(), meta.dev()]
+}
+
+impl BaseMeta {
+    fn encode(&self, mode: &str, name: &str, created: u64) -> Vec<u8> {
+        let mut record = Record::new()
+            .with("id", self.id.to_string())
+            .with("len", self.len.to_string())
+            .with("mode", mode)
+            .with("name", name)
+            .with("created", created.to_string())
+            .with_some("digest", self.digest.as_deref());
+        if let Some(link) = &self.link {
+            record = record.with("link", link.path.to_string_lossy());
+            for (key, value) in ["size", "mtime", "inode", "device"]
+                .into_iter()
+                .zip(link.stamp)
+            {
+                record = record.with(key, value.to_string());
+            }
+        }
+        record.encode()
+    }
+    fn decode(bytes: &[u8]) -> Result<BaseMeta> {
+        let record = Record::decode(bytes)?;
+        let id = Id::parse(record.need("id")?)
+            .ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
+        let link = match record.get("link") {
+            None => None,
+            Some(path) => Some(Link {
+                path: path.into(),
+                stamp: [
+                    record.number("size")?,
+                    record.number("mtime")?,
+                    record.number("inode")?,
+                    record.number("device")?,
+                ],
+            }),
+        };
+        let len = record.number("len")?;
+        if len == 0 || len > MAX_DISK {
+            return Err(Error::new(Kind::Corrupt, "`len` is out of range"));
+        }
+        Ok(BaseMeta {
+            id,
+            len,
+            digest: record.get("digest").map(String::from),
+            link,
+        })
+    }
+}
+
+impl Store {
+    /// Reads the record of a base.
+    pub fn base_meta(&self, id: Id) -> Result<BaseMeta> {
+        let dir = self.bases.subdir(&id.to_string())?;
+        let bytes = read_record(&*dir, "meta")?;
+        let tag = |e: Error| {
+            e.context(format!("the record of base {id} is damaged"))
+                .path(dir.path().join("meta"))
+        };
+        let meta = BaseMeta::decode(&bytes).map_err(tag)?;
+        if meta.id != id {
+            return Err(tag(Error::new(Kind::Corrupt, "it belongs to another base")));
+        }
+        Ok(meta)
+    }
+    /// Host bytes of a base's directory.
+    pub(super) fn base_allocated(&self, id: Id) -> Result<u64> {
+        let dir = self.bases.subdir(&id.to_string())?;
+        let mut bytes = 0;
+        for (name, kind) in dir.list()? {
+            if kind == crate::io::EntryKind::File {
+                bytes += dir.open(&name, Access::Read)?.allocated()?;
+            }
+        }
+        Ok(bytes)
+    }
+    /// Brings an image in under `name`. Nothing half-made stays if it fails.
+    pub fn import(
+        &self,
+        source: ImportSource<'_>,
+        name: &str,
+        mode: ImportMode,
+        progress: &dyn Progress,
+    ) -> Result<Object> {
+        check_part(name)?;
+        let taken = || {
+            Error::new(Kind::Exists, format!("`{name}` exists already"))
+                .hint("choose another name, or `forkdisk rm` the old one")
+        };
+        // Before hours of copying; the name is claimed at the end.
+        if self.names.entry(name)?.is_some() {
+            return Err(taken());
+        }
+        let id = (self.env.id)();
+        let temporary = format!("{TEMPORARY}{id}");
+        self.bases.create_dir(&temporary)?;
+        let dir = self.bases.subdir(&temporary)?;
+        // The lock of its own directory tells `gc` that the import is still under way... it is taken through `meta` below.
+        let done = self
+            .fill(&*dir, id, source, name, mode, progress)
+            .and_then(|()| {
+                let _lock = self.lock(true)?;
+                if self.names.entry(name)?.is_some() {
+                    return Err(taken());
+                }
+                self.bases.rename_new(&temporary, &id.to_string())?;
+                self.bases.sync()?;
+                let record = NameRecord {
+                    kind: ObjectKind::Base,
+                    target: Below::Base(id),
+                    created: (self.env.now)(),
+                    message: None,
+                };
+                let staged = names::stage(&*self.names, name, &record.encode(), true)?;
+                self.names.rename_new(&staged, name)?;
+                self.names.sync()?;
+                self.object(name)
+            });
+        if done.is_err() {
+            for dir_name in [&temporary, &id.to_string()] {
+                if let Ok(dir) = self.bases.subdir(dir_name) {
+                    for file in ["meta", "sums", "image"] {
+                        let _ = dir.remove(file);
+                    }
+                    let _ = self.bases.remove_dir(dir_name);
+                }
+            }
+        }
+        done
+    }
+    fn fill(
+        &self,
+        dir: &dyn Dir,
+        id: Id,
+        source: ImportSource<'_>,
+        name: &str,
+        mode: ImportMode,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (meta, word) = match source {
+            ImportSource::Reader(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
+                return Err(Error::new(Kind::Invalid, "a stream can only be copied")
+                    .hint("leave --link and --reflink out"));
+            }
+            ImportSource::Reader(reader) => (copy_stream(dir, id, reader, progress)?, "copy"),
+            ImportSource::Path(path) => import_file(dir, id, path, mode, progress)?,
+        };
+        let file = dir.open("meta", Access::CreateNew)?;
+        file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
+        file.sync()?;
+        dir.sync()
+    }
+}
+
+/// Opens the image of a base, and its sums.
+pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
+    let dir = store.bases.subdir(&meta.id.to_string())?;
+    let image: Arc<dyn File> = match &meta.link {
+        None => dir.open("image", Access::Read)?,
+        Some(link) => open_link(meta.id, link)?,
+    };
+    let sums = match dir.open("sums", Access::Read) {
+        Ok(file) => Some(file),
+        Err(e) if e.kind() == Kind::NotFound => None,
+        Err(e) => return Err(e),
+    };
+    Base::open(meta.id, image, meta.len, sums)
+}
+
+/// Opens a linked image if it is what it was.
+fn open_link(id: Id, link: &Link) -> Result<Arc<dyn File>> {
+    let shown = link.path.display();
+    let changed = |what: String| {
+        Error::new(Kind::Corrupt, format!("base {id}: {what}"))
+            .path(&link.path)
+            .hint("put the original file back (same contents and modification time); disks over a changed base would be garbage")
+    };
+    let now = std::fs::metadata(&link.path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => changed(format!("the linked image {shown} is gone")),
+        _ => Error::io("look at", &link.path, &e),
+    })?;
+    let found = stamp(&now);
+    let names = ["size", "modification time", "inode", "device"];
+    if let Some(i) = (0..3).find(|&i| found[i] != link.stamp[i]) {
+        return Err(changed(format!(
+            "the linked image {shown} was changed: its {} is not what it was",
+            names[i]
+        )));
+    }
+    let (parent, file) = split_path(&link.path)?;
+    OsDir::open(&parent)?.open(&file, Access::Read)
+}
+
+fn split_path(path: &Path) -> Result<(PathBuf, String)> {
+    let file = path.file_name().and_then(|f| f.to_str());
+    let parent = path.parent().map(|p| {
+        if p.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            p
+        }
+    });
+    match (parent, file) {
+        (Some(parent), Some(file)) => Ok((parent.to_path_buf(), file.to_string())),
+        _ => Err(
+            Error::new(Kind::Invalid, format!("{} names no file", path.display()))
+                .hint("name a regular file, with a name in UTF-8"),
+        ),
+    }
+}
+
+fn import_file(
+    dir: &dyn Dir,
+    id: Id,
+    path: &Path,
+    mode: ImportMode,
+    progress: &dyn Progress,
+) -> Result<(BaseMeta, &'static str)> {
+    let invalid = |what: &str, hint: &str| {
+        Error::new(Kind::Invalid, format!("{} {what}", path.display())).hint(hint)
+    };
+    // Links are followed here: the file is the user's, outside of the store.
+    let real = std::fs::canonicalize(path)
+        .map_err(|e| Error::io("open", path, &e).or_hint("name an image file that exists"))?;
+    let before = std::fs::metadata(&real).map_err(|e| Error::io("look at", path, &e))?;
+    if before.is_dir() {
+        return Err(invalid(
+            "is a directory",
+            "name a raw disk image; `mke2fs -d DIR IMAGE SIZE` makes one of a directory",
+        ));
+    }
+    if !before.is_file() {
+        return Err(invalid(
+            "is not a regular file",
+            "read a device as a stream: `forkdisk import - NAME < DEVICE`",
+        ));
+    }
+    if before.len() == 0 {
+        return Err(invalid("is empty", "a base has at least one byte"));
+    }
+    if before.len() > MAX_DISK {
+        return Err(invalid(
+            "is larger than 16 TiB",
+            "a disk has at most 16 TiB",
+        ));
+    }
+    let (parent, file_name) = split_path(&real)?;
+    let source = OsDir::open(&parent)?
+        .open(&file_name, Access::Read)
+        .map_err(|e| e.or_hint("the image must be readable by you"))?;
+    let mut meta = BaseMeta {
+        id,
+        len: before.len(),
+        digest: None,
+        link: None,
+    };
+    if mode == ImportMode::Link {
+        meta.link = Some(Link {
+            path: real,
+            stamp: stamp(&before),
+        });
+        return Ok((meta, "link"));
+    }
+    let word = if mode != ImportMode::Copy && reflink(dir, &*source)? {
+        "reflink"
+    } else if mode == ImportMode::Reflink {
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("{} cannot be reflinked into the store", path.display()),
+        )
+        .hint("source and store must be on one XFS or Btrfs filesystem; --copy copies"));
+    } else {
+        meta.digest = copy_file(dir, id, &*source, before.len(), progress)?;
+        "copy"
+    };
+    let after = std::fs::metadata(&real).map_err(|e| Error::io("look at", path, &e))?;
+    if stamp(&after) != stamp(&before) {
+        return Err(Error::new(Kind::Busy, format!("{} was changed while it was imported", path.display()))
+            .hint("stop what writes to it (detach it, shut the virtual machine down), then import it again"));
+    }
+    Ok((meta, word))
+}
+
+/// Shares the source's blocks, if the filesystem can.
+fn reflink(dir: &dyn Dir, source: &dyn File) -> Result<bool> {
+    let image = dir.open("image", Access::CreateNew)?;
+    let done = match (source.fd(), image.fd()) {
+        (Some(from), Some(to)) => rustix::fs::ioctl_ficlone(to, from).is_ok(),
+        _ => false,
+    };
+    if done {
+        image.sync()?;
+    } else {
+        drop(image);
+        dir.remove("image")?;
+    }
+    Ok(done)
+}
+
+/// Image and sums under way: data goes in at rising offsets.
+struct Sink<'a> {
+    image: Arc<dyn File>,
+    sums: Arc<dyn File>,
+    hasher: Option<Sha256>,
+    /// Bytes so far, holes included.
+    at: u64,
+    progress: &'a dyn Progress,
+    total: u64,
+}
+
+/// Zeros for the digest of holes.
+static ZEROS: [u8; PIECE] = [0; PIECE];
+
+impl<'a> Sink<'a> {
+    fn new(
+        dir: &dyn Dir,
+        total: u64,
+        digest: bool,
+        progress: &'a dyn Progress,
+    ) -> Result<Sink<'a>> {
+        Ok(Sink {
+            image: dir.open("image", Access::CreateNew)?,
+            sums: dir.open("sums", Access::CreateNew)?,
+            hasher: digest.then(Sha256::new),
+            at: 0,
+            progress,
+            total,
+        })
+    }
+    fn tell(&self) -> Result<()> {
+        if self.progress.update(self.at, self.total) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Interrupted, "the import was interrupted")
+            .hint("nothing was left behind; run it again"))
+    }
+    fn hole(&mut self, until: u64) -> Result<()> {
+        while self.at < until {
+            let n = (until - self.at).min(PIECE as u64);
+            if let Some(h) = &mut self.hasher {
+                h.update(&ZEROS[..n as usize]);
+                self.at += n;
+                self.tell()?;
+            } else {
+                self.at = until;
+            }
+        }
+        Ok(())
+    }
+    /// A piece of data: begins at a block boundary, ends at one unless it is the last.
+    fn data(&mut self, piece: &[u8]) -> Result<()> {
+        if let Some(h) = &mut self.hasher {
+            h.update(piece);
+        }
+        let mut sums = Vec::with_capacity(piece.len() / BLOCK_SIZE * 4 + 4);
+        // Blocks of zeros stay holes: runs of others are written in one call.
+        let mut run: Option<usize> = None;
+        for (i, block) in piece.chunks(BLOCK_SIZE).enumerate() {
+            let zero = block.iter().all(|&b| b == 0);
+            let sum = match (zero, block.len()) {
+                (true, _) => ZERO_SUM,
+                (_, BLOCK_SIZE) => format::crc(block),
+                _ => {
+                    let mut whole = [0; BLOCK_SIZE];
+                    whole[..block.len()].copy_from_slice(block);
+                    format::crc(&whole)
+                }
+            };
+            sums.extend_from_slice(&(sum ^ ZERO_SUM).to_le_bytes());
+            match (zero, run) {
+                (false, None) => run = Some(i),
+                (true, Some(start)) => {
+                    self.image.write_at(
+                        &piece[start * BLOCK_SIZE..i * BLOCK_SIZE],
+                        self.at + (start * BLOCK_SIZE) as u64,
+                    )?;
+                    run = None;
+                }
+                _ => {}
+            }
+        }
+        if let Some(start) = run {
+            self.image.write_at(
+                &piece[start * BLOCK_SIZE..],
+                self.at + (start * BLOCK_SIZE) as u64,
+            )?;
+        }
+        if sums.iter().any(|&b| b != 0) {
+            self.sums.write_at(&sums, BLOCK + self.at / BLOCK * 4)?;
+        }
+        self.image.start_writeback(self.at, piece.len() as u64);
+        self.at += piece.len() as u64;
+        self.tell()
+    }
+    /// Makes both files whole and durable; returns the digest.
+    fn finish(mut self, id: Id, len: u64) -> Result<Option<String>> {
+        self.hole(len)?;
+        let n = blocks(len);
+        self.image.set_len(len)?;
+        self.sums.write_at(SumsHeader::new(id, n).as_bytes(), 0)?;
+        self.sums.set_len(BLOCK + n * 4)?;
+        self.image.sync()?;
+        self.sums.sync()?;
+        Ok(self.hasher.map(|h| {
+            h.finalize()
+                .iter()
+                .fold(String::from("sha256:"), |mut s, b| {
+                    s.push_str(&format!("{b:02x}"));
+                    s
+                })
+        }))
+    }
+}
+
+fn copy_file(
+    dir: &dyn Dir,
+    id: Id,
+    source: &dyn File,
+    len: u64,
+    progress: &dyn Progress,
+) -> Result<Option<String>> {
+    let mut sink = Sink::new(dir, len, len <= DIGEST_MAX, progress)?;
+    let mut buf = vec![0; PIECE];
+    for (start, n) in source.data_ranges(0, len)? {
+        // Whole blocks, whatever the grain of the host's holes.
+        let mut at = (start / BLOCK * BLOCK).max(sink.at);
+        let end = (start + n).next_multiple_of(BLOCK).min(len);
+        while at < end {
+            sink.hole(at)?;
+            let n = (end - at).min(PIECE as u64) as usize;
+            source.read_at(&mut buf[..n], at)?;
+            sink.data(&buf[..n])?;
+            at += n as u64;
+        }
+    }
+    sink.finish(id, len)
+}
+
+fn copy_stream(
+    dir: &dyn Dir,
+    id: Id,
+    reader: &mut dyn Read,
+    progress: &dyn Progress,
+) -> Result<BaseMeta> {
+    let mut sink = Sink::new(dir, 0, true, progress)?;
+    let mut buf = vec![0; PIECE];
+    loop {
+        let mut n = 0;
+        while n < PIECE {
+            match reader.read(&mut buf[n..]) {
+                Ok(0) => break,
+                Ok(got) => n += got,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {
+                    sink.tell()?;
+                }
+                Err(e) => return Err(Error::io("read", "the input stream", &e)),
+            }
+        }
+        if n == 0 {
+            break;
+        }
+        if sink.at + n as u64 > MAX_DISK {
+            return Err(
+                Error::new(Kind::Invalid, "the stream is longer than 16 TiB")
+                    .hint("a disk has at most 16 TiB"),
+            );
+        }
+        sink.data(&buf[..n])?;
+        if n < PIECE {
+            break;
+        }
+    }
+    let len = sink.at;
+    if len == 0 {
+        return Err(
+            Error::new(Kind::Invalid, "the stream is empty").hint("a base has at least one byte")
+        );
+    }
+    let digest = sink.finish(id, len)?;
+    Ok(BaseMeta {
+        id,
+        len,
+        digest,
+        link: None,
+    })
+}

@@ -1,0 +1,160 @@
+//! Names: what may be one, and the text record behind each.
+
+use super::{Below, ObjectKind};
+use crate::error::{Error, Kind, Result};
+use crate::format::text::{MAX_RECORD, Record};
+use crate::format::{MAX_MESSAGE, MAX_NAME};
+use crate::io::{Access, Dir};
+use crate::units::Id;
+
+/// Prefix of files that are under way: no name can begin with it.
+pub const TEMPORARY: &str = ".tmp-";
+
+/// Checks a name without `@`: an image or a disk, or the last part of a snapshot.
+pub fn check_part(name: &str) -> Result<()> {
+    let bad = |what: String| {
+        Err(Error::new(Kind::Invalid, what).hint(
+            "a name has 1 to 100 bytes, no `/`, `@`, white space or control characters, and does not begin with `-` or `.`",
+        ))
+    };
+    let shown: String = name.chars().take(40).flat_map(char::escape_debug).collect();
+    if name.is_empty() {
+        return bad("the name is empty".into());
+    }
+    if name.len() > MAX_NAME {
+        return bad(format!(
+            "the name `{shown}...` has {} bytes; at most {MAX_NAME} are allowed",
+            name.len()
+        ));
+    }
+    if name.starts_with(['-', '.']) {
+        return bad(format!("the name `{shown}` begins with `{}`", &name[..1]));
+    }
+    if let Some(c) = name
+        .chars()
+        .find(|c| matches!(c, '/' | '@') || c.is_control() || c.is_whitespace())
+    {
+        return bad(format!("the name `{shown}` contains {c:?}"));
+    }
+    Ok(())
+}
+
+/// Splits and checks `DISK@NAME`.
+pub fn split_snapshot(name: &str) -> Result<(&str, &str)> {
+    let Some((disk, snap)) = name.split_once('@') else {
+        return Err(
+            Error::new(Kind::Invalid, format!("`{name}` does not name a snapshot"))
+                .hint("a snapshot is written DISK@NAME"),
+        );
+    };
+    check_part(disk)?;
+    check_part(snap)?;
+    Ok((disk, snap))
+}
+
+/// Checks a message.
+pub fn check_message(message: Option<&str>) -> Result<()> {
+    match message {
+        Some(m) if m.len() > MAX_MESSAGE => Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "the message has {} bytes; at most {MAX_MESSAGE} are allowed",
+                m.len()
+            ),
+        )
+        .hint("shorten the message")),
+        _ => Ok(()),
+    }
+}
+
+/// What a name's file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NameRecord {
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Base or layer it refers to.
+    pub target: Below,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Message.
+    pub message: Option<String>,
+}
+
+impl NameRecord {
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        Record::new()
+            .with("kind", self.kind.word())
+            .with("id", self.target.id().to_string())
+            .with("created", self.created.to_string())
+            .with_some("message", self.message.as_deref())
+            .encode()
+    }
+    fn decode(bytes: &[u8]) -> Result<NameRecord> {
+        let record = Record::decode(bytes)?;
+        let kind = match record.need("kind")? {
+            "base" => ObjectKind::Base,
+            "image" => ObjectKind::Image,
+            "snap" => ObjectKind::Snapshot,
+            "disk" => ObjectKind::Disk,
+            other => return Err(Error::new(Kind::Corrupt, format!("unknown kind `{other}`"))),
+        };
+        let id = Id::parse(record.need("id")?)
+            .ok_or_else(|| Error::new(Kind::Corrupt, "`id` is no id"))?;
+        let target = if kind == ObjectKind::Base {
+            Below::Base(id)
+        } else {
+            Below::Layer(id)
+        };
+        Ok(NameRecord {
+            kind,
+            target,
+            created: record.number("created")?,
+            message: record.get("message").map(String::from),
+        })
+    }
+}
+
+/// Reads a whole text record of a directory.
+pub fn read_record(dir: &dyn Dir, name: &str) -> Result<Vec<u8>> {
+    let file = dir.open(name, Access::Read)?;
+    let len = file.len()?;
+    if len > MAX_RECORD {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("it has {len} bytes, too many for a text record"),
+        )
+        .path(file.path()));
+    }
+    let mut bytes = vec![0; len as usize];
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Reads a name; `NotFound` if there is none.
+pub fn read_name(names: &dyn Dir, name: &str) -> Result<NameRecord> {
+    let bytes = read_record(names, name)?;
+    NameRecord::decode(&bytes).map_err(|e| {
+        e.context(format!("the record of `{name}` is damaged"))
+            .path(names.path().join(name))
+            .hint("`forkdisk check` lists what is damaged; names can be rebuilt from the layer headers")
+    })
+}
+
+/// Writes `bytes` into a new temporary file for `name` and returns the temporary's name. Not durable yet, unless `sync`.
+pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8], sync: bool) -> Result<String> {
+    let temporary = format!("{TEMPORARY}{name}");
+    // A leftover of an interrupted operation: the lock is held, so nobody else uses it.
+    if dir.entry(&temporary)?.is_some() {
+        dir.remove(&temporary)?;
+    }
+    let file = dir.open(&temporary, Access::CreateNew)?;
+    let written = file
+        .write_at(bytes, 0)
+        .and_then(|()| if sync { file.sync() } else { Ok(()) });
+    if let Err(e) = written {
+        let _ = dir.remove(&temporary);
+        return Err(e);
+    }
+    Ok(temporary)
+}

@@ -1,0 +1,773 @@
+//! Making, naming and removing disks, snapshots and images.
+
+use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
+use super::{
+    Below, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
+    too_deep,
+};
+use crate::chain::Chain;
+use crate::disk::CowDisk;
+use crate::error::{Error, Kind, Result};
+use crate::format::{Header, MAX_DEPTH, valid_size};
+use crate::io::{Access, EntryKind};
+use crate::layer::{self, Layer, ReadLayer, State, read_header};
+use crate::units::{Id, MAX_DISK, round_up};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+impl Store {
+    /// Makes disks from an image, snapshot or disk at rest: all of them or none. One round of syncs, however many.
+    pub fn create(&self, disks: &[String], from: &str, size: Option<u64>) -> Result<Vec<Object>> {
+        let _lock = self.lock(true)?;
+        let source = self.resolve_locked(from)?;
+        self.check_new(disks)?;
+        let size = disk_size(&source, size)?;
+        let parent = match source.kind {
+            ObjectKind::Base => Below::Base(source.id),
+            ObjectKind::Image | ObjectKind::Snapshot => Below::Layer(source.id),
+            // Its layer becomes the common parent; the disk goes on above it.
+            ObjectKind::Disk => Below::Layer(self.seal_at_rest(&source, None)?),
+        };
+        self.create_on(disks, parent, size, from)
+    }
+    /// Makes disks from an attached disk that `running` is.
+    pub fn create_from_running(
+        &self,
+        running: &CowDisk,
+        from: &str,
+        disks: &[String],
+        size: Option<u64>,
+    ) -> Result<Vec<Object>> {
+        let _lock = self.lock(true)?;
+        let source = self.resolve_locked(from)?;
+        self.check_new(disks)?;
+        let size = disk_size(&source, size)?;
+        self.seal_running(&source, running, None)?;
+        self.create_on(disks, Below::Layer(source.id), size, from)
+    }
+    fn check_new(&self, disks: &[String]) -> Result<()> {
+        let mut seen = HashSet::new();
+        for name in disks {
+            check_part(name)?;
+            if !seen.insert(name) || self.names.entry(name)?.is_some() {
+                return Err(taken(name));
+            }
+        }
+        Ok(())
+    }
+    fn create_on(
+        &self,
+        disks: &[String],
+        parent: Below,
+        size: u64,
+        from: &str,
+    ) -> Result<Vec<Object>> {
+        let depth = self.depth_of(parent)? + 1;
+        if depth > MAX_DEPTH {
+            return Err(too_deep(from));
+        }
+        let created = (self.env.now)();
+        let one = disks.len() == 1;
+        let mut made: Vec<Object> = Vec::with_capacity(disks.len());
+        let mut named = 0;
+        let done = (|| {
+            for name in disks {
+                let id = self.new_layer(parent, depth, size, created, name, one)?;
+                made.push(Object {
+                    name: name.clone(),
+                    kind: ObjectKind::Disk,
+                    id,
+                    size,
+                    parent: Some(parent),
+                    created,
+                    message: None,
+                });
+                let record = NameRecord {
+                    kind: ObjectKind::Disk,
+                    target: Below::Layer(id),
+                    created,
+                    message: None,
+                };
+                stage(&*self.names, name, &record.encode(), one)?;
+            }
+            // Layers before names, whatever the number.
+            if one {
+                self.layers.sync()?
+            } else {
+                self.root.sync_filesystem()?
+            }
+            for name in disks {
+                self.names
+                    .rename_new(&format!("{TEMPORARY}{name}"), name)
+                    .map_err(|e| match e.kind() {
+                        Kind::Exists => taken(name),
+                        _ => e,
+                    })?;
+                named += 1;
+            }
+            self.names.sync()
+        })();
+        if let Err(e) = done {
+            // Nothing half-made stays: what was named is unnamed again, then the files go.
+            for (i, name) in disks.iter().enumerate() {
+                let _ = self.names.remove(&if i < named {
+                    name.clone()
+                } else {
+                    format!("{TEMPORARY}{name}")
+                });
+            }
+            for object in &made {
+                let _ = self.layers.remove(&layer_file(object.id));
+            }
+            return Err(e.or_hint("nothing was created"));
+        }
+        Ok(made)
+    }
+    /// Writes the header of a new layer; durable if `sync`, but for its name in `layers/`.
+    fn new_layer(
+        &self,
+        parent: Below,
+        depth: u32,
+        size: u64,
+        created: u64,
+        name: &str,
+        sync: bool,
+    ) -> Result<Id> {
+        let id = (self.env.id)();
+        let header = Header::new(
+            id,
+            parent.id(),
+            matches!(parent, Below::Layer(_)),
+            depth,
+            size,
+            created,
+            name,
+        );
+        let file = self.layers.open(&layer_file(id), Access::CreateNew)?;
+        let written =
+            layer::create(&*file, &header).and_then(|()| if sync { file.sync() } else { Ok(()) });
+        if let Err(e) = written {
+            let _ = self.layers.remove(&layer_file(id));
+            return Err(e);
+        }
+        Ok(id)
+    }
+    fn depth_of(&self, below: Below) -> Result<u32> {
+        match below {
+            Below::Base(id) => self.base_meta(id).map(|_| 0),
+            Below::Layer(id) => Ok(self.layer_head(id)?.0.depth.get()),
+        }
+    }
+
+    // ---- snapshots -------------------------------------------------------------------------------------------
+
+    /// Snapshots a disk at rest.
+    pub fn snapshot(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+        let _lock = self.lock(true)?;
+        let source = self.snapshot_source(disk, name, message)?;
+        self.seal_at_rest(&source, Some((name, message)))?;
+        self.object(&format!("{disk}@{name}"))
+    }
+    /// Snapshots an attached disk that `running` is: requests wait while its layer is sealed and a new one is put on top.
+    pub fn snapshot_running(
+        &self,
+        running: &CowDisk,
+        disk: &str,
+        name: &str,
+        message: Option<&str>,
+    ) -> Result<Object> {
+        let _lock = self.lock(true)?;
+        let source = self.snapshot_source(disk, name, message)?;
+        self.seal_running(&source, running, Some((name, message)))?;
+        self.object(&format!("{disk}@{name}"))
+    }
+    fn snapshot_source(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+        check_part(disk)?;
+        check_part(name)?;
+        check_message(message)?;
+        let source = self.resolve_locked(disk)?;
+        if source.kind != ObjectKind::Disk || source.name != disk {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("`{disk}` is a {}, not a disk", source.kind.word()),
+            )
+            .hint("only disks change, so only disks have snapshots"));
+        }
+        let full = format!("{disk}@{name}");
+        if self.names.entry(&full)?.is_some() {
+            return Err(taken(&full));
+        }
+        Ok(source)
+    }
+    /// The records of a snapshot: staged and durable, to be renamed once the layer is sealed.
+    fn stage_snapshot(
+        &self,
+        source: &Object,
+        next: Id,
+        snapshot: Option<(&str, Option<&str>)>,
+    ) -> Result<Vec<(String, String)>> {
+        let mut staged = Vec::new();
+        if let Some((name, message)) = snapshot {
+            let record = NameRecord {
+                kind: ObjectKind::Snapshot,
+                target: Below::Layer(source.id),
+                created: (self.env.now)(),
+                message: message.map(String::from),
+            };
+            let full = format!("{}@{name}", source.name);
+            staged.push((stage(&*self.names, &full, &record.encode(), true)?, full));
+        }
+        let record = NameRecord {
+            kind: ObjectKind::Disk,
+            target: Below::Layer(next),
+            created: source.created,
+            message: source.message.clone(),
+        };
+        staged.push((
+            stage(&*self.names, &source.name, &record.encode(), true)?,
+            source.name.clone(),
+        ));
+        Ok(staged)
+    }
+    fn install(&self, staged: &[(String, String)]) -> Result<()> {
+        for (temporary, name) in staged {
+            self.names.rename(temporary, name)?;
+        }
+        self.names.sync()
+    }
+    /// A new layer above the one of `source`, durable, unnamed.
+    fn layer_above(&self, source: &Object) -> Result<(Id, u64)> {
+        let (header, size) = self.layer_head(source.id)?;
+        let depth = header.depth.get() + 1;
+        if depth > MAX_DEPTH {
+            return Err(too_deep(&source.name));
+        }
+        let id = self.new_layer(
+            Below::Layer(source.id),
+            depth,
+            size,
+            (self.env.now)(),
+            &source.name,
+            true,
+        )?;
+        self.layers.sync()?;
+        Ok((id, size))
+    }
+    /// Seals the layer of a disk at rest and puts a new one on top. Returns the sealed layer.
+    fn seal_at_rest(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Id> {
+        // An interrupted snapshot may have left it sealed: then it is completed first, and sealed anew.
+        let (layer, _) = self.open_top(source)?;
+        let source = self.object(&source.name)?;
+        let (next, _) = self.layer_above(&source)?;
+        let sealed = self
+            .stage_snapshot(&source, next, snapshot)
+            .and_then(|staged| {
+                let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
+                layer
+                    .close(State::Sealed, label.as_deref())
+                    .map(|()| staged)
+            });
+        match sealed {
+            Ok(staged) => self.install(&staged)?,
+            Err(e) => {
+                let _ = self.layers.remove(&layer_file(next));
+                return Err(e);
+            }
+        }
+        Ok(source.id)
+    }
+    fn seal_running(
+        &self,
+        source: &Object,
+        running: &CowDisk,
+        snapshot: Option<(&str, Option<&str>)>,
+    ) -> Result<()> {
+        let (next, _) = self.layer_above(source)?;
+        let staged = match self.stage_snapshot(source, next, snapshot) {
+            Ok(staged) => staged,
+            Err(e) => {
+                let _ = self.layers.remove(&layer_file(next));
+                return Err(e);
+            }
+        };
+        let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
+        running.seal(label.as_deref(), |sealed| {
+            self.install(&staged)?;
+            // From the writer's lock to a reader's, on the same open file.
+            sealed.lock(false)?;
+            let sealed = Arc::new(ReadLayer::open(sealed)?);
+            self.open_layers
+                .lock()
+                .insert(sealed.id(), Arc::downgrade(&sealed));
+            let file = self.layers.open(&layer_file(next), Access::Write)?;
+            file.lock(true)?;
+            let layer = Layer::open(file)?;
+            let chain: Arc<Chain> = self.chain(Below::Layer(sealed.id()))?;
+            Ok((layer, chain))
+        })
+    }
+    /// Completes an interrupted snapshot: a new layer over the sealed one that the disk's name refers to.
+    pub(super) fn put_layer_on_top(&self, source: &Object) -> Result<NameRecord> {
+        let (next, _) = self.layer_above(source)?;
+        let staged = self.stage_snapshot(source, next, None)?;
+        self.install(&staged)?;
+        names::read_name(&*self.names, &source.name)
+    }
+
+    // ---- renaming and removing ------------------------------------------------------------------------------------
+
+    /// Renames an image, a disk at rest (and its snapshots), or a snapshot (within its disk).
+    pub fn rename(&self, old: &str, new: &str) -> Result<Object> {
+        let _lock = self.lock(true)?;
+        let object = self.resolve_locked(old)?;
+        let old = object.name.clone();
+        if object.kind == ObjectKind::Snapshot {
+            let (disk, _) = split_snapshot(&old)?;
+            let (new_disk, _) = split_snapshot(new)?;
+            if disk != new_disk {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!("`{old}` cannot become a snapshot of `{new_disk}`"),
+                )
+                .hint(
+                    "a snapshot is renamed within its disk; `forkdisk fork` makes a disk from it",
+                ));
+            }
+        } else {
+            check_part(new)?;
+        }
+        if self.names.entry(new)?.is_some() {
+            return Err(taken(new));
+        }
+        if object.kind == ObjectKind::Disk {
+            drop(self.open_exclusive(&object)?);
+            let prefix = format!("{old}@");
+            for name in self.all_names()? {
+                if let Some(snap) = name.strip_prefix(&prefix) {
+                    self.names.rename_new(&name, &format!("{new}@{snap}"))?;
+                }
+            }
+        }
+        // The object itself last: an interrupted rename is completed by the same command.
+        self.names.rename_new(&old, new).map_err(|e| {
+            if e.kind() == Kind::Exists {
+                taken(new)
+            } else {
+                e
+            }
+        })?;
+        self.names.sync()?;
+        self.object(new)
+    }
+    /// What removing `refs` would take away. `InUse` if others need them and it is not `recursive`.
+    pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        let objects = self.list_locked()?;
+        let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
+        for reference in refs {
+            let object = self.resolve_locked(reference)?;
+            wanted.insert(object.name.clone(), object);
+        }
+        let mut going = wanted.clone();
+        for object in wanted.values() {
+            let target = object_target(object);
+            // Another name of the same thing keeps it alive, so nothing that stands on it is concerned.
+            let other_name = objects
+                .iter()
+                .any(|o| object_target(o) == target && !wanted.contains_key(&o.name));
+            let own = |o: &Object| {
+                object.kind == ObjectKind::Disk && o.name.starts_with(&format!("{}@", object.name))
+            };
+            let users: Vec<&Object> = objects
+                .iter()
+                .filter(|o| !wanted.contains_key(&o.name))
+                .filter(|o| {
+                    own(o)
+                        || (!other_name
+                            && object_target(o) != target
+                            && graph.stands_on(object_target(o), target))
+                })
+                .collect();
+            if !users.is_empty() && !recursive {
+                let mut list: Vec<&str> = users.iter().take(8).map(|o| o.name.as_str()).collect();
+                if users.len() > list.len() {
+                    list.push("...");
+                }
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!("{} is in use by {}", object.name, list.join(", ")),
+                )
+                .hint(format!(
+                    "`forkdisk rm -r {} -n` shows all that would go",
+                    object.name
+                )));
+            }
+            for user in users {
+                going.insert(user.name.clone(), user.clone());
+                // A disk goes with its snapshots.
+                for o in objects
+                    .iter()
+                    .filter(|o| o.name.starts_with(&format!("{}@", user.name)))
+                {
+                    going.insert(o.name.clone(), o.clone());
+                }
+            }
+        }
+        for object in going.values() {
+            self.check_idle(object)?;
+        }
+        let mut list: Vec<Object> = going.into_values().collect();
+        list.sort_by_key(|o| {
+            (
+                std::cmp::Reverse(graph.depth(object_target(o))),
+                o.name.clone(),
+            )
+        });
+        let gone: HashSet<&str> = list.iter().map(|o| o.name.as_str()).collect();
+        let frees = graph
+            .garbage(|name| !gone.contains(name))
+            .iter()
+            .map(|b| graph.nodes[b].allocated)
+            .sum();
+        Ok(RemovePlan { names: list, frees })
+    }
+    /// Fails if an object is attached.
+    fn check_idle(&self, object: &Object) -> Result<()> {
+        let busy = |e: Error| {
+            if e.kind() == Kind::Busy {
+                Error::new(Kind::Busy, format!("{} is attached", object.name))
+                    .hint(format!("`forkdisk detach {}` first", object.name))
+            } else {
+                e
+            }
+        };
+        match object.kind {
+            ObjectKind::Base => Ok(()),
+            _ => match self.layers.open(&layer_file(object.id), Access::Read) {
+                // A sealed layer may be open below others that stay; a disk's own layer only by its own attachment.
+                Ok(file) if object.kind == ObjectKind::Disk => file.lock(true).map_err(busy),
+                Ok(_) => Ok(()),
+                Err(e) if e.kind() == Kind::NotFound => Ok(()),
+                Err(e) => Err(e),
+            },
+        }
+    }
+    /// Removes what a plan lists, then everything that nothing needs any more.
+    pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
+        let _lock = self.lock(true)?;
+        for object in &plan.names {
+            self.check_idle(object)?;
+            // What it is must not have changed since the plan was made.
+            match names::read_name(&*self.names, &object.name) {
+                Ok(record) if record.target == object_target(object) => {}
+                Err(e) if e.kind() == Kind::NotFound => continue,
+                Err(e) if e.kind() == Kind::Corrupt => {}
+                Err(e) => return Err(e),
+                Ok(_) => {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("{} was changed meanwhile", object.name),
+                    )
+                    .hint("look at it again, then repeat the command"));
+                }
+            }
+        }
+        let graph = self.graph()?;
+        let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
+        // Someone may have forked from it since the plan was made.
+        for object in &plan.names {
+            let target = object_target(object);
+            for (below, names) in &graph.names {
+                let stays = names.iter().find(|n| !gone.contains(n.as_str()));
+                let same = *below == target;
+                let still = graph
+                    .names
+                    .get(&target)
+                    .is_some_and(|n| n.iter().any(|n| !gone.contains(n.as_str())));
+                if let Some(name) = stays
+                    && !same
+                    && !still
+                    && graph.stands_on(*below, target)
+                {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("{} is in use by {name}", object.name),
+                    )
+                    .hint("look at it again, then repeat the command"));
+                }
+            }
+        }
+        for object in &plan.names {
+            match self.names.remove(&object.name) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                other => other?,
+            }
+        }
+        self.names.sync()?;
+        self.collect(&self.graph()?, false).map(|_| ())
+    }
+    /// Removes what nothing names or needs, and leftovers of interrupted operations.
+    pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
+        let _lock = self.lock(true)?;
+        self.collect(&self.graph()?, dry_run)
+    }
+    fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
+        let mut report = GcReport::default();
+        let mut garbage = graph.garbage(|_| true);
+        // Children before parents: after a crash in between nothing refers to what is gone.
+        garbage.sort_by_key(|b| std::cmp::Reverse(graph.depth(*b)));
+        for below in garbage {
+            let removed = match below {
+                _ if dry_run => true,
+                Below::Layer(id) => self.remove_layer(id)?,
+                Below::Base(id) => self.remove_base(&id.to_string()).map(|()| true)?,
+            };
+            if removed {
+                report.layers.push(below.id());
+                report.bytes += graph.nodes[&below].allocated;
+            }
+        }
+        for (dir, what) in [
+            (&self.names, "names"),
+            (&self.root, ""),
+            (&self.bases, "bases"),
+        ] {
+            for (name, kind) in dir.list()? {
+                if !name.starts_with(TEMPORARY) {
+                    continue;
+                }
+                match kind {
+                    _ if dry_run => {}
+                    EntryKind::Dir => self.remove_base(&name)?,
+                    _ => dir.remove(&name)?,
+                }
+                report.files.push(if what.is_empty() {
+                    name
+                } else {
+                    format!("{what}/{name}")
+                });
+            }
+        }
+        Ok(report)
+    }
+    /// Removes a layer file unless someone has it open (an attachment that is just ending).
+    fn remove_layer(&self, id: Id) -> Result<bool> {
+        let name = layer_file(id);
+        if let Ok(file) = self.layers.open(&name, Access::Read)
+            && file.lock(true).is_err_and(|e| e.kind() == Kind::Busy)
+        {
+            return Ok(false);
+        }
+        self.layers.remove(&name)?;
+        Ok(true)
+    }
+    /// Removes a directory of `bases/` with what is in it.
+    fn remove_base(&self, name: &str) -> Result<()> {
+        let dir = self.bases.subdir(name)?;
+        // `meta` first: without it the directory is plainly garbage.
+        for file in ["meta", "sums", "image"] {
+            match dir.remove(file) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                other => other?,
+            }
+        }
+        for (other, kind) in dir.list()? {
+            if kind != EntryKind::Dir {
+                dir.remove(&other)?;
+            }
+        }
+        self.bases.remove_dir(name)
+    }
+
+    // ---- the graph -----------------------------------------------------------------------------------------------
+
+    /// All bases and layers, what they stand on, and who names them. The names lock is held.
+    pub(super) fn graph(&self) -> Result<Graph> {
+        let mut graph = Graph::default();
+        for (file, kind) in self.layers.list()? {
+            let Some(id) = file
+                .strip_suffix(".layer")
+                .and_then(Id::parse)
+                .filter(|_| kind == EntryKind::File)
+            else {
+                continue;
+            };
+            let open = self.layers.open(&file, Access::Read)?;
+            match read_header(&*open) {
+                Ok(header) => {
+                    let (parent, depth) = (Some(parent_of(&header)), header.depth.get());
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent,
+                            depth,
+                            allocated: open.allocated()?,
+                        },
+                    );
+                }
+                // It may stand on anything: nothing is garbage then. `check` reports it.
+                Err(_) => graph.unreadable = true,
+            }
+        }
+        for (name, kind) in self.bases.list()? {
+            if let Some(id) = Id::parse(&name).filter(|_| kind == EntryKind::Dir) {
+                let allocated = self.base_allocated(id).unwrap_or(0);
+                graph.nodes.insert(
+                    Below::Base(id),
+                    Node {
+                        parent: None,
+                        depth: 0,
+                        allocated,
+                    },
+                );
+            }
+        }
+        for name in self.all_names()? {
+            match names::read_name(&*self.names, &name) {
+                Ok(record) => graph.names.entry(record.target).or_default().push(name),
+                // An unreadable name may refer to anything: nothing is garbage then.
+                Err(_) => graph.unreadable = true,
+            }
+        }
+        for (below, node) in &graph.nodes {
+            if let Some(parent) = node.parent {
+                graph.children.entry(parent).or_default().push(*below);
+            }
+        }
+        Ok(graph)
+    }
+    /// All layer files with what is known of them.
+    pub fn layers(&self) -> Result<Vec<LayerInfo>> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        let mut all = Vec::new();
+        for (below, node) in &graph.nodes {
+            let (Below::Layer(id), Some(parent)) = (*below, node.parent) else {
+                continue;
+            };
+            let (state, (data, zeros), size) = self.layer_counts(id)?;
+            all.push(LayerInfo {
+                id,
+                parent,
+                state: state.word(),
+                size,
+                allocated: node.allocated,
+                private_bytes: data * crate::units::BLOCK,
+                zero_blocks: zeros,
+                depth: node.depth,
+                names: graph.names.get(below).cloned().unwrap_or_default(),
+            });
+        }
+        all.sort_by_key(|l| (l.depth, l.id));
+        Ok(all)
+    }
+    /// State, counts and size of a layer file that others may be writing.
+    pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {
+        // A checkpoint of its writer may come in between; then what was read makes no sense, and is read again.
+        let mut tries = 0;
+        loop {
+            let file = self.layers.open(&layer_file(id), Access::Read)?;
+            match ReadLayer::open(file) {
+                Ok(layer) => return Ok((layer.state(), layer.counts(), layer.size())),
+                Err(e) if tries >= 20 => return Err(e),
+                Err(_) => tries += 1,
+            }
+        }
+    }
+}
+
+/// What the object's name refers to.
+pub(super) fn object_target(object: &Object) -> Below {
+    match object.kind {
+        ObjectKind::Base => Below::Base(object.id),
+        _ => Below::Layer(object.id),
+    }
+}
+
+fn taken(name: &str) -> Error {
+    Error::new(Kind::Exists, format!("`{name}` exists already"))
+        .hint("choose another name, or `forkdisk rm` the old one")
+}
+
+fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
+    let Some(size) = size else {
+        return Ok(source.size);
+    };
+    let rounded = round_up(size)
+        .filter(|&s| s <= MAX_DISK && valid_size(s))
+        .ok_or_else(|| {
+            Error::new(Kind::Invalid, format!("a disk cannot have {size} bytes"))
+                .hint("from 4 KiB to 16 TiB")
+        })?;
+    if rounded < source.size {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!(
+                "{size} bytes are less than `{}` has ({} bytes)",
+                source.name, source.size
+            ),
+        )
+        .hint("a disk is at least as large as what it is made from"));
+    }
+    Ok(rounded)
+}
+
+/// A base or layer in the graph.
+pub(super) struct Node {
+    pub parent: Option<Below>,
+    pub depth: u32,
+    pub allocated: u64,
+}
+
+/// Bases and layers, and who needs whom.
+#[derive(Default)]
+pub(super) struct Graph {
+    pub nodes: HashMap<Below, Node>,
+    pub children: HashMap<Below, Vec<Below>>,
+    pub names: HashMap<Below, Vec<String>>,
+    /// Something could not be read, so that nothing may be called garbage.
+    pub unreadable: bool,
+}
+
+impl Graph {
+    /// Does `upper` stand on `lower`, directly or not (or are they the same)?
+    pub fn stands_on(&self, upper: Below, lower: Below) -> bool {
+        let mut at = Some(upper);
+        for _ in 0..=MAX_DEPTH + 1 {
+            match at {
+                Some(b) if b == lower => return true,
+                Some(b) => at = self.nodes.get(&b).and_then(|n| n.parent),
+                None => return false,
+            }
+        }
+        false
+    }
+    pub fn depth(&self, below: Below) -> u32 {
+        self.nodes.get(&below).map_or(0, |n| n.depth)
+    }
+    /// What no name that `counts` reaches.
+    pub fn garbage(&self, counts: impl Fn(&str) -> bool) -> Vec<Below> {
+        if self.unreadable {
+            return Vec::new();
+        }
+        let mut needed: HashSet<Below> = HashSet::new();
+        for (below, names) in &self.names {
+            if !names.iter().any(|n| counts(n)) {
+                continue;
+            }
+            let mut at = Some(*below);
+            while let Some(b) = at {
+                if !needed.insert(b) {
+                    break;
+                }
+                at = self.nodes.get(&b).and_then(|n| n.parent);
+            }
+        }
+        self.nodes
+            .keys()
+            .filter(|b| !needed.contains(b))
+            .copied()
+            .collect()
+    }
+}

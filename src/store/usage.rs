@@ -1,0 +1,133 @@
+//! What objects cost and what they share.
+
+use super::objects::{Graph, object_target};
+use super::{BaseInfo, Below, Details, Object, ObjectKind, Store, Usage, layer_file, parent_of};
+use crate::error::{Error, Kind, Result};
+use crate::format::MAX_DEPTH;
+use crate::io::Access;
+use crate::layer::read_header;
+use crate::units::{BLOCK, Id};
+
+impl Store {
+    /// What the chain of an object consists of: its own layer first, the base last.
+    fn chain_of(&self, object: &Object) -> Result<Vec<Below>> {
+        let mut chain = vec![object_target(object)];
+        while let Some(Below::Layer(id)) = chain.last().copied() {
+            if chain.len() > MAX_DEPTH as usize + 1 {
+                return Err(Error::new(Kind::Corrupt, "the chain of layers has no end").layer(id));
+            }
+            let file = self.layers.open(&layer_file(id), Access::Read)?;
+            chain.push(parent_of(&read_header(&*file)?));
+        }
+        Ok(chain)
+    }
+    /// A base.
+    pub fn base_info(&self, id: Id) -> Result<BaseInfo> {
+        let meta = self.base_meta(id)?;
+        let dir = self.bases.subdir(&id.to_string())?;
+        let path = match &meta.link {
+            Some(link) => link.path.clone(),
+            None => dir.path().join("image"),
+        };
+        Ok(BaseInfo {
+            id,
+            len: meta.len,
+            allocated: self.base_allocated(id)?,
+            digest: meta.digest,
+            sums: dir.entry("sums")?.is_some(),
+            link: meta.link.map(|l| l.path),
+            path,
+        })
+    }
+    /// Host bytes that the data of a base occupy, wherever it is.
+    fn base_data(&self, id: Id) -> Result<u64> {
+        let meta = self.base_meta(id)?;
+        if meta.link.is_some() {
+            return Ok(meta.len);
+        }
+        let dir = self.bases.subdir(&id.to_string())?;
+        Ok(dir
+            .open("image", Access::Read)?
+            .allocated()?
+            .min(meta.len.next_multiple_of(BLOCK)))
+    }
+    /// Space of one object.
+    pub fn usage(&self, object: &Object) -> Result<Usage> {
+        let _lock = self.lock(false)?;
+        self.usage_in(object, &self.graph()?)
+    }
+    /// Space of several objects, with one look at the store.
+    pub fn usages(&self, objects: &[Object]) -> Result<Vec<Usage>> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        objects.iter().map(|o| self.usage_in(o, &graph)).collect()
+    }
+    fn usage_in(&self, object: &Object, graph: &Graph) -> Result<Usage> {
+        let chain = self.chain_of(object)?;
+        let mut usage = Usage {
+            size: object.size,
+            ..Usage::default()
+        };
+        // What goes with this name alone: from its own layer down, as long as nothing else needs it.
+        let mut alone = true;
+        for (i, below) in chain.iter().enumerate() {
+            let names = graph.names.get(below).map_or(0, Vec::len);
+            let children = graph.children.get(below).map_or(0, Vec::len);
+            alone = alone
+                && if i == 0 {
+                    names <= 1 && children == 0
+                } else {
+                    names == 0 && children == 1
+                };
+            let allocated = graph.nodes.get(below).map_or(0, |n| n.allocated);
+            let data = match *below {
+                Below::Layer(id) => self.layer_counts(id)?.1.0 * BLOCK,
+                Below::Base(id) => self.base_data(id)?,
+            };
+            usage.refer += data;
+            if alone {
+                usage.exclusive += allocated;
+            } else {
+                usage.shared += if matches!(below, Below::Base(_)) {
+                    data
+                } else {
+                    allocated
+                };
+            }
+        }
+        usage.refer = usage.refer.min(usage.size);
+        Ok(usage)
+    }
+    /// All about one object.
+    pub fn details(&self, object: &Object) -> Result<Details> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        let chain = self.chain_of(object)?;
+        let Some(Below::Base(base)) = chain.last().copied() else {
+            return Err(Error::new(Kind::Corrupt, "the chain of layers has no base"));
+        };
+        let own = chain[0];
+        let (state, (data, zeros)) = match own {
+            Below::Base(_) => ("base", (0, 0)),
+            Below::Layer(id) => {
+                let (state, counts, _) = self.layer_counts(id)?;
+                (state.word(), counts)
+            }
+        };
+        Ok(Details {
+            object: object.clone(),
+            base: self.base_info(base)?,
+            depth: chain.len() as u32 - 1,
+            private_bytes: data * BLOCK,
+            zero_blocks: zeros,
+            allocated: graph.nodes.get(&own).map_or(0, |n| n.allocated),
+            state: if object.kind == ObjectKind::Base {
+                "base"
+            } else {
+                state
+            },
+            usage: self.usage_in(object, &graph)?,
+            chain,
+        })
+    }
+}

@@ -1,0 +1,176 @@
+//! What a process may ask the kernel about itself and others.
+
+use crate::error::{Error, Result};
+use rustix::process::{Pid, PidfdFlags, Resource};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+// From `linux/prctl.h`.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+const PR_GET_IO_FLUSHER: libc::c_int = 58;
+/// An unused argument: the kernel insists on zero, in its full width.
+const NONE: libc::c_ulong = 0;
+
+/// Says that the calling thread serves I/O that the kernel may wait for when it needs memory, so that
+/// its own allocations never wait for that I/O (`PR_SET_IO_FLUSHER`). Threads and processes it starts
+/// inherit this. `false` if the kernel denies it (needs `CAP_SYS_RESOURCE`): then nothing is lost but
+/// the guarantee.
+pub fn set_io_flusher() -> bool {
+    // SAFETY: PR_SET_IO_FLUSHER takes plain numbers and touches no memory of this process.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1 as libc::c_ulong, NONE, NONE, NONE) == 0 }
+}
+
+/// Is the calling thread an I/O flusher?
+pub fn is_io_flusher() -> bool {
+    // SAFETY: PR_GET_IO_FLUSHER takes plain numbers and touches no memory of this process.
+    unsafe { libc::prctl(PR_GET_IO_FLUSHER, NONE, NONE, NONE, NONE) == 1 }
+}
+
+/// Sets how readily the kernel kills this process when memory runs out: -1000 (never) to 1000. Lowering it
+/// needs `CAP_SYS_RESOURCE`.
+pub fn set_oom_score_adj(score: i32) -> Result<()> {
+    let path = "/proc/self/oom_score_adj";
+    fs::write(path, score.to_string()).map_err(|e| Error::io("write", path, &e))
+}
+
+/// Raises the soft limit of open descriptors to the hard one and returns it.
+pub fn raise_open_files_limit() -> u64 {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let before = limit.current;
+        limit.current = limit.maximum;
+        if rustix::process::setrlimit(Resource::Nofile, limit).is_err() {
+            return before.unwrap_or(u64::MAX);
+        }
+    }
+    limit.current.unwrap_or(u64::MAX)
+}
+
+/// A descriptor that stands for process `pid`: it can be waited for, and means this very process even
+/// when the number is used again.
+pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Waits until the process behind a [`pidfd`] has ended; `false` after `timeout`.
+pub fn wait_for_end(pidfd: impl AsFd, timeout: Duration) -> io::Result<bool> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let deadline = std::time::Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        let left = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        match poll(&mut fds, Some(&left)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Is there a process of this number? (A zombie counts.)
+pub fn is_alive(pid: i32) -> bool {
+    Pid::from_raw(pid).is_some_and(|pid| {
+        !matches!(
+            rustix::process::test_kill_process(pid),
+            Err(rustix::io::Errno::SRCH)
+        )
+    })
+}
+
+/// The short name of a process, as the kernel keeps it.
+pub fn comm(pid: i32) -> Option<String> {
+    let bytes = fs::read(format!("/proc/{pid}/comm")).ok()?;
+    Some(String::from_utf8_lossy(&bytes).trim_end().to_string())
+}
+
+/// The signal that gets a thread out of a blocking read, for [`wake`]. The kernel ignores it unless a
+/// handler is installed, so that one sent too early or by someone else never does harm.
+const WAKE: libc::c_int = libc::SIGURG;
+
+/// Makes [`wake`] interrupt blocking calls. Idempotent; once per process is enough.
+pub fn install_wake_handler() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: `sigaction` is plain data for which zeros are valid.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+    // No SA_RESTART: to interrupt is the whole purpose.
+    action.sa_flags = 0;
+    // SAFETY: `action` is fully initialised, its handler does nothing and so is async-signal-safe.
+    let r = unsafe { libc::sigaction(WAKE, &raw const action, std::ptr::null_mut()) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// The kernel's number of the calling thread, for [`wake`].
+pub fn thread_id() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
+/// Interrupts whatever blocking call thread `tid` of this process is in. A thread that enters such a
+/// call just afterwards is not: repeat until it reacts.
+pub fn wake(tid: i32) {
+    // SAFETY: tgkill takes plain numbers; the signal has a harmless handler or is ignored, and a thread
+    // that has ended is answered with ESRCH.
+    unsafe {
+        libc::syscall(
+            libc::SYS_tgkill,
+            std::process::id() as libc::pid_t,
+            tid,
+            WAKE,
+        )
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_alive_and_named() {
+        let me = std::process::id() as i32;
+        assert!(is_alive(me));
+        assert!(comm(me).is_some());
+        assert!(!is_alive(0) && !is_alive(i32::MAX));
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_seen() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let fd = pidfd(child.id() as i32).unwrap();
+        assert!(!wait_for_end(&fd, Duration::from_millis(10)).unwrap());
+        child.kill().unwrap();
+        assert!(wait_for_end(&fd, Duration::from_secs(10)).unwrap());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_wake_interrupts_a_blocking_read() {
+        install_wake_handler().unwrap();
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            send.send(thread_id()).unwrap();
+            rustix::io::read(&reader, &mut [0; 1])
+        });
+        let tid = receive.recv().unwrap();
+        while !thread.is_finished() {
+            wake(tid);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(thread.join().unwrap(), Err(rustix::io::Errno::INTR));
+    }
+}
