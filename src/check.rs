@@ -488,7 +488,9 @@ impl Check<'_> {
         let mut found = Vec::new();
         for (prefix, dir) in dirs {
             for (name, _) in dir.list()? {
-                if name.starts_with(TEMPORARY) {
+                if name.starts_with(TEMPORARY)
+                    && !(prefix == "bases/" && self.store.import_running(&name))
+                {
                     found.push(format!("{prefix}{name}"));
                 }
             }

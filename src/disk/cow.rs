@@ -360,6 +360,9 @@ impl Disk for CowDisk {
     fn size(&self) -> u64 {
         self.size
     }
+    fn allocated(&self) -> u64 {
+        self.private_blocks().0 * BLOCK
+    }
     fn read_only(&self) -> bool {
         self.top.read().layer.is_none()
     }

@@ -21,6 +21,8 @@ pub struct Found {
     pub fresh: bool,
     /// A copy that is unreadable although the other is not: said in the log.
     pub damaged_copy: bool,
+    /// Copy 1 counts and copy 2 is not the same: copy 2 must be made good before copy 1, the only good one, is written to.
+    pub second_differs: bool,
 }
 
 fn read_slot(file: &dyn File, slot: u32, len: u64) -> Result<Vec<u8>> {
@@ -52,12 +54,20 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
                 superblock,
                 fresh: false,
                 damaged_copy: false,
+                second_differs: a.sequence.get() > b.sequence.get(),
             })
         }
-        (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => Ok(Found {
+        (Ok(superblock), Err(_)) => Ok(Found {
             superblock,
             fresh: false,
             damaged_copy: true,
+            second_differs: true,
+        }),
+        (Err(_), Ok(superblock)) => Ok(Found {
+            superblock,
+            fresh: false,
+            damaged_copy: true,
+            second_differs: false,
         }),
         (Err(e), Err(_)) => {
             let untouched = second.iter().all(|&b| b == 0);
@@ -71,6 +81,7 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
                     superblock: Superblock::empty(header),
                     fresh: true,
                     damaged_copy: false,
+                    second_differs: false,
                 });
             }
             Err(e

@@ -26,7 +26,7 @@ use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot, bloc
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -34,8 +34,12 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 const SHARDS: usize = 64;
 /// Clean regions kept in a shard: with [`SHARDS`] at most 8,192 regions, 16 GiB of disk, at most 34 MiB of memory.
 const SHARD_REGIONS: usize = 128;
-/// Free slots that keep their host blocks, so that the next writes find written blocks: 4 MiB.
+/// Free slots that always keep their host blocks, so that the next writes find written blocks: 4 MiB.
 const HOT_SLOTS: u64 = 1024;
+/// Free slots that keep their host blocks at most, however much is written between two commits: 1 GiB.
+const HOT_MAX: u64 = 1 << 18;
+/// A write of this many bytes side by side begins to be written back at once, so that a flush finds little left to do.
+const EARLY_WRITEBACK: u64 = 128 * 1024;
 /// Journal slots whose host space is reserved in one go.
 const RESERVE_STEP: u32 = 16;
 /// Slots freed by one epoch before the disk flushes by itself: bounds the list.
@@ -129,6 +133,12 @@ pub struct Layer {
     joined: Condvar,
     data_blocks: AtomicI64,
     zero_blocks: AtomicI64,
+    /// Slots taken since the last commit.
+    taken: AtomicU64,
+    /// Slots that are taken between two commits, as of late: that many freed ones are worth keeping.
+    demand: AtomicU64,
+    /// Written since housekeeping last looked.
+    busy: AtomicBool,
     poison: Mutex<Option<Error>>,
     poisoned: AtomicBool,
     can_punch: AtomicBool,
@@ -218,24 +228,36 @@ impl Layer {
             joined: Condvar::new(),
             data_blocks: AtomicI64::new(data as i64),
             zero_blocks: AtomicI64::new(zero as i64),
+            taken: AtomicU64::new(0),
+            demand: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
             poison: Mutex::new(None),
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             file,
         };
-        layer.begin(state)?;
+        layer.begin(state, found.fresh, found.second_differs)?;
         Ok(layer)
     }
 
     /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State) -> Result<()> {
+    fn begin(&self, found: State, fresh: bool, second_differs: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
-        if found == State::Writable {
+        if !fresh {
             // The writer before us may have died with its last commit only in the page cache: what that commit freed
-            // must not be reused before it is durable.
+            // must not be reused before it is durable. Or in the middle of closing, with one copy of the superblock only there: the other
+            // must not be touched before.
             self.file.sync()?;
+        }
+        if second_differs {
+            // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
+            let bytes = c.superblock.encode().to_vec();
+            self.file.write_at(&bytes, Slot(2).at())?;
+            self.file.sync()?;
+        }
+        if found == State::Writable {
             // Everything behind the high-water mark was never committed.
             if self.file.len()? > Slot(c.high as u32).at() {
                 self.file.set_len(Slot(c.high as u32).at())?;
@@ -424,6 +446,7 @@ impl Layer {
                     Vec::new()
                 };
                 space.entries = total;
+                self.taken.fetch_add(u64::from(slots), Relaxed);
                 return Ok(Taken { extents, entries });
             }
             drop(space);
@@ -469,6 +492,10 @@ impl Layer {
         for &(start, len) in &taken.extents {
             let (now, later) = rest.split_at(len as usize * BLOCK_SIZE);
             self.file.write_at(now, Slot(start).at())?;
+            if now.len() as u64 >= EARLY_WRITEBACK {
+                self.file
+                    .start_writeback(Slot(start).at(), now.len() as u64);
+            }
             rest = later;
         }
         Ok(())
@@ -766,7 +793,8 @@ impl Layer {
                 other => other?,
             }
         }
-        self.give_to_host(4 * HOT_SLOTS)
+        let demand = self.demand.load(Relaxed);
+        self.give_to_host((4 * HOT_SLOTS).max(2 * demand), HOT_SLOTS.max(demand))
     }
 
     /// Closes the epoch and commits it; returns its number.
@@ -799,6 +827,12 @@ impl Layer {
             c.head + slots <= JOURNAL_SLOTS,
             "the journal space was reserved"
         );
+        let demand = self
+            .taken
+            .swap(0, Relaxed)
+            .max(self.demand.load(Relaxed) / 8 * 7);
+        self.demand.store(demand.min(HOT_MAX), Relaxed);
+        self.busy.store(true, Relaxed);
         let generation = c.superblock.generation.get();
         encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
         self.file
@@ -1091,33 +1125,40 @@ impl Layer {
         }
     }
 
-    /// Punches free slots out of the host file until at most [`HOT_SLOTS`] keep their blocks, if there are more than `above`.
-    fn give_to_host(&self, above: u64) -> Result<()> {
+    /// If more than `above` free slots have host blocks, punches some out of the host file until at most `keep` have.
+    fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
+        let mut limit = above;
         loop {
             let extent = {
                 let mut space = self.space.lock();
                 space.settle(&self.quiesce);
-                if space.hot.total() <= above.max(HOT_SLOTS) {
+                if space.hot.total() <= limit {
                     return Ok(());
                 }
                 space.hot.take_some(u32::MAX)
             };
+            limit = keep;
             let Some((start, len)) = extent else {
                 return Ok(());
             };
             let done = self.punch(start, len);
             self.space.lock().cold.insert(start, len);
             done?;
-            if above > HOT_SLOTS && self.space.lock().hot.total() <= HOT_SLOTS {
-                return Ok(());
-            }
         }
     }
 
-    /// Work that can wait: gives freed space back to the host. For a housekeeping thread.
+    /// Work that can wait: begins to write back what is dirty, and gives freed space back to the host. For a housekeeping thread,
+    /// about once a second.
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
-        self.give_to_host(HOT_SLOTS)
+        if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
+            // All of the file; what is clean costs nothing.
+            self.file.start_writeback(0, self.file.len()?);
+        }
+        // A disk that has become quiet gives its pool back within a minute.
+        let demand = self.demand.load(Relaxed);
+        self.demand.store(demand - demand.div_ceil(16), Relaxed);
+        self.give_to_host(HOT_SLOTS.max(demand), HOT_SLOTS.max(demand))
     }
 
     /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a

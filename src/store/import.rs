@@ -19,6 +19,9 @@ use zerocopy::IntoBytes;
 /// Bytes copied in one go.
 const PIECE: usize = 1 << 20;
 
+/// File whose lock is held while an import is under way.
+const RUNNING: &str = "running";
+
 /// Images up to this length get a SHA-256 while they are copied. It covers holes as well, so that `sha256sum` agrees; for larger, mostly
 /// empty images that would take longer than the copy.
 const DIGEST_MAX: u64 = 16 << 30;
@@ -128,6 +131,19 @@ impl Store {
         }
         Ok(bytes)
     }
+    /// Fails with `Busy` if anyone has the base open.
+    pub(super) fn base_idle(&self, id: Id) -> Result<()> {
+        match self
+            .bases
+            .subdir(&id.to_string())
+            .and_then(|d| d.open("image", Access::Read))
+        {
+            Ok(image) => image.lock(true),
+            // A linked base has no image here; a damaged one may lack it.
+            Err(e) if e.kind() == Kind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
     /// Brings an image in under `name`. Nothing half-made stays if it fails.
     pub fn import(
         &self,
@@ -147,9 +163,15 @@ impl Store {
         }
         let id = (self.env.id)();
         let temporary = format!("{TEMPORARY}{id}");
-        self.bases.create_dir(&temporary)?;
-        let dir = self.bases.subdir(&temporary)?;
-        // The lock of its own directory tells `gc` that the import is still under way... it is taken through `meta` below.
+        let (dir, running) = {
+            // `gc` may not come in between: a locked file tells it that the import is under way.
+            let _lock = self.lock(true)?;
+            self.bases.create_dir(&temporary)?;
+            let dir = self.bases.subdir(&temporary)?;
+            let running = dir.open(RUNNING, Access::CreateNew)?;
+            running.lock(true)?;
+            (dir, running)
+        };
         let done = self
             .fill(&*dir, id, source, name, mode, progress)
             .and_then(|()| {
@@ -165,15 +187,17 @@ impl Store {
                     created: (self.env.now)(),
                     message: None,
                 };
-                let staged = names::stage(&*self.names, name, &record.encode(), true)?;
+                let (staged, file) = names::stage(&*self.names, name, &record.encode())?;
+                file.sync()?;
                 self.names.rename_new(&staged, name)?;
                 self.names.sync()?;
                 self.object(name)
             });
+        drop(running);
         if done.is_err() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
-                    for file in ["meta", "sums", "image"] {
+                    for file in ["meta", "sums", "image", RUNNING] {
                         let _ = dir.remove(file);
                     }
                     let _ = self.bases.remove_dir(dir_name);
@@ -202,7 +226,16 @@ impl Store {
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
         file.sync()?;
+        dir.remove(RUNNING)?;
         dir.sync()
+    }
+    /// Is a directory of `bases/` that of an import under way?
+    pub fn import_running(&self, temporary: &str) -> bool {
+        let open = self
+            .bases
+            .subdir(temporary)
+            .and_then(|dir| dir.open(RUNNING, Access::Read));
+        open.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
 }
 
@@ -210,7 +243,12 @@ impl Store {
 pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
     let dir = store.bases.subdir(&meta.id.to_string())?;
     let image: Arc<dyn File> = match &meta.link {
-        None => dir.open("image", Access::Read)?,
+        None => {
+            let image = dir.open("image", Access::Read)?;
+            // As long as anyone has it open it is not removed.
+            image.lock(false)?;
+            image
+        }
         Some(link) => open_link(meta.id, link)?,
     };
     let sums = match dir.open("sums", Access::Read) {

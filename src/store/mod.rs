@@ -179,7 +179,8 @@ impl Store {
             .with("format", VERSION.to_string())
             .with("id", (env.id)().to_string())
             .encode();
-        let temporary = names::stage(&*root, STORE_FILE, &record, true)?;
+        let (temporary, file) = names::stage(&*root, STORE_FILE, &record)?;
+        file.sync()?;
         root.sync()?;
         root.rename_new(&temporary, STORE_FILE)?;
         root.sync()?;
@@ -526,7 +527,12 @@ impl Store {
             .superblock
             .state
             .get();
+        // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
+        // vanish with the name.
+        self.names.sync()?;
         if state == crate::format::STATE_SEALED {
+            // Nor does anybody know whether the seal is on disk, and the new layer rests on it.
+            file.sync()?;
             drop(file);
             tracing::warn!(
                 disk = object.name,

@@ -4,15 +4,18 @@
 //! after a crash must be exactly one of the last two: acknowledged <= found <= attempted, and never a mixture.
 #![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
 
+pub mod audit;
+
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Error, Kind, Result};
 use forkdisk::format::Header;
-use forkdisk::io::sim::SimDisk;
+use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::Id;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Deterministic random numbers (splitmix64).
@@ -93,6 +96,10 @@ pub enum Op {
     Fork {
         from: usize,
     },
+    /// Three forks in one call.
+    Forks {
+        from: usize,
+    },
     /// Close it cleanly, and open it again.
     Reopen {
         disk: usize,
@@ -126,6 +133,30 @@ impl Model {
     }
 }
 
+/// An operation that makes or removes names, while it runs and after it failed.
+#[derive(Clone, Default)]
+pub struct UnderWay {
+    /// Names that are being made, whether they are disks, and what they hold if they are there.
+    making: Vec<(String, bool, Arc<Vec<u8>>)>,
+    /// Names that are going.
+    removing: Vec<String>,
+}
+
+/// What the histories reached, over a whole suite.
+#[derive(Default, Debug, Clone, PartialEq, Eq)]
+pub struct Reached(pub BTreeMap<&'static str, u64>);
+
+impl Reached {
+    pub fn note(&mut self, what: &'static str) {
+        *self.0.entry(what).or_default() += 1;
+    }
+    pub fn add(&mut self, other: &Reached) {
+        for (what, n) in &other.0 {
+            *self.0.entry(what).or_default() += n;
+        }
+    }
+}
+
 /// The store and its model.
 pub struct World {
     pub sim: SimDisk,
@@ -133,21 +164,22 @@ pub struct World {
     pub size: u64,
     pub disks: BTreeMap<String, Model>,
     pub frozen: BTreeMap<String, Arc<Vec<u8>>>,
-    /// Names whose creation or removal was under way when the power went.
-    pub unsure: Vec<String>,
+    pub under_way: UnderWay,
+    pub reached: Reached,
     open: BTreeMap<String, Arc<CowDisk>>,
     made: u64,
 }
 
 pub const IMAGE: &str = "image";
 
-impl World {
-    /// A store with one image and one disk.
-    pub fn new(seed: u64, blocks: u64) -> World {
-        let sim = SimDisk::new(seed);
-        let store = Store::init_on(sim.root(), Path::new("/sim"), env(seed)).expect("a new store");
-        let len = blocks * 4096 - 1000;
-        let image = base_image(len as usize);
+/// A store with one image, made once for each size: copied for each test.
+fn template(blocks: u64) -> SimDisk {
+    static MADE: Mutex<BTreeMap<u64, SimDisk>> = Mutex::new(BTreeMap::new());
+    let mut made = MADE.lock().expect("no test panics in here");
+    let sim = made.entry(blocks).or_insert_with(|| {
+        let sim = SimDisk::new(0);
+        let store = Store::init_on(sim.root(), Path::new("/sim"), env(u64::MAX)).expect("a store");
+        let image = base_image((blocks * 4096 - 1000) as usize);
         store
             .import(
                 ImportSource::Reader(&mut &image[..]),
@@ -156,24 +188,72 @@ impl World {
                 &Quiet,
             )
             .expect("import");
-        let mut contents = image;
+        sim
+    });
+    sim.crash_with(Policy::AllDone)
+}
+
+/// What a disk holds if it is right, or what is wrong with it.
+type Verdict = std::result::Result<Arc<Vec<u8>>, String>;
+
+impl World {
+    /// A store with one image and one disk.
+    pub fn new(seed: u64, blocks: u64) -> World {
+        let sim = template(blocks);
+        sim.reseed(seed);
+        let mut contents = base_image((blocks * 4096 - 1000) as usize);
         contents.resize((blocks * 4096) as usize, 0);
-        let contents = Arc::new(contents);
-        let mut world = World {
-            sim,
-            store,
-            size: blocks * 4096,
-            disks: BTreeMap::new(),
-            frozen: BTreeMap::from([(IMAGE.to_string(), contents)]),
-            unsure: Vec::new(),
-            open: BTreeMap::new(),
-            made: 0,
-        };
+        let frozen = BTreeMap::from([(IMAGE.to_string(), Arc::new(contents))]);
+        let mut world = World::on(sim, seed, blocks * 4096, BTreeMap::new(), frozen, 0)
+            .expect("a store that opens");
         world.run(&Op::Fork { from: 0 }).expect("the first disk");
         world
     }
+    /// The store on `sim`, all disks closed.
+    fn on(
+        sim: SimDisk,
+        seed: u64,
+        size: u64,
+        disks: BTreeMap<String, Model>,
+        frozen: BTreeMap<String, Arc<Vec<u8>>>,
+        made: u64,
+    ) -> Result<World> {
+        // No two worlds of one history draw the same ids.
+        let ids = env(Rng(seed ^ made.wrapping_mul(0x2545_F491_4F6C_DD1D)).next());
+        let store = Store::open_on(sim.root(), Path::new("/sim"), ids)?;
+        Ok(World {
+            sim,
+            store,
+            size,
+            disks,
+            frozen,
+            under_way: UnderWay::default(),
+            reached: Reached::default(),
+            open: BTreeMap::new(),
+            made,
+        })
+    }
+    /// A copy of a world at rest: its disks are closed first.
+    pub fn copy(&mut self, seed: u64) -> World {
+        self.close_all().expect("close");
+        let sim = self.sim.crash_with(Policy::AllDone);
+        sim.reseed(seed);
+        World::on(
+            sim,
+            seed,
+            self.size,
+            self.disks.clone(),
+            self.frozen.clone(),
+            self.made + 1000,
+        )
+        .expect("a store that opens")
+    }
     fn pick_disk(&self, n: usize) -> Option<String> {
         let names: Vec<&String> = self.disks.keys().collect();
+        (!names.is_empty()).then(|| names[n % names.len()].clone())
+    }
+    fn pick_any(&self, n: usize) -> Option<String> {
+        let names: Vec<&String> = self.frozen.keys().chain(self.disks.keys()).collect();
         (!names.is_empty()).then(|| names[n % names.len()].clone())
     }
     fn opened(&mut self, name: &str) -> Result<Arc<CowDisk>> {
@@ -208,16 +288,22 @@ impl World {
     }
     /// Does `op` to both. An error is the store's; the model then knows what was under way.
     pub fn run(&mut self, op: &Op) -> Result<()> {
+        let disk = match op {
+            Op::Write { disk, .. }
+            | Op::Discard { disk, .. }
+            | Op::Flush { disk }
+            | Op::Checkpoint { disk }
+            | Op::Maintain { disk }
+            | Op::Snapshot { disk }
+            | Op::Reopen { disk }
+            | Op::Close { disk } => match self.pick_disk(*disk) {
+                Some(name) => name,
+                None => return Ok(()),
+            },
+            Op::Fork { .. } | Op::Forks { .. } | Op::Remove { .. } | Op::Gc => String::new(),
+        };
         match op {
-            Op::Write {
-                disk,
-                at,
-                len,
-                seed,
-            } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
+            Op::Write { at, len, seed, .. } => {
                 let at = at % self.size;
                 let len = (*len).min(self.size - at);
                 let mut rng = Rng(*seed);
@@ -229,124 +315,50 @@ impl World {
                         c.copy_from_slice(&rng.next().to_le_bytes()[..n]);
                     });
                 }
-                self.opened(&name)?.write(&data, at)?;
-                let now = Arc::make_mut(&mut self.model(&name).now);
+                self.opened(&disk)?.write(&data, at)?;
+                let now = Arc::make_mut(&mut self.model(&disk).now);
                 now[at as usize..(at + len) as usize].copy_from_slice(&data);
             }
-            Op::Discard { disk, at, len } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
+            Op::Discard { at, len, .. } => {
                 let at = at % self.size;
                 let len = (*len).min(self.size - at);
-                self.opened(&name)?.discard(at, len)?;
-                let now = Arc::make_mut(&mut self.model(&name).now);
+                self.opened(&disk)?.discard(at, len)?;
+                let now = Arc::make_mut(&mut self.model(&disk).now);
                 now[at as usize..(at + len) as usize].fill(0);
-            }
-            Op::Flush { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                let open = self.opened(&name)?;
-                self.begin_flush(&name);
-                open.flush()?;
-                self.flushed(&name);
-            }
-            Op::Checkpoint { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                self.opened(&name)?.checkpoint()?;
-            }
-            Op::Maintain { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                self.opened(&name)?.maintain()?;
-            }
-            Op::Snapshot { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                self.made += 1;
-                let snap = format!("s{}", self.made);
-                let full = format!("{name}@{snap}");
-                self.unsure.push(full.clone());
-                self.begin_flush(&name);
-                match self.open.get(&name).cloned() {
-                    Some(open) => {
-                        self.store
-                            .snapshot_running(&open, &name, &snap, Some("a message"))?
-                    }
-                    None => self.store.snapshot(&name, &snap, None)?,
-                };
-                self.flushed(&name);
-                self.unsure.pop();
-                let now = self.model(&name).now.clone();
-                self.frozen.insert(full, now);
-            }
-            Op::Fork { from } => {
-                let names: Vec<String> = self
-                    .frozen
-                    .keys()
-                    .chain(self.disks.keys())
-                    .cloned()
-                    .collect();
-                let from = names[from % names.len()].clone();
-                self.made += 1;
-                let name = format!("d{}", self.made);
-                self.unsure.push(name.clone());
-                let contents = match self.frozen.get(&from) {
-                    Some(c) => c.clone(),
-                    None => self.model(&from).now.clone(),
-                };
-                match self.open.get(&from).cloned() {
-                    Some(open) => {
-                        self.begin_flush(&from);
-                        self.store.create_from_running(
-                            &open,
-                            &from,
-                            std::slice::from_ref(&name),
-                            None,
-                        )?;
-                        self.flushed(&from);
-                    }
-                    None => {
-                        self.store
-                            .create(std::slice::from_ref(&name), &from, None)?;
-                    }
+                const REGION: u64 = 512 * 4096;
+                if at.next_multiple_of(REGION) + REGION <= at + len {
+                    self.reached.note("discard of a region");
                 }
-                self.unsure.pop();
-                self.disks.insert(name, Model::new(contents));
             }
-            Op::Reopen { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                self.close(&name)?;
-                self.opened(&name)?;
+            Op::Flush { .. } => {
+                let open = self.opened(&disk)?;
+                self.begin_flush(&disk);
+                open.flush()?;
+                self.flushed(&disk);
             }
-            Op::Close { disk } => {
-                let Some(name) = self.pick_disk(*disk) else {
-                    return Ok(());
-                };
-                self.close(&name)?;
+            Op::Checkpoint { .. } => self.opened(&disk)?.checkpoint()?,
+            Op::Maintain { .. } => self.opened(&disk)?.maintain()?,
+            Op::Snapshot { .. } => self.snapshot(&disk)?,
+            Op::Fork { from } => self.fork(*from, 1)?,
+            Op::Forks { from } => self.fork(*from, 3)?,
+            Op::Reopen { .. } => {
+                self.close(&disk)?;
+                self.opened(&disk)?;
+                self.reached.note("reopening");
             }
+            Op::Close { .. } => self.close(&disk)?,
             Op::Remove { what } => {
-                let names: Vec<String> = self
-                    .frozen
-                    .keys()
-                    .chain(self.disks.keys())
-                    .cloned()
-                    .collect();
-                let name = names[what % names.len()].clone();
+                let Some(name) = self.pick_any(*what) else {
+                    return Ok(());
+                };
                 match self.store.plan_removal(std::slice::from_ref(&name), false) {
                     Ok(plan) => {
-                        self.unsure.push(name.clone());
+                        self.under_way.removing.push(name.clone());
                         self.store.remove(&plan)?;
-                        self.unsure.pop();
+                        self.under_way.removing.clear();
                         self.disks.remove(&name);
                         self.frozen.remove(&name);
+                        self.reached.note("removal");
                     }
                     // Attached or needed by others.
                     Err(e) if e.kind() == Kind::Busy => {}
@@ -355,28 +367,111 @@ impl World {
             }
             Op::Gc => {
                 self.store.gc(false)?;
+                self.reached.note("gc");
             }
+        }
+        if self.open.len() > 1 {
+            self.reached.note("several disks open");
+        }
+        Ok(())
+    }
+    fn snapshot(&mut self, disk: &str) -> Result<()> {
+        self.made += 1;
+        let snap = format!("s{}", self.made);
+        let full = format!("{disk}@{snap}");
+        let now = self.model(disk).now.clone();
+        self.under_way
+            .making
+            .push((full.clone(), false, now.clone()));
+        self.begin_flush(disk);
+        match self.open.get(disk).cloned() {
+            Some(open) => {
+                self.store
+                    .snapshot_running(&open, disk, &snap, Some("a message"))?;
+                self.reached.note("snapshot of an open disk");
+            }
+            None => drop(self.store.snapshot(disk, &snap, None)?),
+        }
+        self.flushed(disk);
+        self.under_way.making.clear();
+        self.frozen.insert(full, now);
+        Ok(())
+    }
+    fn fork(&mut self, from: usize, count: u64) -> Result<()> {
+        let Some(from) = self.pick_any(from) else {
+            return Ok(());
+        };
+        self.made += count;
+        let names: Vec<String> = (0..count).map(|i| format!("d{}", self.made - i)).collect();
+        let contents = match self.frozen.get(&from) {
+            Some(c) => c.clone(),
+            None => self.model(&from).now.clone(),
+        };
+        for name in &names {
+            self.under_way
+                .making
+                .push((name.clone(), true, contents.clone()));
+        }
+        match self.open.get(&from).cloned() {
+            Some(open) => {
+                self.begin_flush(&from);
+                self.store.create_from_running(&open, &from, &names, None)?;
+                self.flushed(&from);
+                self.reached.note("fork of an open disk");
+            }
+            None => {
+                self.store.create(&names, &from, None)?;
+                self.reached.note("fork of what is at rest");
+            }
+        }
+        self.under_way.making.clear();
+        for name in names {
+            self.disks.insert(name, Model::new(contents.clone()));
         }
         Ok(())
     }
     /// Compares everything with the model, reading through open disks and snapshots.
     pub fn compare(&mut self) {
+        self.compare_in("");
+    }
+    fn compare_in(&mut self, story: &str) {
         for (name, model) in self.disks.clone() {
-            let disk = self.opened(&name).expect("open");
-            same(&name, &read_all(&*disk).expect("read"), &model.now);
-            let (data, _) = disk.private_blocks();
+            let disk = self
+                .opened(&name)
+                .unwrap_or_else(|e| panic!("{story}: open {name}: {e:?}"));
+            with_all(&*disk, |found| same(story, &name, found, &model.now))
+                .unwrap_or_else(|e| panic!("{story}: read {name}: {e:?}"));
+            let counted = disk.private_blocks();
             let extents = disk.extents(0, disk.size()).expect("extents");
-            let own: u64 = extents
-                .iter()
-                .filter(|e| matches!(e.from, forkdisk::disk::Source::Layer { depth: 0, .. }))
-                .map(|e| e.len / 4096)
-                .sum();
-            assert_eq!(own, data, "{name}: blocks counted and blocks mapped");
+            let mut own = (0, 0);
+            for e in &extents {
+                match e.from {
+                    forkdisk::disk::Source::Layer { depth: 0, .. } => own.0 += e.len / 4096,
+                    forkdisk::disk::Source::Zero { depth: 0 } => own.1 += e.len / 4096,
+                    _ => {}
+                }
+            }
+            assert_eq!(
+                own.0, counted.0,
+                "{story}: {name}: blocks counted and blocks mapped"
+            );
+            // Zeros past the end of a region's part of the disk are counted as well.
+            assert!(
+                own.1 <= counted.1,
+                "{story}: {name}: zeros {own:?} {counted:?}"
+            );
         }
         for (name, contents) in &self.frozen {
-            let object = self.store.resolve(name).expect("a snapshot");
-            let disk = self.store.open_disk(&object, false).expect("open");
-            same(name, &read_all(&*disk).expect("read"), contents);
+            let object = self
+                .store
+                .resolve(name)
+                .unwrap_or_else(|e| panic!("{story}: {name} is lost: {e:?}"));
+            let disk = self
+                .store
+                .open_disk(&object, false)
+                .unwrap_or_else(|e| panic!("{story}: open {name}: {e:?}"));
+            with_all(&*disk, |found| same(story, name, found, contents))
+                .unwrap_or_else(|e| panic!("{story}: read {name}: {e:?}"));
         }
     }
     /// Closes all disks cleanly.
@@ -386,61 +481,102 @@ impl World {
         }
         Ok(())
     }
-    /// What a crash leaves, opened as a new store, must be what the model allows.
-    pub fn check_after(&self, sim: &SimDisk, seed: u64, story: &str) {
-        let store = Store::open_on(sim.root(), Path::new("/sim"), env(seed ^ 0xABCD))
-            .unwrap_or_else(|e| panic!("{story}: {e:?}"));
-        let mut expected: Vec<&String> = self.disks.keys().chain(self.frozen.keys()).collect();
-        expected.sort();
-        for name in expected {
-            let object = match store.resolve(name) {
-                Ok(object) => object,
-                Err(e) if e.kind() == Kind::NotFound && self.unsure.contains(name) => continue,
-                Err(e) => panic!("{story}: {name} is lost: {e:?}"),
-            };
-            match self.disks.get(name) {
-                Some(model) => {
-                    // First as a reader sees it, then as the writer recovers it: both must agree.
-                    let reader = store
-                        .open_disk(&object, false)
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    let seen =
-                        read_all(&*reader).unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    drop(reader);
-                    let disk = store
-                        .open_cow(&object, true)
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    let found =
-                        read_all(&*disk).unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    assert!(found == seen, "{story}: {name}: reader and writer disagree");
-                    let ok = found == *model.flushed
-                        || model.attempted.as_ref().is_some_and(|a| found == **a);
-                    assert!(
-                        ok,
-                        "{story}: {name} is neither its last flush nor the one under way: {}",
-                        diff(&found, model)
-                    );
-                    // And it must be usable.
-                    disk.write(&[0x5A; 5000], 1000)
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    disk.flush()
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    disk.close()
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                }
-                None => {
-                    let disk = store
-                        .open_disk(&object, false)
-                        .unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    let found =
-                        read_all(&*disk).unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
-                    assert!(found == *self.frozen[name], "{story}: {name} changed");
-                }
-            }
+    /// Opens what a crash left as a new world. What is found must be what the model allows: a panic where it is not, an error where the
+    /// store answers one. In the new world what was found is acknowledged: whoever was told it may rely on it.
+    pub fn revive(&self, sim: &SimDisk, seed: u64, story: &str) -> Result<World> {
+        let mut world = World::on(
+            sim.clone(),
+            seed,
+            self.size,
+            BTreeMap::new(),
+            BTreeMap::new(),
+            self.made + 100,
+        )?;
+        let listed: Vec<String> = world.store.list()?.into_iter().map(|o| o.name).collect();
+        let making = |name: &str| self.under_way.making.iter().find(|m| m.0 == name);
+        for name in &listed {
+            let known = self.disks.contains_key(name)
+                || self.frozen.contains_key(name)
+                || making(name).is_some();
+            assert!(known, "{story}: {name} is there again, or still");
         }
-        store
+        let expected = self.disks.keys().chain(self.frozen.keys());
+        let unsure = self.under_way.making.iter().map(|m| &m.0);
+        for name in expected.chain(unsure) {
+            if !listed.contains(name) {
+                let may_miss = self.under_way.removing.contains(name) || making(name).is_some();
+                assert!(may_miss, "{story}: {name} is lost");
+                continue;
+            }
+            let object = world.store.resolve(name)?;
+            // First as a reader sees it, then as the writer recovers it: both must agree.
+            let reader = world.store.open_disk(&object, false)?;
+            let verdict = with_all(&*reader, |seen| self.verdict(name, seen))?;
+            drop(reader);
+            let contents = verdict.unwrap_or_else(|why| panic!("{story}: {name} {why}"));
+            if object.kind != forkdisk::store::ObjectKind::Disk {
+                world.frozen.insert(name.clone(), contents);
+                continue;
+            }
+            let agree = with_all(&*world.opened(name)?, |found| found == &contents[..])?;
+            assert!(agree, "{story}: {name}: reader and writer disagree");
+            world.disks.insert(name.clone(), Model::new(contents));
+        }
+        Ok(world)
+    }
+    /// May a name hold this?
+    fn verdict(&self, name: &str, found: &[u8]) -> Verdict {
+        let making = self.under_way.making.iter().find(|m| m.0 == name);
+        let may_be: Vec<&Arc<Vec<u8>>> = match self.disks.get(name) {
+            Some(model) => [&model.flushed]
+                .into_iter()
+                .chain(&model.attempted)
+                .collect(),
+            None => self
+                .frozen
+                .get(name)
+                .or(making.map(|m| &m.2))
+                .into_iter()
+                .collect(),
+        };
+        if let Some(right) = may_be.iter().find(|c| found == &c[..]) {
+            return Ok((*right).clone());
+        }
+        Err(match self.disks.get(name) {
+            Some(model) => format!(
+                "is neither its last flush nor the one under way: {}",
+                diff(found, model)
+            ),
+            None => "changed".to_string(),
+        })
+    }
+    /// What a crash left, opened as a new store, must be what the model allows, and it must be usable: more work, another crash that
+    /// spares nothing, a clean end, and not one slot lost or used twice.
+    pub fn check_after(&self, sim: &SimDisk, seed: u64, story: &str) {
+        let mut world = self
+            .revive(sim, seed ^ 0xABCD, story)
+            .unwrap_or_else(|e| panic!("{story}: {e:?}"));
+        let mut rng = Rng(seed);
+        let works = |e: Error| panic!("{story}: going on: {e:?}");
+        for _ in 0..3 {
+            let op = random_op(&mut rng, self.size, false);
+            world.run(&op).unwrap_or_else(works);
+        }
+        if rng.below(4) == 0 {
+            let left = world.sim.crash_with(Policy::AllDropped);
+            let story = format!("{story}, then went on and crashed");
+            world = world
+                .revive(&left, seed ^ 0xBCDE, &story)
+                .unwrap_or_else(|e| panic!("{story}: {e:?}"));
+        }
+        world.close_all().unwrap_or_else(works);
+        world.compare_in(story);
+        world.close_all().unwrap_or_else(works);
+        world
+            .store
             .gc(false)
             .unwrap_or_else(|e| panic!("{story}: gc: {e:?}"));
+        audit::layers(&world.sim, story);
     }
 }
 
@@ -468,11 +604,21 @@ pub fn read_all(disk: &dyn Disk) -> Result<Vec<u8>> {
     Ok(all)
 }
 
-pub fn same(name: &str, found: &[u8], expected: &[u8]) {
+/// Shows all of a disk to `f`, in a buffer that is used again and again.
+pub fn with_all<R>(disk: &dyn Disk, f: impl FnOnce(&[u8]) -> R) -> Result<R> {
+    thread_local!(static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) });
+    let mut buffer = BUFFER.take();
+    buffer.resize(disk.size() as usize, 0);
+    let done = disk.read(&mut buffer, 0).map(|()| f(&buffer));
+    BUFFER.set(buffer);
+    done
+}
+
+pub fn same(story: &str, name: &str, found: &[u8], expected: &[u8]) {
     if found != expected {
         let at = found.iter().zip(expected).position(|(a, b)| a != b);
         panic!(
-            "{name}: differs from the model at byte {at:?} (block {:?})",
+            "{story}: {name}: differs from the model at byte {at:?} (block {:?})",
             at.map(|a| a / 4096)
         );
     }
@@ -512,7 +658,10 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         75..=76 => Op::Maintain { disk },
         77..=79 => Op::Reopen { disk },
         80..=87 => Op::Snapshot { disk },
-        88..=93 => Op::Fork {
+        88..=92 => Op::Fork {
+            from: rng.below(8) as usize,
+        },
+        93 => Op::Forks {
             from: rng.below(8) as usize,
         },
         94..=95 => Op::Close { disk },

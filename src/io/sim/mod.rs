@@ -106,6 +106,10 @@ impl SimDisk {
             state: Arc::new(Mutex::new(state)),
         }
     }
+    /// From here on another seed decides what faults do.
+    pub fn reseed(&self, seed: u64) {
+        self.state.lock().rng = rng::Rng::new(seed);
+    }
     /// The root directory.
     pub fn root(&self) -> Arc<dyn Dir> {
         Arc::new(verbs::SimDir::new(

@@ -1,0 +1,105 @@
+//! The accounts of layer files at rest: every slot below the high-water mark is data, run, free list, free or forgotten, and only one of
+//! these; what the superblock counts is what the runs say.
+
+use forkdisk::format::{FreeExtent, Header, Superblock};
+use forkdisk::io::sim::SimDisk;
+use forkdisk::io::{Access, Dir};
+use forkdisk::layer::{ReadLayer, State};
+use forkdisk::map::Item;
+use forkdisk::units::{Id, Region};
+use std::sync::Arc;
+use zerocopy::FromBytes;
+
+const SLOT: usize = 4096;
+
+/// Audits all layer files that are not open.
+pub fn layers(sim: &SimDisk, story: &str) {
+    let dir: Arc<dyn Dir> = sim.root().subdir("layers").expect("layers");
+    for (name, _) in dir.list().expect("list") {
+        let file = dir.open(&name, Access::Read).expect("a layer file");
+        let layer = ReadLayer::open(file).unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
+        if layer.state() != State::Writable {
+            audit(&layer, &format!("{story}: {name}"));
+        }
+    }
+}
+
+fn audit(layer: &ReadLayer, story: &str) {
+    let superblock = layer.superblock();
+    let high = superblock.high_water.get() as usize;
+    let mut owner: Vec<Option<&str>> = vec![None; high];
+    let mut own = |slot: u32, slots: u32, who: &'static str| {
+        for slot in slot..slot + slots {
+            let place = &mut owner[slot as usize];
+            assert!(
+                place.is_none(),
+                "{story}: slot {slot} is {who} and {}",
+                place.unwrap_or_default()
+            );
+            *place = Some(who);
+        }
+    };
+    own(0, 1024, "fixed");
+    for run in superblock.run_refs() {
+        own(run.slot.get(), run.slots.get(), "a run");
+    }
+    if superblock.free_slot.get() != 0 {
+        own(
+            superblock.free_slot.get(),
+            superblock.free_slots.get(),
+            "the free list",
+        );
+    }
+    for extent in free_list(layer, superblock) {
+        own(extent.slot.get(), extent.slots.get(), "free");
+    }
+    let (mut data, mut zeros) = (0, 0);
+    for item in layer.items(Region(0)) {
+        match item.unwrap_or_else(|e| panic!("{story}: {e:?}")) {
+            Item::Zeros(_, n) => zeros += u64::from(n) * 512,
+            Item::Region(_, map) => {
+                let counts = map.counts();
+                data += counts.0;
+                zeros += counts.1;
+                for (_, pointer) in map.iter() {
+                    if let forkdisk::format::Pointer::Data { slot, .. } = pointer {
+                        own(slot.0, 1, "data");
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!((data, zeros), layer.counts(), "{story}: counts");
+    let lost = owner.iter().filter(|o| o.is_none()).count() as u64;
+    assert_eq!(
+        lost,
+        superblock.forgotten.get(),
+        "{story}: slots nobody knows"
+    );
+}
+
+fn free_list(layer: &ReadLayer, superblock: &Superblock) -> Vec<FreeExtent> {
+    let count = superblock.free_count.get() as usize;
+    if superblock.free_slot.get() == 0 {
+        return superblock.free_inline[..count].to_vec();
+    }
+    let mut bytes = vec![0; count * 8];
+    let at = u64::from(superblock.free_slot.get()) * SLOT as u64;
+    layer.file().read_at(&mut bytes, at).expect("a free list");
+    <[FreeExtent]>::ref_from_bytes(&bytes)
+        .expect("whole extents")
+        .to_vec()
+}
+
+/// The superblock that counts of a layer file as bytes, if it has one.
+pub fn superblock(bytes: &[u8]) -> Option<Superblock> {
+    let header = Header::decode(bytes.get(..SLOT)?).ok()?;
+    let copy = |n: usize| {
+        let slot = bytes.get(n * SLOT..(n + 1) * SLOT)?;
+        Superblock::decode(slot, &Id(header.layer)).ok()
+    };
+    [copy(1), copy(2)]
+        .into_iter()
+        .flatten()
+        .max_by_key(|s| s.sequence.get())
+}
