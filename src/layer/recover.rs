@@ -35,6 +35,22 @@ fn read_slot(file: &dyn File, slot: u32, len: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Before a writer believes what it reads: its predecessor may have died with changes only in the page cache, or after a failed sync, when
+/// the page cache shows what is not on the disk and no later sync will put it there. Afterwards reads show the disk.
+/// A layer that is its header alone has nothing to settle.
+pub fn settle(file: &dyn File, header: &Header) -> Result<()> {
+    if file.len()? <= BLOCK {
+        return Ok(());
+    }
+    file.sync()?;
+    file.forget_cached(0, Slot(JOURNAL_START).at());
+    // What was closed cleanly was synced before the superblock said so; else all is in doubt.
+    if superblock(file, header)?.superblock.state.get() == format::STATE_WRITABLE {
+        file.forget_cached(0, u64::MAX);
+    }
+    Ok(())
+}
+
 /// Takes the valid copy with the higher sequence.
 pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
     let id = Id(header.layer);

@@ -148,6 +148,7 @@ impl Layer {
     pub fn open(file: Arc<dyn File>) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
+        recover::settle(&*file, &header)?;
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
         let state = State::of(&superblock);
@@ -223,21 +224,15 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             file,
         };
-        layer.begin(state, found.fresh, found.second_differs)?;
+        layer.begin(state, found.second_differs)?;
         Ok(layer)
     }
 
     /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State, fresh: bool, second_differs: bool) -> Result<()> {
+    fn begin(&self, found: State, second_differs: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
-        if !fresh {
-            // The writer before us may have died with its last commit only in the page cache: what that commit freed
-            // must not be reused before it is durable. Or in the middle of closing, with one copy of the superblock only there: the other
-            // must not be touched before.
-            self.file.sync()?;
-        }
         if second_differs {
             // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
             let bytes = c.superblock.encode().to_vec();

@@ -506,6 +506,15 @@ impl World {
             if !listed.contains(name) {
                 let may_miss = self.under_way.removing.contains(name) || making(name).is_some();
                 assert!(may_miss, "{story}: {name} is lost");
+                // Nobody was told that it is gone: until the names are synced it may be there again.
+                let contents = match self.disks.get(name) {
+                    Some(model) => Some((true, model.flushed.clone())),
+                    None => self.frozen.get(name).map(|c| (false, c.clone())),
+                };
+                if let Some((is_disk, contents)) = contents {
+                    let ghost = (name.clone(), is_disk, contents);
+                    world.under_way.making.push(ghost);
+                }
                 continue;
             }
             let object = world.store.resolve(name)?;
