@@ -60,6 +60,7 @@ fn any_call_may_fail_once() {
     let verbs = [
         Verb::Write,
         Verb::Sync,
+        Verb::SyncDir,
         Verb::SetLen,
         Verb::Allocate,
         Verb::Punch,
