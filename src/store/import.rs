@@ -150,6 +150,7 @@ impl Store {
         self.bases.create_dir(&temporary)?;
         let dir = self.bases.subdir(&temporary)?;
         // The lock of its own directory tells `gc` that the import is still under way... it is taken through `meta` below.
+        let mut named = false;
         let done = self
             .fill(&*dir, id, source, name, mode, progress)
             .and_then(|()| {
@@ -167,10 +168,13 @@ impl Store {
                 };
                 let staged = names::stage(&*self.names, name, &record.encode(), true)?;
                 self.names.rename_new(&staged, name)?;
+                named = true;
                 self.names.sync()?;
                 self.object(name)
             });
-        if done.is_err() {
+        // A name must never refer to a base that is gone: where it is not certain that the name is, the base stays.
+        let unnamed = || !named || (self.names.remove(name).is_ok() && self.names.sync().is_ok());
+        if done.is_err() && unnamed() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
                     for file in ["meta", "sums", "image"] {

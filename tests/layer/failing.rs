@@ -286,3 +286,54 @@ fn a_snapshot_on_a_full_disk_leaves_the_disk_running() {
         }
     }
 }
+
+/// An import fails at each of its calls in turn: the image is there as a whole, or its name is free.
+#[test]
+fn a_failed_import_leaves_no_name_behind() {
+    let verbs = [
+        Verb::Write,
+        Verb::Sync,
+        Verb::SyncDir,
+        Verb::SetLen,
+        Verb::Create,
+        Verb::CreateDir,
+        Verb::Rename,
+        Verb::Look,
+        Verb::Read,
+    ];
+    for verb in verbs {
+        for (nth, round) in (0..).flat_map(|n| (0..8).map(move |r| (n, r))) {
+            let sim = SimDisk::new(nth << 8 | round);
+            let store = store_with(&sim, &[1; 4096]);
+            sim.fail_nth(verb, nth, FaultKind::Eio);
+            let image = vec![3u8; 3 * 4096];
+            let done = store.import(
+                ImportSource::Reader(&mut &image[..]),
+                "second",
+                ImportMode::Copy,
+                &Quiet,
+            );
+            sim.clear_faults();
+            drop(store);
+            for left in [sim.kill(), sim.crash(round), sim.crash(nth + 100)] {
+                let story = format!("{verb:?} {nth}, round {round} ({done:?})");
+                let store = again(&left, 3);
+                store.list().unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                store.gc(false).unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                match open_read(&store, "second") {
+                    Ok(disk) => assert_eq!(block(&*disk, 2)[0], 3, "{story}"),
+                    Err(e) => {
+                        assert_eq!(e.kind(), Kind::NotFound, "{story}: {e:?}");
+                        assert!(done.is_err(), "{story}: it was acknowledged");
+                    }
+                }
+            }
+            if done.is_ok() && round == 7 {
+                break;
+            }
+        }
+    }
+}
+fn open_read(store: &Store, name: &str) -> Result<Arc<dyn Disk>> {
+    store.open_disk(&store.resolve(name)?, false)
+}
