@@ -318,10 +318,12 @@ impl Layer {
     /// Is it certain, without a look into any run's payload, that the layer has nothing for the region? A region that changed
     /// since the last checkpoint is resident or in `zeroed`.
     pub fn knows_nothing(&self, region: Region) -> bool {
-        // The runs first: a checkpoint installs its run before it forgets the zeroed ranges that are in it.
+        // In the order in which knowledge moves, so that it cannot slip by: a discard notes the range in `zeroed` before it takes the
+        // region out of the table, a checkpoint installs its run before it forgets the zeroed ranges that are in it.
+        let resident = self.shard(region).read().contains_key(&region.0);
         let zeroed = !self.zeroed.read().is_empty();
         let runs = self.runs.read();
-        !zeroed && runs.is_empty() && !self.shard(region).read().contains_key(&region.0)
+        !resident && !zeroed && runs.is_empty()
     }
 
     /// The entry of a region, loaded if need be.
