@@ -160,6 +160,7 @@ impl Layer {
     pub fn open(file: Arc<dyn File>) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
+        recover::settle(&*file, &header)?;
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
         let state = State::of(&superblock);
@@ -238,21 +239,15 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             file,
         };
-        layer.begin(state, found.fresh, found.second_differs)?;
+        layer.begin(state, found.second_differs)?;
         Ok(layer)
     }
 
     /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State, fresh: bool, second_differs: bool) -> Result<()> {
+    fn begin(&self, found: State, second_differs: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
-        if !fresh {
-            // The writer before us may have died with its last commit only in the page cache: what that commit freed
-            // must not be reused before it is durable. Or in the middle of closing, with one copy of the superblock only there: the other
-            // must not be touched before.
-            self.file.sync()?;
-        }
         if second_differs {
             // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
             let bytes = c.superblock.encode().to_vec();
@@ -338,10 +333,12 @@ impl Layer {
     /// Is it certain, without a look into any run's payload, that the layer has nothing for the region? A region that changed
     /// since the last checkpoint is resident or in `zeroed`.
     pub fn knows_nothing(&self, region: Region) -> bool {
-        // The runs first: a checkpoint installs its run before it forgets the zeroed ranges that are in it.
+        // In the order in which knowledge moves, so that it cannot slip by: a discard notes the range in `zeroed` before it takes the
+        // region out of the table, a checkpoint installs its run before it forgets the zeroed ranges that are in it.
+        let resident = self.shard(region).read().contains_key(&region.0);
         let zeroed = !self.zeroed.read().is_empty();
         let runs = self.runs.read();
-        !zeroed && runs.is_empty() && !self.shard(region).read().contains_key(&region.0)
+        !resident && !zeroed && runs.is_empty()
     }
 
     /// The entry of a region, loaded if need be.
@@ -540,7 +537,6 @@ impl Layer {
             Err(e) => {
                 // A region could not be read; of a write over several regions some may be published already. The slots stay out
                 // of use, and the next opening finds those that nothing refers to.
-                self.space.lock().entries -= taken.entries;
                 Err(e)
             }
         }
@@ -554,35 +550,50 @@ impl Layer {
         taken: &Taken,
     ) -> Result<bool> {
         let mut reusable = Vec::new();
-        {
+        let done = {
             let _gate = self.gate.read();
-            let epoch = self.epoch.load(SeqCst);
-            let mut at = 0;
-            while at < pointers.len() {
-                let first = Lba(lba.0 + at as u32);
-                let n = (REGION_BLOCKS - first.index()).min(pointers.len() - at);
-                let mut table = self.shard(first.region()).write();
-                let resident = self.resident(&mut table, first.region())?;
-                if expected.is_some_and(|e| resident.map.get(first.index()) != e) {
-                    return Ok(false);
-                }
-                let mut log = self.log.lock();
-                for (i, &pointer) in pointers[at..at + n].iter().enumerate() {
-                    self.set(
-                        resident,
-                        &mut log,
-                        epoch,
-                        first.region(),
-                        first.index() + i,
-                        pointer,
-                        &mut reusable,
-                    );
-                }
-                at += n;
+            let done = self.publish_regions(lba, pointers, expected, &mut reusable);
+            // After an error too: some regions may be in the log.
+            if !matches!(done, Ok(false)) {
+                self.log.lock().reserved += taken.entries;
             }
-            self.log.lock().reserved += taken.entries;
-        }
+            done
+        };
         self.retire(reusable);
+        done
+    }
+
+    fn publish_regions(
+        &self,
+        lba: Lba,
+        pointers: &[Pointer],
+        expected: Option<Pointer>,
+        reusable: &mut Vec<(u32, u32)>,
+    ) -> Result<bool> {
+        let epoch = self.epoch.load(SeqCst);
+        let mut at = 0;
+        while at < pointers.len() {
+            let first = Lba(lba.0 + at as u32);
+            let n = (REGION_BLOCKS - first.index()).min(pointers.len() - at);
+            let mut table = self.shard(first.region()).write();
+            let resident = self.resident(&mut table, first.region())?;
+            if expected.is_some_and(|e| resident.map.get(first.index()) != e) {
+                return Ok(false);
+            }
+            let mut log = self.log.lock();
+            for (i, &pointer) in pointers[at..at + n].iter().enumerate() {
+                self.set(
+                    resident,
+                    &mut log,
+                    epoch,
+                    first.region(),
+                    first.index() + i,
+                    pointer,
+                    reusable,
+                );
+            }
+            at += n;
+        }
         Ok(true)
     }
 
@@ -680,56 +691,57 @@ impl Layer {
     }
 
     fn zero_regions(&self, region: Region, regions: u32) -> Result<()> {
+        let end = region.0 + regions;
+        // Damage is met before anything is changed: the whole range is zeroed or nothing of it.
+        let runs = self.runs.read().clone();
+        let mut in_runs = Ranges::default();
+        for run in runs.iter().filter(|r| r.may_touch(region.0, end)) {
+            for item in run.items(region) {
+                let item = item.map_err(|e| e.layer(self.id).path(self.file.path()))?;
+                if item.start() >= end {
+                    break;
+                }
+                in_runs.insert(item.start(), item.end(), 0);
+            }
+        }
         let taken = self.take(1, 0)?;
         let mut reusable = Vec::new();
-        let done = self.zero_regions_inner(region, regions, &taken, &mut reusable);
+        let done = {
+            let _gate = self.gate.read();
+            let epoch = self.epoch.load(SeqCst);
+            let done = (region.0..end).try_for_each(|r| {
+                // A checkpoint may have put new runs in place meanwhile: then their word counts, roughly.
+                let known = {
+                    let now = self.runs.read();
+                    if Arc::ptr_eq(&now, &runs) {
+                        in_runs.get(r).is_some()
+                    } else {
+                        now.iter().any(|run| run.may_touch(r, r + 1))
+                    }
+                };
+                self.zero_region(Region(r), known, epoch, &mut reusable)
+            });
+            self.log.lock().reserved += taken.entries;
+            done
+        };
         self.retire(reusable);
-        if done.is_err() {
-            self.space.lock().entries -= taken.entries;
-        }
         done
     }
 
-    fn zero_regions_inner(
+    /// Zeroes a whole region, of which runs may know something. The gate is held.
+    fn zero_region(
         &self,
         region: Region,
-        regions: u32,
-        taken: &Taken,
+        in_runs: bool,
+        epoch: u64,
         reusable: &mut Vec<(u32, u32)>,
     ) -> Result<()> {
-        let end = region.0 + regions;
-        let runs = self.runs.read().clone();
-        // Damage is met before anything is changed: the whole range is zeroed or nothing of it.
-        for run in runs.iter().filter(|r| r.may_touch(region.0, end)) {
-            for item in run.items(region) {
-                if item
-                    .map_err(|e| e.layer(self.id).path(self.file.path()))?
-                    .start()
-                    >= end
-                {
-                    break;
-                }
-            }
-        }
-        let _gate = self.gate.read();
-        let epoch = self.epoch.load(SeqCst);
-        for r in region.0..end {
-            let mut table = self.shard(Region(r)).write();
-            let known = table.contains_key(&r) || self.zeroed.read().get(r).is_some();
-            let runs = self.runs.read().clone();
-            if !known && !runs.iter().any(|run| run.may_touch(r, r + 1)) {
-                let mut log = self.log.lock();
-                self.count(&mut log, Pointer::Zero, REGION_BLOCKS as i64);
-                log.entries.push(CommitEntry::new(
-                    Region(r).first(),
-                    REGION_BLOCKS as u32,
-                    Pointer::Zero,
-                ));
-                merge_last_zero(&mut log.entries);
-                self.zeroed.write().insert(r, r + 1, epoch);
-                continue;
-            }
-            let resident = self.resident(&mut table, Region(r))?;
+        let all = REGION_BLOCKS as i64;
+        let r = region.0;
+        let mut table = self.shard(region).write();
+        let known = in_runs || table.contains_key(&r) || self.zeroed.read().get(r).is_some();
+        if known {
+            let resident = self.resident(&mut table, region)?;
             let fresh = resident.changed == epoch;
             let mut log = self.log.lock();
             let (data, zeros) = resident.map.counts();
@@ -738,22 +750,22 @@ impl Layer {
                 self.replaced(pointer, dirty, &mut log, reusable);
             }
             log.data_delta -= data as i64;
-            log.zero_delta += REGION_BLOCKS as i64 - zeros as i64;
+            log.zero_delta += all - zeros as i64;
             self.data_blocks.fetch_sub(data as i64, SeqCst);
-            self.zero_blocks
-                .fetch_add(REGION_BLOCKS as i64 - zeros as i64, SeqCst);
-            log.entries.push(CommitEntry::new(
-                Region(r).first(),
-                REGION_BLOCKS as u32,
-                Pointer::Zero,
-            ));
-            merge_last_zero(&mut log.entries);
-            drop(log);
-            // From here on the range in `zeroed` stands for the region: it takes no memory of its own.
-            self.zeroed.write().insert(r, r + 1, epoch);
-            table.remove(&r);
+            self.zero_blocks.fetch_add(all - zeros as i64, SeqCst);
         }
-        self.log.lock().reserved += taken.entries;
+        {
+            let mut log = self.log.lock();
+            if !known {
+                self.count(&mut log, Pointer::Zero, all);
+            }
+            let entry = CommitEntry::new(region.first(), REGION_BLOCKS as u32, Pointer::Zero);
+            log.entries.push(entry);
+            merge_last_zero(&mut log.entries);
+        }
+        // From here on the range in `zeroed` stands for the region: it takes no memory of its own.
+        self.zeroed.write().insert(r, r + 1, epoch);
+        table.remove(&r);
         Ok(())
     }
 
