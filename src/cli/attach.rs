@@ -9,10 +9,11 @@ use crate::{
         context::{Context, mounts_of},
         render::json::AttachedDoc,
     },
-    daemon::{AttachRequest, Attached, Client, Via},
+    daemon::{self, AttachRequest, Attached, Client, Dead, Via},
     error::{Error, Kind, Result},
-    store::Store,
+    store::{ObjectKind, Store},
     sys::{idle, mounts, signals},
+    units::Id,
 };
 use clap::{Args, ValueEnum, ValueHint};
 use serde::Serialize;
@@ -103,6 +104,9 @@ impl Attach {
         }
         // Refused before a daemon is started for it.
         store.resolve(&self.reference)?;
+        if via == Via::Loop {
+            attach::may_attach_loops()?;
+        }
         signals::catch();
         let mut daemon = Client::connect_or_start(&store)?;
         let attached = daemon.attach(&AttachRequest {
@@ -132,8 +136,15 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
         };
         let device = attached.device.as_deref().map(Path::new);
         let device = device.ok_or_else(|| Error::new(Kind::Io, "the daemon names no device"))?;
-        attach::mount(device, dir, &options)
+        let mounted = attach::mount(device, dir, &options)
             .map_err(|e| e.or_hint("`mkfs.ext4 $(forkdisk attach DISK)` makes a filesystem"))?;
+        if mounted.without_journal {
+            ui.warn(format_args!(
+                "{} is read-only and its journal needs a replay: without it the latest changes are not seen; \
+                 a fork of it shows them all",
+                attached.name
+            ));
+        }
     }
     if ui.json {
         let places = mounts_of(attached).unwrap_or_default();
@@ -204,17 +215,33 @@ struct DetachDoc {
 struct Plan {
     attached: Attached,
     mounts: Vec<PathBuf>,
+    /// Its daemon is dead: only the device is to be taken away.
+    dead: Option<Dead>,
+}
+
+/// What a device of a dead daemon was, as far as it is known.
+fn was_attached(store: &Store, dead: &Dead) -> Attached {
+    let object = store.resolve(&dead.name).ok();
+    Attached {
+        name: dead.name.clone(),
+        id: object.as_ref().map_or(Id([0; 16]), |o| o.id),
+        kind: object.as_ref().map_or(ObjectKind::Disk, |o| o.kind),
+        read_only: false,
+        via: Via::Loop,
+        device: Some(dead.device.display().to_string()),
+        file: store.run_dir().join(&dead.name),
+        count: 1,
+        size: object.map_or(0, |o| o.size),
+    }
 }
 
 impl Detach {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let Some(mut daemon) = Client::connect(&store)? else {
-            return Err(not_attached(&self.targets[0]).into());
-        };
+        let mut daemon = Client::connect(&store)?;
         // All are found before any is touched.
-        let plans = self.plans(&store, &mut daemon)?;
+        let plans = self.plans(&store, daemon.as_mut())?;
         if context.dry_run {
             return self.pretend(context, &plans);
         }
@@ -224,13 +251,28 @@ impl Detach {
             detached: Vec::new(),
             unmounted: Vec::new(),
         };
-        for Plan { attached, mounts } in &plans {
+        for Plan {
+            attached,
+            mounts,
+            dead,
+        } in &plans
+        {
             if signals::caught() {
                 return Err(Error::new(Kind::Interrupted, "interrupted").into());
             }
             unmount_all(attached, mounts)?;
-            for gone in daemon.detach(handle(attached))? {
-                document.detached.push(AttachedDoc::new(&gone, &[]));
+            if let Some(dead) = dead {
+                dead.take_away()?;
+                ui.warn(format_args!(
+                    "the daemon that served {} is dead: what was written to it after its last flush is lost",
+                    dead.device.display()
+                ));
+                document.detached.push(AttachedDoc::new(attached, &[]));
+            } else {
+                let daemon = daemon.as_mut().ok_or_else(|| not_attached(&attached.name))?;
+                for gone in daemon.detach(handle(attached))? {
+                    document.detached.push(AttachedDoc::new(&gone, &[]));
+                }
             }
             document.unmounted.extend_from_slice(mounts);
             ui.talk(format_args!("detached {}", attached.name));
@@ -240,17 +282,28 @@ impl Detach {
         }
         Ok(())
     }
-    fn plans(&self, store: &Store, daemon: &mut Client) -> Result<Vec<Plan>> {
-        let all = daemon.attached()?;
-        let mut known = Vec::with_capacity(all.len());
-        for attached in all {
+    fn plans(&self, store: &Store, daemon: Option<&mut Client>) -> Result<Vec<Plan>> {
+        let dead = daemon::dead_devices(store, daemon.is_some());
+        let mut known = Vec::new();
+        for attached in daemon.map_or(Ok(Vec::new()), Client::attached)? {
+            let mounts = mounts_of(&attached)?;
+            known.push((attached, mounts));
+        }
+        // The living first: by its name that one is meant.
+        let living = known.len();
+        for dead in &dead {
+            let attached = was_attached(store, dead);
             let mounts = mounts_of(&attached)?;
             known.push((attached, mounts));
         }
         let mut plans: Vec<Plan> = Vec::new();
         for target in &self.targets {
-            let plan = plan(store, &known, target)?;
+            let mut plan = plan(store, &known, target)?;
             let same = |p: &Plan| handle(&p.attached) == handle(&plan.attached);
+            let at = known.iter().position(|(a, _)| handle(a) == handle(&plan.attached));
+            plan.dead = at
+                .and_then(|at| at.checked_sub(living))
+                .map(|at| dead[at].clone());
             match plans.iter_mut().find(|p| same(p)) {
                 Some(there) if plan.attached.count == 1 => {
                     for dir in plan.mounts {
@@ -275,7 +328,10 @@ impl Detach {
         };
         context.ui.answer(document, || {
             let mut text = String::new();
-            for Plan { attached, mounts } in plans {
+            for Plan {
+                attached, mounts, ..
+            } in plans
+            {
                 for dir in mounts.iter().rev() {
                     text.push_str(&format!("would unmount {}\n", dir.display()));
                 }
@@ -330,6 +386,7 @@ fn plan(store: &Store, known: &[(Attached, Vec<PathBuf>)], target: &str) -> Resu
     Ok(Plan {
         attached: attached.clone(),
         mounts: going(attached.count, mounts, place),
+        dead: None,
     })
 }
 

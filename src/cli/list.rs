@@ -6,14 +6,14 @@ use crate::{
         context::Context,
         names::Names,
         render::{
-            json::{AttachedDoc, ObjectDoc, UsageDoc, via_word},
+            json::{AttachedDoc, DamageDoc, ObjectDoc, UsageDoc, via_word},
             table::{Align, Table},
             time,
         },
     },
     daemon::Attached,
     error::{Error, Kind, Result},
-    store::{LayerInfo, Object, ObjectKind, Store, Usage},
+    store::{Found, LayerInfo, Object, ObjectKind, Store, Usage},
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -120,7 +120,10 @@ impl Ls {
             object_columns(),
             "name,kind,size,parent,created,device,message",
         )?;
-        let all = store.list()?;
+        let Found {
+            sound: all,
+            mut damaged,
+        } = store.survey()?;
         let names = Names::from_objects(&all);
         let attached: HashMap<String, (Attached, Vec<PathBuf>)> = context
             .attached_for_show(store)
@@ -131,13 +134,16 @@ impl Ls {
         let space = columns
             .iter()
             .any(|c| matches!(c.name, "refer" | "excl" | "shared"));
+        let all: Vec<Object> = all.into_iter().filter(|o| wanted(o.kind)).collect();
+        let all: Vec<(Object, Option<Usage>)> = if space {
+            let known = store.usages(all)?;
+            damaged.extend(known.damaged);
+            known.sound.into_iter().map(|(o, u)| (o, Some(u))).collect()
+        } else {
+            all.into_iter().map(|o| (o, None)).collect()
+        };
         let mut rows = Vec::new();
-        for object in all.into_iter().filter(|o| wanted(o.kind)) {
-            let usage = if space {
-                Some(store.usage(&object)?)
-            } else {
-                None
-            };
+        for (object, usage) in all {
             let attached = attached.get(&object.name);
             let (attached, mounts) = attached.cloned().unzip();
             rows.push(ObjectRow {
@@ -156,18 +162,22 @@ impl Ls {
                 device: row.attached.as_ref().and_then(|a| a.device.clone()),
                 mounts: row.mounts.clone(),
             });
-            return context.ui.document(ObjectsDoc {
+            context.ui.document(ObjectsDoc {
                 objects: objects.collect(),
-            });
+                damaged: DamageDoc::all(&damaged),
+            })?;
+        } else {
+            self.print(context, columns, &rows, true)?;
         }
-        self.print(context, columns, &rows, true)
+        context.ui.damage(&damaged)
     }
 
     fn layers(&self, context: &Context, store: &Store) -> Outcome {
         let columns = self.choose(layer_columns(), "id,state,size,alloc,private,parent,names")?;
         let names = Names::of(store)?;
-        let rows: Vec<LayerRow> = store
-            .layers()?
+        let found = store.layers()?;
+        let rows: Vec<LayerRow> = found
+            .sound
             .into_iter()
             .map(|layer| LayerRow {
                 parent: names.show(layer.parent.id()),
@@ -185,11 +195,14 @@ impl Ls {
                 parent_id: row.layer.parent.id().to_string(),
                 names: row.layer.names.clone(),
             });
-            return context.ui.document(LayersDoc {
+            context.ui.document(LayersDoc {
                 layers: layers.collect(),
-            });
+                damaged: DamageDoc::all(&found.damaged),
+            })?;
+        } else {
+            self.print(context, columns, &rows, false)?;
         }
-        self.print(context, columns, &rows, false)
+        context.ui.damage(&found.damaged)
     }
 
     fn attached(&self, context: &Context, store: &Store) -> Outcome {
@@ -360,6 +373,7 @@ pub(crate) fn paths(paths: &[PathBuf]) -> String {
 #[derive(Serialize)]
 struct ObjectsDoc {
     objects: Vec<ListedDoc>,
+    damaged: Vec<DamageDoc>,
 }
 
 #[derive(Serialize)]
@@ -375,6 +389,7 @@ struct ListedDoc {
 #[derive(Serialize)]
 struct LayersDoc {
     layers: Vec<LayerDoc>,
+    damaged: Vec<DamageDoc>,
 }
 
 #[derive(Serialize)]

@@ -7,7 +7,7 @@ use crate::{
         list::paths,
         names::Names,
         render::{
-            json::{ObjectDoc, SCHEMA, UsageDoc},
+            json::{DamageDoc, ObjectDoc, SCHEMA, UsageDoc},
             table::{Align, Table},
             time,
         },
@@ -15,7 +15,7 @@ use crate::{
     },
     disk::{Disk, Extent, Source},
     error::Result,
-    store::{Below, Details, Object, Store},
+    store::{Below, Details, Found, Object, Store, Usage},
     units::{BLOCK, Id, REGION_BYTES},
 };
 use clap::Args;
@@ -204,6 +204,7 @@ struct DuDoc {
     only: Option<DuRowDoc>,
     objects: Vec<DuRowDoc>,
     total: TotalDoc,
+    damaged: Vec<DamageDoc>,
 }
 
 #[derive(Clone, Serialize)]
@@ -229,18 +230,27 @@ impl Du {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let objects = self.objects(&store)?;
-        let mut rows: Vec<DuRowDoc> = Vec::with_capacity(objects.len());
-        for object in &objects {
-            rows.push(DuRowDoc {
-                name: object.name.clone(),
-                kind: object.kind.word(),
-                id: object.id.to_string(),
-                usage: store.usage(object)?.into(),
-            });
+        let Found {
+            sound: objects,
+            mut damaged,
+        } = self.objects(&store)?;
+        let Found {
+            sound: known,
+            damaged: more,
+        } = store.usages(objects)?;
+        damaged.extend(more);
+        if let ([only], false) = (&damaged[..], self.references.is_empty()) {
+            return Err(only.error.clone().into());
         }
+        let row = |(object, usage): &(Object, Usage)| DuRowDoc {
+            name: object.name.clone(),
+            kind: object.kind.word(),
+            id: object.id.to_string(),
+            usage: (*usage).into(),
+        };
+        let rows: Vec<DuRowDoc> = known.iter().map(row).collect();
         let total = TotalDoc {
-            stored: stored(&store, &objects)?,
+            stored: stored(&store, known.iter().map(|(object, _)| object))?,
             full_copies: rows.iter().map(|row| row.usage.refer).sum(),
             size: rows.iter().map(|row| row.usage.size).sum(),
         };
@@ -249,15 +259,17 @@ impl Du {
                 [one] => Some(one.clone()),
                 _ => None,
             };
-            return ui.document(DuDoc {
+            ui.document(DuDoc {
                 only,
                 objects: rows,
                 total,
-            });
+                damaged: DamageDoc::all(&damaged),
+            })?;
+            return ui.damage(&damaged);
         }
         if rows.is_empty() {
             ui.talk("the store is empty");
-            return Ok(());
+            return ui.damage(&damaged);
         }
         let number = |name: &str| (name.to_string(), Align::Right);
         let mut table = Table::new([
@@ -282,12 +294,13 @@ impl Du {
             ui.size(total.stored),
             ui.size(total.full_copies)
         );
-        ui.data(table.text(true) + &summary)
+        ui.data(table.text(true) + &summary)?;
+        ui.damage(&damaged)
     }
     /// What is named, each once.
-    fn objects(&self, store: &Store) -> Result<Vec<Object>> {
+    fn objects(&self, store: &Store) -> Result<Found<Object>> {
         if self.references.is_empty() {
-            return store.list();
+            return store.survey();
         }
         let mut objects: Vec<Object> = Vec::new();
         for reference in &self.references {
@@ -296,14 +309,18 @@ impl Du {
                 objects.push(object);
             }
         }
-        Ok(objects)
+        Ok(Found {
+            sound: objects,
+            damaged: Vec::new(),
+        })
     }
 }
 
 /// Host bytes of everything the objects stand on, each layer and base counted once.
-fn stored(store: &Store, objects: &[Object]) -> Result<u64> {
+fn stored<'a>(store: &Store, objects: impl Iterator<Item = &'a Object>) -> Result<u64> {
     let layers: HashMap<Id, (Below, u64)> = store
         .layers()?
+        .sound
         .into_iter()
         .map(|l| (l.id, (l.parent, l.allocated)))
         .collect();

@@ -6,6 +6,7 @@ use crate::{
         context::Context,
         list::paths,
         render::{
+            json::DamageDoc,
             table::{Align, Table},
             time,
             tree::strokes,
@@ -14,7 +15,7 @@ use crate::{
     },
     daemon::Attached,
     error::Result,
-    store::{Below, LayerInfo, Object, ObjectKind, Store},
+    store::{Below, Damage, Found, LayerInfo, Object, ObjectKind, Store},
     units::Id,
 };
 use clap::Args;
@@ -114,17 +115,19 @@ impl Tree {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let store = context.open()?;
         let root = self.reference.map(|r| store.resolve(&r)).transpose()?;
-        let nodes = walk(context, &store, root.map(|object| object.id))?;
+        let (nodes, damaged) = walk(context, &store, root.map(|object| object.id))?;
         let ui = &context.ui;
         if ui.json {
             let nodes = nodes.iter().map(NodeDoc::new);
-            return ui.document(TreeDoc {
+            ui.document(TreeDoc {
                 nodes: nodes.collect(),
-            });
+                damaged: DamageDoc::all(&damaged),
+            })?;
+            return ui.damage(&damaged);
         }
         if nodes.is_empty() {
             ui.talk("the store is empty: `forkdisk import FILE` brings an image in");
-            return Ok(());
+            return ui.damage(&damaged);
         }
         let depths: Vec<usize> = nodes.iter().map(|n| n.depth).collect();
         let any = nodes.iter().any(|n| !n.attached.is_empty());
@@ -147,14 +150,20 @@ impl Tree {
         }
         // Coloured when the columns stand: colour has no width.
         let dot = ui.paint(Paint::Good, "\u{25cf}");
-        ui.data(table.text(false).replace('\u{25cf}', &dot))
+        ui.data(table.text(false).replace('\u{25cf}', &dot))?;
+        ui.damage(&damaged)
     }
 }
 
 /// All nodes from the roots down, or from `root`: parents before children, siblings by name.
-fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<Vec<Node>> {
+/// And what is damaged, which is no part of it.
+fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>, Vec<Damage>)> {
     let mut objects: HashMap<Id, Vec<Object>> = HashMap::new();
-    for object in store.list()? {
+    let Found {
+        sound: all,
+        mut damaged,
+    } = store.survey()?;
+    for object in all {
         objects.entry(object.id).or_default().push(object);
     }
     let mut attached: HashMap<Id, Vec<(Attached, Vec<PathBuf>)>> = HashMap::new();
@@ -169,7 +178,9 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<Vec<Node>>
         .filter(|all| all[0].kind == ObjectKind::Base)
         .map(|all| all[0].id)
         .collect();
-    for layer in store.layers()? {
+    let found = store.layers()?;
+    damaged.extend(found.damaged);
+    for layer in found.sound {
         children
             .entry(layer.parent.id())
             .or_default()
@@ -211,7 +222,7 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<Vec<Node>>
             attached: attached.remove(&id).unwrap_or_default(),
         });
     }
-    Ok(nodes)
+    Ok((nodes, damaged))
 }
 
 /// A key that orders `web-2` before `web-10`.
@@ -236,6 +247,7 @@ fn natural(name: &str) -> Vec<(String, u64)> {
 #[derive(Serialize)]
 struct TreeDoc {
     nodes: Vec<NodeDoc>,
+    damaged: Vec<DamageDoc>,
 }
 
 /// A flat list with depths, not nested documents: JSON readers limit how deep they go.

@@ -3,10 +3,14 @@
 use crate::{
     cli::{
         Stop,
-        render::{error, json::Document, size::Units},
+        render::{
+            error,
+            json::{DamageDoc, Document},
+            size::Units,
+        },
     },
     error::{Error, Kind},
-    store::Progress,
+    store::{Damage, Progress},
     sys::signals,
 };
 use clap::builder::styling::{AnsiColor, Style};
@@ -165,14 +169,31 @@ impl Ui {
             say(&format!("{word} {text}\n"));
         }
     }
+    /// What is damaged, after all that is sound was shown: told on stderr (a JSON document has it), and by the exit code.
+    pub fn damage(&self, damaged: &[Damage]) -> Result<(), Stop> {
+        let all = DamageDoc::all(damaged);
+        if all.is_empty() {
+            return Ok(());
+        }
+        if !self.json {
+            for DamageDoc { name, message } in &all {
+                self.warn(visible(&format!("{name} is damaged: {message}")));
+            }
+            let word = self.paint_err(Paint::Hint, "hint:");
+            let advice = "`forkdisk check` lists all damage; what is not named here is not affected";
+            say(&format!("  {word} {advice}\n"));
+        }
+        Err(Stop::Code(Kind::Corrupt.exit_code()))
+    }
     /// Shows an error.
     pub fn error(&self, error: &Error) {
         if self.json {
             say(&format!("{}\n", error::json_text(error)));
             return;
         }
-        let mut hints = error::hint(error).split('\n');
-        let mut text = format!("{} {error}\n", self.paint_err(Paint::Bad, "error:"));
+        let mut hints = error::hint(error).split('\n').map(visible);
+        let mut text = self.paint_err(Paint::Bad, "error:");
+        text.push_str(&format!(" {}\n", visible(&error.to_string())));
         let word = self.paint_err(Paint::Hint, "hint:");
         if let Some(first) = hints.next() {
             text.push_str(&format!("  {word} {first}\n"));
@@ -219,6 +240,15 @@ impl Ui {
             ProgressMode::Auto | ProgressMode::None => Box::new(Silent),
         }
     }
+}
+
+/// Text on one line: names and paths that come from elsewhere must not steer the terminal.
+fn visible(text: &str) -> String {
+    let escape = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(escape).collect()
 }
 
 /// Writes to stderr; there is nobody to tell if that fails.

@@ -29,18 +29,27 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// long as the path is used.
 pub(super) fn socket_path(run_dir: &Path) -> Result<(File, PathBuf)> {
     let dir = File::open(run_dir).map_err(|e| Error::io("open", run_dir, &e))?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()));
+    let path = socket_in(&dir);
     Ok((dir, path))
+}
+
+fn socket_in(run_dir: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", run_dir.as_raw_fd()))
 }
 
 impl Client {
     /// Talks to the daemon, if one runs.
     pub fn connect(store: &Store) -> Result<Option<Client>> {
+        match File::open(store.run_dir()) {
+            Ok(dir) => Client::connect_in(&dir, store),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("open", store.run_dir(), &e)),
+        }
+    }
+    /// [`Client::connect`] through the run directory itself, wherever it is now.
+    pub(super) fn connect_in(dir: &File, store: &Store) -> Result<Option<Client>> {
         let run_dir = store.run_dir();
-        let (_dir, path) = match socket_path(&run_dir) {
-            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
-            other => other?,
-        };
+        let path = socket_in(dir);
         let stream = match UnixStream::connect(&path) {
             Ok(stream) => stream,
             // Nobody listens: a socket that a dead daemon left, or none at all.

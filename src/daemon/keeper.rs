@@ -8,12 +8,12 @@
 //! daemon starts from there.
 
 use super::client::{Client, socket_path};
-use super::{LOCK, LOG, MOUNT, SOCKET, log, protocol, server};
+use super::{Attached, LOCK, LOG, MOUNT, SOCKET, dead, log, place_of, protocol, server};
 use crate::attach;
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::mount as fuse_mount;
 use crate::store::Store;
-use crate::sys::loopdev::{self, DetachOptions};
+use crate::sys::loopdev;
 use crate::sys::{fdpass, mounts, process};
 use rustix::fs::{FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -129,7 +129,8 @@ struct Keeper {
     store: Store,
     /// Held for its lock.
     _lock: File,
-    mount: PathBuf,
+    /// The run directory, which may be moved with the store.
+    run_dir: File,
     /// Keeps the mount alive.
     fuse: OwnedFd,
     listener: OwnedFd,
@@ -152,13 +153,14 @@ impl Keeper {
         process::raise_open_files_limit();
         let mount = std::path::absolute(run_dir.join(MOUNT))
             .map_err(|e| Error::io("find", &run_dir, &e))?;
-        clear_away(&mount);
+        clear_away(&run_dir, &mount);
         match std::fs::DirBuilder::new().mode(0o700).create(&mount) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(Error::io("create", &mount, &e));
             }
             _ => {}
         }
+        let open = File::open(&run_dir).map_err(|e| Error::io("open", &run_dir, &e))?;
         // Signals are waited for, not caught; a child starts without this mask.
         signals(true);
         let fuse = fuse_mount::mount(&mount)?;
@@ -173,7 +175,7 @@ impl Keeper {
                 Ok(Keeper {
                     store,
                     _lock: lock,
-                    mount,
+                    run_dir: open,
                     fuse,
                     listener,
                     server,
@@ -202,7 +204,9 @@ impl Keeper {
             }
         };
         drop(self.listener);
-        let _ = std::fs::remove_file(self.store.run_dir().join(SOCKET));
+        let run_dir = place_of(&self.run_dir);
+        let mount = run_dir.join(MOUNT);
+        let _ = std::fs::remove_file(run_dir.join(SOCKET));
         let orderly = ended.success();
         if !orderly {
             tracing::error!(
@@ -210,11 +214,12 @@ impl Keeper {
             );
         }
         // In order nothing is open any more; else requests that wait must fail.
-        if !orderly || fuse_mount::unmount(&self.mount).is_err() {
-            let _ = fuse_mount::abort(&self.mount);
+        if !orderly || fuse_mount::unmount(&mount).is_err() {
+            dead::note(&run_dir, &mount);
+            let _ = fuse_mount::abort(&mount);
         }
         drop(self.fuse);
-        clear_away(&self.mount);
+        clear_away(&run_dir, &mount);
         tracing::info!("the daemon ends");
         if orderly {
             Ok(())
@@ -225,7 +230,7 @@ impl Keeper {
     /// On SIGTERM: unmounts and detaches what nobody uses, then ends the server, which flushes the rest.
     fn shut_down(&self) {
         tracing::info!("asked to end: detaching what is attached");
-        let detached = Client::connect(&self.store).and_then(|client| {
+        let detached = Client::connect_in(&self.run_dir, &self.store).and_then(|client| {
             let Some(mut client) = client else {
                 return Ok(());
             };
@@ -240,6 +245,7 @@ impl Keeper {
                 for _ in 0..a.count {
                     if let Err(e) = client.detach(&a.name) {
                         tracing::warn!("{e}");
+                        write_back(&a);
                         break;
                     }
                 }
@@ -252,6 +258,22 @@ impl Keeper {
         if let Some(pid) = rustix::process::Pid::from_raw(self.server.id() as i32) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
+    }
+}
+
+/// Whoever uses what stays attached will get errors; what was written until now is not to be lost.
+fn write_back(attached: &Attached) {
+    let Some(device) = &attached.device else {
+        return;
+    };
+    for dir in attach::mounts_of(Path::new(device)).unwrap_or_default() {
+        let synced = File::open(&dir).and_then(|dir| Ok(rustix::fs::syncfs(dir)?));
+        if let Err(e) = synced {
+            tracing::warn!("{}", Error::io("write back", dir, &e));
+        }
+    }
+    if let Err(e) = File::open(device).and_then(|device| device.sync_all()) {
+        tracing::warn!("{}", Error::io("write back", device, &e));
     }
 }
 
@@ -287,30 +309,8 @@ fn take_lock(run_dir: &Path) -> Result<File> {
 }
 
 /// Takes away what a dead daemon left: its mount, and loop devices over files of it that nobody uses.
-fn clear_away(mount: &Path) {
-    for device in loop_devices_over(mount) {
-        let shown = device.display();
-        match attach::mounts_of(&device) {
-            Ok(places) if places.is_empty() => {}
-            _ => {
-                tracing::warn!(
-                    "{shown} of a dead daemon is still mounted: unmount it (`umount {shown}`)"
-                );
-                continue;
-            }
-        }
-        let Ok(Some(status)) = loopdev::status(&device) else {
-            continue;
-        };
-        let options = DetachOptions {
-            force: true,
-            ..DetachOptions::default()
-        };
-        match loopdev::detach(&device, status.dev, status.ino, options) {
-            Ok(_) => tracing::info!("{shown} of a dead daemon was taken away"),
-            Err(e) => tracing::warn!("{shown} of a dead daemon stays: {e}"),
-        }
-    }
+fn clear_away(run_dir: &Path, mount: &Path) {
+    dead::note(run_dir, mount);
     // More than one if daemons died one after the other.
     for _ in 0..8 {
         match mounts::at(mount) {
@@ -323,6 +323,7 @@ fn clear_away(mount: &Path) {
             _ => break,
         }
     }
+    dead::take_away_idle(run_dir);
 }
 
 /// Loop devices whose backing file is in `dir`, by what sysfs says.

@@ -9,16 +9,20 @@
 //! that dies half-way leaves nothing that the next one does not find.
 
 mod client;
+mod dead;
 mod keeper;
 mod log;
 mod protocol;
 mod server;
 
 pub use client::Client;
+pub use dead::{Dead, dead_devices};
 pub use keeper::{SERVE_COMMAND, run, serve};
 
 use crate::store::ObjectKind;
 use crate::units::Id;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 /// How a disk is shown.
@@ -74,6 +78,12 @@ pub struct Attached {
     pub count: u32,
     /// Bytes.
     pub size: u64,
+}
+
+/// Where a directory is now: it may have been moved since it was opened.
+fn place_of(dir: &File) -> PathBuf {
+    let link = format!("/proc/self/fd/{}", dir.as_raw_fd());
+    std::fs::read_link(&link).unwrap_or_else(|_| link.into())
 }
 
 /// Names of files in the run directory.

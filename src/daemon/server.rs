@@ -9,16 +9,17 @@
 use super::client::answer;
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
-use super::{Attached, LOG, MOUNT, SOCKET, Via, log};
+use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Options, Session};
 use crate::store::{Object, ObjectKind, Store};
 use crate::sys::{fdpass, loopdev, process};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,6 +30,9 @@ use std::time::{Duration, Instant};
 
 /// How often disks are looked after: freed space goes back to the host.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How long a command waits for another one that attaches or detaches the same.
+const TRANSIT: Duration = Duration::from_secs(30);
 
 /// Most conversations at one time: each is a thread.
 const MAX_CONVERSATIONS: usize = 256;
@@ -58,7 +62,10 @@ struct Server {
     files: Arc<Files>,
     session: Session,
     table: Mutex<BTreeMap<String, Entry>>,
-    mount: PathBuf,
+    /// Told whenever an attachment or a detachment may have come to its end.
+    settled: Condvar,
+    /// The run directory, which may be moved with the store.
+    run_dir: File,
     started: Instant,
     keeper: i32,
     conversations: Mutex<usize>,
@@ -95,15 +102,16 @@ fn serve(store: Store) -> Result<()> {
     let listener = UnixListener::from(listener);
     let files = Arc::new(Files::new());
     let session = Session::start(fuse, files.clone(), Init::Fresh, Options::default())?;
-    let mount = std::path::absolute(store.run_dir().join(MOUNT))
-        .map_err(|e| Error::io("find", store.path(), &e))?;
+    let run_dir =
+        File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
     let (end, ended) = channel();
     let server = Arc::new(Server {
         store,
         files,
         session,
         table: Mutex::default(),
-        mount,
+        settled: Condvar::new(),
+        run_dir,
         started: Instant::now(),
         keeper: rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get()),
         conversations: Mutex::new(0),
@@ -199,6 +207,7 @@ fn accept(server: &Arc<Server>, listener: &UnixListener) {
                 for name in begun {
                     server2.broken_off(&name);
                 }
+                server2.settled.notify_all();
                 *server2.conversations.lock() -= 1;
             });
         if let Err(e) = thread {
@@ -226,6 +235,7 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
         let said = server
             .answer(&request, begun)
             .unwrap_or_else(|e| failure(&e));
+        server.settled.notify_all();
         if send(&mut writer, &said).is_err() {
             return;
         }
@@ -255,7 +265,7 @@ impl Server {
                 let all: Vec<Value> = table
                     .values()
                     .filter(|e| e.phase != Phase::Opening)
-                    .map(|e| protocol::attached_json(&e.attached))
+                    .map(|e| self.shown(&e.attached)["attached"].take())
                     .collect();
                 Ok(json!({"attached": all}))
             }
@@ -269,7 +279,7 @@ impl Server {
                 entry.phase = Phase::Ready;
                 begun.retain(|b| b != name);
                 tracing::info!(disk = name, device = entry.attached.device, "attached");
-                Ok(answer(&entry.attached))
+                Ok(self.shown(&entry.attached))
             }
             "attach-undo" => {
                 let name = text(request, "name")?;
@@ -355,13 +365,17 @@ impl Server {
         let object = self.store.resolve(text(request, "reference")?)?;
         let read_only = flag(request, "read_only") || object.kind != ObjectKind::Disk;
         {
-            let mut table = self.table.lock();
-            let there = table.values_mut().find(|e| {
+            let same = |e: &Entry| {
                 e.attached.name == object.name
                     || (e.attached.id == object.id && object.kind != ObjectKind::Disk)
-            });
-            if let Some(entry) = there {
-                return share(entry, &object, read_only, via, block_size);
+            };
+            let mut table = self.table.lock();
+            self.settle(&mut table, same, begun)?;
+            if let Some(entry) = table.values_mut().find(|e| same(e)) {
+                share(entry, &object, read_only, via, block_size)?;
+                let mut said = self.shown(&entry.attached);
+                said["fresh"] = false.into();
+                return Ok(said);
             }
             let attached = Attached {
                 name: object.name.clone(),
@@ -370,7 +384,7 @@ impl Server {
                 read_only,
                 via,
                 device: None,
-                file: self.mount.join(&object.name),
+                file: self.mount().join(&object.name),
                 count: 1,
                 size: object.size,
             };
@@ -408,31 +422,29 @@ impl Server {
         } else {
             begun.push(object.name.clone());
         }
-        let mut said = answer(&entry.attached);
+        let mut said = self.shown(&entry.attached);
         said["fresh"] = true.into();
         Ok(said)
     }
 
     fn detach(&self, target: &str, begun: &mut Vec<String>) -> Result<Value> {
         let by_id = self.store.resolve(target).ok().map(|o| (o.kind, o.id));
+        let mount = self.mount();
+        let meant = |e: &Entry| {
+            let a = &e.attached;
+            a.name == target
+                || a.device.as_deref() == Some(target)
+                || mount.join(&a.name) == Path::new(target)
+                || by_id == Some((a.kind, a.id))
+        };
         let mut table = self.table.lock();
-        let entry = table
-            .values_mut()
-            .find(|e| {
-                let a = &e.attached;
-                a.name == target
-                    || a.device.as_deref() == Some(target)
-                    || a.file == Path::new(target)
-                    || by_id == Some((a.kind, a.id))
-            })
-            .ok_or_else(|| not_attached(target))?;
+        self.settle(&mut table, meant, begun)?;
+        let entry = table.values_mut().find(|e| meant(e));
+        let entry = entry.ok_or_else(|| not_attached(target))?;
         let name = entry.attached.name.clone();
-        if entry.phase != Phase::Ready {
-            return Err(in_transit(&name));
-        }
         if entry.attached.count > 1 {
             entry.attached.count -= 1;
-            let mut said = answer(&entry.attached);
+            let mut said = self.shown(&entry.attached);
             said["last"] = false.into();
             return Ok(said);
         }
@@ -443,19 +455,18 @@ impl Server {
                 .and_then(|f| f.info())
                 .map_or(0, |i| i.opens);
             if opens > 0 {
+                let file = mount.join(&name);
+                let file = file.display();
                 return Err(Error::new(
                     Kind::Busy,
-                    format!("{} is open {opens} times", entry.attached.file.display()),
+                    format!("{file} is open {opens} times"),
                 )
-                .hint(format!(
-                    "`fuser -v {}` names who has it open",
-                    entry.attached.file.display()
-                )));
+                .hint(format!("`fuser -v {file}` names who has it open")));
             }
         }
         entry.phase = Phase::Closing;
         begun.push(name);
-        let mut said = answer(&entry.attached);
+        let mut said = self.shown(&entry.attached);
         said["last"] = true.into();
         said["dev"] = entry.dev.into();
         said["ino"] = entry.ino.into();
@@ -498,11 +509,11 @@ impl Server {
         let file = {
             let table = self.table.lock();
             match table.get(name) {
-                Some(entry) if entry.phase != Phase::Ready => entry.attached.file.clone(),
+                Some(entry) if entry.phase != Phase::Ready => self.mount().join(name),
                 _ => return,
             }
         };
-        let device = loop_devices_over(&self.mount)
+        let device = loop_devices_over(&self.mount())
             .into_iter()
             .find(|d| loopdev::backing_file(d).is_some_and(|f| f == file));
         let Some(device) = device else {
@@ -518,6 +529,35 @@ impl Server {
             entry.attached.device = Some(device.display().to_string());
             entry.dev = dev;
             entry.phase = Phase::Ready;
+        }
+    }
+
+    /// The mount of the served files, where it is now.
+    fn mount(&self) -> PathBuf {
+        place_of(&self.run_dir).join(MOUNT)
+    }
+    /// An attachment as it stands in an answer.
+    fn shown(&self, a: &Attached) -> Value {
+        let file = self.mount().join(&a.name);
+        answer(&Attached { file, ..a.clone() })
+    }
+    /// Waits until what is meant is neither being attached nor being detached by others.
+    fn settle(
+        &self,
+        table: &mut MutexGuard<'_, BTreeMap<String, Entry>>,
+        meant: impl Fn(&Entry) -> bool,
+        begun: &[String],
+    ) -> Result<()> {
+        let deadline = Instant::now() + TRANSIT;
+        loop {
+            let entry = table.values().find(|e| meant(e) && e.phase != Phase::Ready);
+            let Some(entry) = entry else {
+                return Ok(());
+            };
+            let name = entry.attached.name.clone();
+            if begun.contains(&name) || self.settled.wait_until(table, deadline).timed_out() {
+                return Err(in_transit(&name));
+            }
         }
     }
 
@@ -540,15 +580,14 @@ impl Server {
     }
 
     fn status(&self) -> Value {
-        let run_dir =
-            std::path::absolute(self.store.run_dir()).unwrap_or_else(|_| self.store.run_dir());
+        let run_dir = place_of(&self.run_dir);
         let (threads, peak) = self.session.threads();
         let total = self.files.total();
         json!({
             "keeper_pid": self.keeper,
             "server_pid": std::process::id(),
             "socket": run_dir.join(SOCKET),
-            "mount": self.mount,
+            "mount": run_dir.join(MOUNT),
             "log": run_dir.join(LOG),
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
@@ -583,11 +622,8 @@ fn share(
     read_only: bool,
     via: Via,
     block_size: u64,
-) -> Result<Value> {
+) -> Result<()> {
     let a = &mut entry.attached;
-    if entry.phase != Phase::Ready {
-        return Err(in_transit(&object.name));
-    }
     let place = a
         .device
         .clone()
@@ -613,9 +649,7 @@ fn share(
         .hint("attach it in the same way to share it"));
     }
     a.count += 1;
-    let mut said = answer(a);
-    said["fresh"] = false.into();
-    Ok(said)
+    Ok(())
 }
 
 fn not_attached(name: &str) -> Error {

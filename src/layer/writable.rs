@@ -851,7 +851,8 @@ impl Layer {
                 self.punch(start, len)?;
             }
         }
-        if reserved > 0 {
+        // Also what a writer before us left, when there was nothing to write since.
+        if reserved > 0 || self.opened.recovered {
             self.punch(JOURNAL_START, JOURNAL_SLOTS)?;
         }
         let end = Slot(c.high as u32).at();

@@ -2,7 +2,7 @@
 
 use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
 use super::{
-    Below, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
+    Below, Damage, Found, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
     too_deep,
 };
 use crate::chain::Chain;
@@ -379,10 +379,14 @@ impl Store {
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let objects = self.list_locked()?;
+        let objects = self.survey_locked()?.sound;
         let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
         for reference in refs {
-            let object = self.resolve_locked(reference)?;
+            let object = match self.resolve_locked(reference) {
+                // What is damaged can be removed, if it is called by its name.
+                Err(e) if e.kind() == Kind::Corrupt => self.remains(reference, e)?,
+                other => other?,
+            };
             wanted.insert(object.name.clone(), object);
         }
         let mut going = wanted.clone();
@@ -454,6 +458,26 @@ impl Store {
             .sum();
         Ok(RemovePlan { names: list, frees })
     }
+    /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
+    fn remains(&self, name: &str, why: Error) -> Result<Object> {
+        let record = match names::read_name(&*self.names, name) {
+            Ok(record) => Some(record),
+            Err(e) if e.kind() == Kind::Corrupt => None,
+            Err(_) => return Err(why),
+        };
+        if self.names.entry(name)? != Some(EntryKind::File) {
+            return Err(why);
+        }
+        Ok(Object {
+            name: name.to_string(),
+            kind: record.as_ref().map_or(ObjectKind::Disk, |r| r.kind),
+            id: record.as_ref().map_or(Id([0; 16]), |r| r.target.id()),
+            size: 0,
+            parent: None,
+            created: record.map_or(0, |r| r.created),
+            message: None,
+        })
+    }
     /// Fails if an object is attached.
     fn check_idle(&self, object: &Object) -> Result<()> {
         let busy = |e: Error| {
@@ -468,7 +492,8 @@ impl Store {
             ObjectKind::Base => self.base_idle(object.id).map_err(busy),
             _ => match self.layers.open(&layer_file(object.id), Access::Read) {
                 Ok(file) => file.lock(true).map_err(busy),
-                Err(e) if e.kind() == Kind::NotFound => Ok(()),
+                // Gone, or something that is no file: nobody has it open.
+                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => Ok(()),
                 Err(e) => Err(e),
             },
         }
@@ -681,16 +706,34 @@ impl Store {
         Ok(graph)
     }
     /// All layer files with what is known of them.
-    pub fn layers(&self) -> Result<Vec<LayerInfo>> {
+    pub fn layers(&self) -> Result<Found<LayerInfo>> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let mut all = Vec::new();
+        let mut found = Found::default();
         for (below, node) in &graph.nodes {
-            let (Below::Layer(id), Some(parent)) = (*below, node.parent) else {
+            let Below::Layer(id) = *below else {
                 continue;
             };
-            let (state, (data, zeros), size) = self.layer_counts(id)?;
-            all.push(LayerInfo {
+            let names = graph.names.get(below).cloned().unwrap_or_default();
+            let counts = self.layer_counts(id).and_then(|counts| {
+                let parent = node.parent.ok_or_else(|| {
+                    Error::new(Kind::Corrupt, "its header cannot be read").layer(id)
+                })?;
+                Ok((parent, counts))
+            });
+            let (parent, (state, (data, zeros), size)) = match counts {
+                Ok(counts) => counts,
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    let name = match &names[..] {
+                        [] => format!("layer {id}"),
+                        names => names.join(", "),
+                    };
+                    found.damaged.push(Damage { name, error });
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            found.sound.push(LayerInfo {
                 id,
                 parent,
                 state: state.word(),
@@ -699,11 +742,12 @@ impl Store {
                 private_bytes: data * crate::units::BLOCK,
                 zero_blocks: zeros,
                 depth: node.depth,
-                names: graph.names.get(below).cloned().unwrap_or_default(),
+                names,
             });
         }
-        all.sort_by_key(|l| (l.depth, l.id));
-        Ok(all)
+        found.sound.sort_by_key(|l| (l.depth, l.id));
+        found.damaged.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
     }
     /// State, counts and size of a layer file that others may be writing.
     pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {

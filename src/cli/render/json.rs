@@ -5,10 +5,13 @@
 use crate::{
     cli::names::Names,
     daemon::{Attached, Via},
-    store::{Object, Usage},
+    store::{Damage, Object, Usage},
 };
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 /// The version of all documents.
 pub const SCHEMA: u32 = 1;
@@ -35,6 +38,28 @@ impl<T: Serialize> Document<T> {
             .unwrap_or_else(|e| unreachable!("documents hold nothing that JSON cannot: {e}"));
         text.push('\n');
         text
+    }
+}
+
+/// Something that is there and cannot be read.
+#[derive(Serialize)]
+pub struct DamageDoc {
+    /// Its name.
+    pub name: String,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl DamageDoc {
+    /// Describes all damage, each name once.
+    pub fn all(damaged: &[Damage]) -> Vec<DamageDoc> {
+        let mut seen = HashSet::new();
+        let once = damaged.iter().filter(|d| seen.insert(d.name.as_str()));
+        once.map(|d| DamageDoc {
+            name: d.name.clone(),
+            message: d.error.to_string(),
+        })
+        .collect()
     }
 }
 
