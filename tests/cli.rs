@@ -237,10 +237,11 @@ fn the_doctor_needs_no_store_and_gives_a_fix_for_all_it_finds() {
     }
 }
 
-/// The words of every command of the parser: `["forkdisk", "daemon", "run"]`.
+/// The words of every command of the parser that is not hidden: `["forkdisk", "daemon", "run"]`.
 fn commands() -> Vec<Vec<String>> {
     fn below(command: &clap::Command, path: &[String], all: &mut Vec<Vec<String>>) {
-        for sub in command.get_subcommands().filter(|c| c.get_name() != "help") {
+        let shown = |c: &&clap::Command| c.get_name() != "help" && !c.is_hide_set();
+        for sub in command.get_subcommands().filter(shown) {
             let mut path = path.to_vec();
             path.push(sub.get_name().to_string());
             all.push(path.clone());

@@ -87,7 +87,8 @@ impl Man {
 
 /// The page of every command below `parent`: `forkdisk-daemon-run.1`.
 fn sub_pages(parent: &clap::Command, pages: &mut Vec<(String, io::Result<Vec<u8>>)>) {
-    for sub in parent.get_subcommands().filter(|c| c.get_name() != "help") {
+    let shown = |c: &&clap::Command| c.get_name() != "help" && !c.is_hide_set();
+    for sub in parent.get_subcommands().filter(shown) {
         let name = sub.get_display_name().unwrap_or(sub.get_name()).to_string();
         let mut page = Vec::new();
         let written = Page::new(sub.clone()).render(&mut page).map(|()| page);

@@ -1,7 +1,7 @@
 //! The daemon of a store: it owns the attached disks and shows each as a file of one FUSE mount.
 //!
-//! Two processes. The **keeper** ([`keeper`]) holds what must outlive a server: the descriptor of the mount, the listening
-//! socket, the lock that makes the daemon the only one. The **server** ([`server`]) does everything else. Commands talk to the server
+//! Two processes. The **keeper** (`keeper`) holds what must outlive a server: the descriptor of the mount, the listening
+//! socket, the lock that makes the daemon the only one. The **server** (`server`) does everything else. Commands talk to the server
 //! through a [`Client`].
 //!
 //! Loop devices are configured and mounted by the command, not here: each of those steps waits for requests on the served

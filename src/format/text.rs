@@ -67,9 +67,7 @@ impl Record {
                     '\\' => text.push_str("\\\\"),
                     '"' => text.push_str("\\\""),
                     '\n' => text.push_str("\\n"),
-                    c if (c as u32) < 0x20 || c as u32 == 0x7f => {
-                        text.push_str(&format!("\\x{:02X}", c as u32))
-                    }
+                    c if c.is_control() => text.push_str(&format!("\\x{:02X}", c as u32)),
                     c => text.push(c),
                 }
             }

@@ -198,6 +198,9 @@ impl File for CountingFile {
     fn start_writeback(&self, at: u64, len: u64) {
         self.inner.start_writeback(at, len);
     }
+    fn forget_cached(&self, at: u64, len: u64) {
+        self.inner.forget_cached(at, len);
+    }
     fn map(&self, at: u64, len: usize) -> Result<Mapping> {
         add(&self.counters.maps, 1);
         self.inner.map(at, len)

@@ -10,7 +10,8 @@
 //!   or be there for some 512-byte sectors; a sector of a 4 KiB page that an un-synced write touched may hold garbage.
 //!   Pages that no un-synced write touched keep what they held.
 //! - [`File::sync`] makes all earlier changes of that file's contents and length durable, if it returns
-//!   `Ok`. After an error nothing is known of the changes since the last good sync.
+//!   `Ok`. After an error nothing is known of the changes since the last good sync: reads may show what is not on the disk, until
+//!   a good sync and [`File::forget_cached`].
 //! - A name that was created, renamed or removed is durable after [`Dir::sync`] of its directory, if those above are.
 //!   A rename is atomic: after a crash the name means the old file or the new one.
 //! - [`Dir::sync_filesystem`] makes everything before it durable.
@@ -96,6 +97,9 @@ pub trait File: Send + Sync {
     fn punch(&self, at: u64, len: u64) -> Result<()>;
     /// Starts writing the range's dirty pages to the disk without waiting; a hint, promises nothing.
     fn start_writeback(&self, at: u64, len: u64);
+    /// Drops what memory holds of a range, where it is not dirty, so that later reads see what the disk holds: after a failed sync the
+    /// two may differ. A hint, but one that the host follows for files that nobody else has open.
+    fn forget_cached(&self, at: u64, len: u64);
     /// Maps a range of the file for reading. Only for ranges that are immutable while mapped, of
     /// files that are locked; must lie within the file.
     fn map(&self, at: u64, len: usize) -> Result<Mapping>;

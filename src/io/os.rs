@@ -332,6 +332,13 @@ impl File for OsFile {
         }
     }
 
+    fn forget_cached(&self, at: u64, len: u64) {
+        // A length of 0, and one past the largest offset, mean "to the end".
+        let len = std::num::NonZeroU64::new(len).filter(|l| l.get() <= i64::MAX as u64 - at);
+        // Nothing is lost if it fails.
+        let _ = fs::fadvise(&self.fd, at, len, fs::Advice::DontNeed);
+    }
+
     fn map(&self, at: u64, len: usize) -> Result<Mapping> {
         let end = check_range(&self.path, at, len as u64);
         if end.is_err() || end.is_ok_and(|end| end > self.len().unwrap_or(0)) {

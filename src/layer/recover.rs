@@ -8,7 +8,7 @@ use crate::format::{
     self, CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, Pointer, Superblock, decode_commit,
 };
 use crate::io::File;
-use crate::map::{Memtable, RegionMap};
+use crate::map::{Item, Memtable, RegionMap, merge};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,6 +33,22 @@ fn read_slot(file: &dyn File, slot: u32, len: u64) -> Result<Vec<u8>> {
         file.read_at(&mut bytes[..n], at)?;
     }
     Ok(bytes)
+}
+
+/// Before a writer believes what it reads: its predecessor may have died with changes only in the page cache, or after a failed sync, when
+/// the page cache shows what is not on the disk and no later sync will put it there. Afterwards reads show the disk.
+/// A layer that is its header alone has nothing to settle.
+pub fn settle(file: &dyn File, header: &Header) -> Result<()> {
+    if file.len()? <= BLOCK {
+        return Ok(());
+    }
+    file.sync()?;
+    file.forget_cached(0, Slot(JOURNAL_START).at());
+    // What was closed cleanly was synced before the superblock said so; else all is in doubt.
+    if superblock(file, header)?.superblock.state.get() == format::STATE_WRITABLE {
+        file.forget_cached(0, u64::MAX);
+    }
+    Ok(())
 }
 
 /// Takes the valid copy with the higher sequence.
@@ -240,6 +256,12 @@ impl Replay {
         while at < end {
             let first = Lba(at as u32);
             let region = first.region();
+            if first.index() == 0 && pointer == Pointer::Zero && end - at >= REGION_BLOCKS as u64 {
+                let whole = (end - at) / REGION_BLOCKS as u64;
+                self.zero_regions(region, whole as u32, below)?;
+                at += whole * REGION_BLOCKS as u64;
+                continue;
+            }
             let n = ((REGION_BLOCKS - first.index()) as u64).min(end - at);
             let known = self.memtable.region(region);
             // Whole regions that nothing knows: only to be counted.
@@ -262,6 +284,38 @@ impl Replay {
             self.changes.push(Change::Used(slot));
         }
         self.memtable.apply(lba, count, pointer);
+        Ok(())
+    }
+    /// Counts what becomes of whole regions, up to all of the largest disk: only those that something knows are looked at.
+    fn zero_regions(&mut self, region: Region, regions: u32, below: &Below<'_>) -> Result<()> {
+        let end = region.0 + regions;
+        let mut sources = vec![self.memtable.items_in(region, end)];
+        let runs = below.runs.iter().filter(|r| r.may_touch(region.0, end));
+        sources.extend(runs.map(|r| r.items(region)));
+        let (mut data, mut zeros) = (0, 0);
+        for item in merge(sources) {
+            let item = item?;
+            if item.start() >= end {
+                break;
+            }
+            match item {
+                Item::Zeros(..) => {
+                    zeros += u64::from(item.end().min(end) - item.start()) * REGION_BLOCKS as u64;
+                }
+                Item::Region(_, map) => {
+                    let counts = map.counts();
+                    data += counts.0;
+                    zeros += counts.1;
+                    self.changes.extend(map.iter().filter_map(|(_, p)| match p {
+                        Pointer::Data { slot, .. } => Some(Change::Freed(slot)),
+                        _ => None,
+                    }));
+                }
+            }
+        }
+        let all = u64::from(regions) * REGION_BLOCKS as u64;
+        self.data_blocks = self.data_blocks.saturating_sub(data);
+        self.zero_blocks = self.zero_blocks.saturating_sub(zeros) + all;
         Ok(())
     }
     fn count(&mut self, old: Pointer, new: Pointer, blocks: u64) {

@@ -62,6 +62,14 @@ impl Ranges {
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.0.iter().map(|(&s, &(e, _))| (s, e))
     }
+    /// The ranges in order that end after `region`.
+    pub fn iter_from(&self, region: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let first = self.0.range(..=region).next_back();
+        let first = first.filter(|(_, (e, _))| *e > region).map(|(&s, _)| s);
+        self.0
+            .range(first.unwrap_or(region)..)
+            .map(|(&s, &(e, _))| (s, e))
+    }
     /// Is there none?
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -156,6 +164,19 @@ impl Memtable {
             .zeros
             .iter()
             .map(|(s, e)| Ok(Item::Zeros(Region(s), e - s)));
+        Box::new(merge(vec![Box::new(regions), Box::new(zeros)]))
+    }
+    /// Its content in the regions from `start` to before `end`; what begins there may go beyond.
+    pub fn items_in(&self, start: Region, end: u32) -> Items<'_> {
+        let regions = self
+            .regions
+            .range(start.0..end)
+            .map(|(&r, m)| Ok(Item::Region(Region(r), m.clone())));
+        let zeros = self.zeros.iter_from(start.0).map(move |(s, e)| {
+            let s = s.max(start.0);
+            Ok(Item::Zeros(Region(s), e - s))
+        });
+        let zeros = zeros.take_while(move |i| i.as_ref().is_ok_and(|i| i.start() < end));
         Box::new(merge(vec![Box::new(regions), Box::new(zeros)]))
     }
     /// Its content as the entries of a commit record.

@@ -172,6 +172,7 @@ impl Store {
             running.lock(true)?;
             (dir, running)
         };
+        let mut named = false;
         let done = self
             .fill(&*dir, id, source, name, mode, progress)
             .and_then(|()| {
@@ -179,6 +180,9 @@ impl Store {
                 if self.names.entry(name)?.is_some() {
                     return Err(taken());
                 }
+                // From here on the lock of the names keeps `gc` away.
+                dir.remove(RUNNING)?;
+                dir.sync()?;
                 self.bases.rename_new(&temporary, &id.to_string())?;
                 self.bases.sync()?;
                 let record = NameRecord {
@@ -190,11 +194,14 @@ impl Store {
                 let (staged, file) = names::stage(&*self.names, name, &record.encode())?;
                 file.sync()?;
                 self.names.rename_new(&staged, name)?;
+                named = true;
                 self.names.sync()?;
                 self.object(name)
             });
         drop(running);
-        if done.is_err() {
+        // A name must never refer to a base that is gone: where it is not certain that the name is, the base stays.
+        let unnamed = || !named || (self.names.remove(name).is_ok() && self.names.sync().is_ok());
+        if done.is_err() && unnamed() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
                     for file in ["meta", "sums", "image", RUNNING] {
@@ -226,7 +233,6 @@ impl Store {
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
         file.sync()?;
-        dir.remove(RUNNING)?;
         dir.sync()
     }
     /// Is a directory of `bases/` that of an import under way?

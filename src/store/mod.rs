@@ -537,16 +537,18 @@ impl Store {
     fn open_top(&self, object: &Object) -> Result<(Layer, Arc<Chain>)> {
         let file = self.open_exclusive(object)?;
         let header = read_header(&*file)?;
-        let state = crate::layer::recover::superblock(&*file, &header)?
-            .superblock
-            .state
-            .get();
+        let sealed = || -> Result<bool> {
+            let found = crate::layer::recover::superblock(&*file, &header)?;
+            Ok(found.superblock.state.get() == crate::format::STATE_SEALED)
+        };
         // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
         // vanish with the name.
         self.names.sync()?;
-        if state == crate::format::STATE_SEALED {
-            // Nor does anybody know whether the seal is on disk, and the new layer rests on it.
-            file.sync()?;
+        // Nor does anybody know whether the seal is on disk, and the new layer would rest on it.
+        if sealed()? && {
+            crate::layer::recover::settle(&*file, &header)?;
+            sealed()?
+        } {
             drop(file);
             tracing::warn!(
                 disk = object.name,

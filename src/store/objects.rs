@@ -124,8 +124,11 @@ impl Store {
                     format!("{TEMPORARY}{name}")
                 });
             }
-            for object in &made {
-                let _ = self.layers.remove(&layer_file(object.id));
+            // A name must never refer to a layer that is gone: where it is not certain that the names are, the layers are left to `gc`.
+            if named == 0 || self.names.sync().is_ok() {
+                for object in &made {
+                    let _ = self.layers.remove(&layer_file(object.id));
+                }
             }
             return Err(e.or_hint("nothing was created"));
         }

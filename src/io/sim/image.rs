@@ -155,6 +155,18 @@ impl Image {
             }
         }
     }
+    /// Takes over what `other` holds in the whole blocks of a range that have data here. Which blocks are allocated is not looked up
+    /// again.
+    pub(super) fn reload(&mut self, other: &Image, range: Range<u64>) {
+        for (block, cell) in self
+            .cells
+            .range_mut(range.start.div_ceil(BLOCK)..range.end / BLOCK)
+        {
+            if cell.is_some() {
+                *cell = other.cells.get(block).cloned().flatten();
+            }
+        }
+    }
     /// Removes what stands past the end. Reserved blocks may stand there.
     pub(super) fn trim(&mut self) {
         self.zero(self.len..self.len.next_multiple_of(BLOCK));

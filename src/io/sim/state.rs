@@ -183,6 +183,13 @@ impl FileNode {
         self.durable.trim();
         self.pending = kept;
     }
+    /// Reads see the disk again, if nothing waits to be written.
+    pub(super) fn forget_cached(&mut self, at: u64, len: u64) {
+        let dirty = |p: &Pending<Change>| !matches!(p.change, Change::Allocate { .. });
+        if !self.pending.iter().any(dirty) {
+            self.now.reload(&self.durable, at..at.saturating_add(len));
+        }
+    }
     /// A sync that fails. The kernel has tried to write every dirty page, and whatever became of it, the page is
     /// clean now: the next sync has nothing to do for it and reports success.
     fn fail_sync(&mut self, rng: &mut Rng) {

@@ -393,6 +393,12 @@ impl File for SimFile {
     fn start_writeback(&self, _at: u64, _len: u64) {
         // Any un-synced change may be durable already.
     }
+    fn forget_cached(&self, at: u64, len: u64) {
+        let mut state = self.state.lock();
+        if !state.off {
+            state.file(self.ino).forget_cached(at, len);
+        }
+    }
     fn map(&self, at: u64, len: usize) -> Result<Mapping> {
         let mut state = self.state.lock();
         state.look(Verb::Map, "map", &self.path)?;

@@ -1,0 +1,152 @@
+//! Costs in calls of the seam: time is reported elsewhere, this is asserted.
+
+use super::*;
+use forkdisk::io::count::Counts;
+
+fn cost(counting: &Counting, f: impl FnOnce()) -> Counts {
+    let before = counting.counts();
+    f();
+    counting.counts() - before
+}
+
+#[test]
+fn a_flush_is_one_write_and_one_sync() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 40 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    // The first write reserves space for the journal.
+    disk.write(&[1; 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    for n in [1, 7, 30] {
+        disk.write(&vec![n; usize::from(n) * 4096], 4096)
+            .expect("write");
+        disk.discard(35 * 4096, 4096).expect("discard");
+        let cost = cost(&counting, || disk.flush().expect("flush"));
+        assert_eq!((cost.writes, cost.syncs), (1, 1), "{cost:?}");
+        assert_eq!(
+            (cost.dir_syncs, cost.fs_syncs, cost.reads),
+            (0, 0, 0),
+            "{cost:?}"
+        );
+        assert_eq!(
+            cost.bytes_written, 4096,
+            "one slot of the journal: {cost:?}"
+        );
+    }
+}
+
+#[test]
+fn a_flush_of_nothing_costs_nothing() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 40 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let first = cost(&counting, || disk.flush().expect("flush"));
+    assert_eq!(first, Counts::default());
+    disk.write(&[1; 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    let second = cost(&counting, || disk.flush().expect("flush"));
+    assert_eq!(second, Counts::default());
+}
+
+#[test]
+fn a_full_block_write_reads_nothing() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 600 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let cost = cost(&counting, || {
+        for at in [0, 3, 511, 512, 300] {
+            disk.write(&[2; 4 * 4096], at * B).expect("write");
+        }
+        disk.flush().expect("flush");
+        disk.write(&[3; 8 * 4096], 0).expect("write");
+    });
+    assert_eq!((cost.reads, cost.maps), (0, 0), "{cost:?}");
+    // Whole blocks, side by side, are one write.
+    assert_eq!(cost.writes, 5 + 1 + 1, "{cost:?}");
+}
+
+#[test]
+fn a_fork_costs_the_same_whatever_it_is_of() {
+    let mut seen = Vec::new();
+    for blocks in [3u64, 700] {
+        let sim = SimDisk::new(1);
+        let store = store_with(&sim, &vec![1; (blocks * B) as usize]);
+        let disk = open(&store, "d").expect("d");
+        for n in 0..blocks {
+            disk.write(&[7; 4096], n * B).expect("write");
+        }
+        disk.close().expect("close");
+        drop(disk);
+        store.snapshot("d", "s", None).expect("snapshot");
+        drop(store);
+        let (store, counting) = counted(&sim);
+        seen.push(cost(&counting, || fork(&store, "image", "a", None)));
+        seen.push(cost(&counting, || fork(&store, "d@s", "b", None)));
+    }
+    for cost in &seen {
+        // Header and name, each synced, and both directories.
+        assert_eq!(
+            (cost.creates, cost.writes, cost.syncs),
+            (2, 2, 2),
+            "{cost:?}"
+        );
+        assert_eq!(
+            (cost.dir_syncs, cost.fs_syncs, cost.renames),
+            (2, 0, 1),
+            "{cost:?}"
+        );
+    }
+    // But for the digits of the numbers in text records.
+    let seen: Vec<Counts> = seen
+        .into_iter()
+        .map(|c| Counts { bytes_read: 0, ..c })
+        .collect();
+    assert_eq!(seen[0], seen[2], "of an image");
+    assert_eq!(seen[1], seen[3], "of a snapshot");
+}
+
+#[test]
+fn many_forks_are_one_round_of_syncs() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 5 * 4096]));
+    let (store, counting) = counted(&sim);
+    for n in [2, 50] {
+        let names: Vec<String> = (0..n).map(|i| format!("many-{n}-{i}")).collect();
+        let cost = cost(&counting, || {
+            store.create(&names, "image", None).expect("forks");
+        });
+        assert_eq!(
+            (cost.syncs, cost.dir_syncs, cost.fs_syncs),
+            (0, 1, 1),
+            "{cost:?}"
+        );
+        assert_eq!((cost.writes, cost.renames), (2 * n, n), "{cost:?}");
+    }
+}
+
+#[test]
+fn a_running_snapshot_costs_the_same_whatever_the_disk_holds() {
+    let mut seen = Vec::new();
+    for blocks in [3u64, 700] {
+        let sim = SimDisk::new(1);
+        drop(store_with(&sim, &vec![1; (blocks * B) as usize]));
+        let (store, counting) = counted(&sim);
+        let disk = open(&store, "d").expect("d");
+        disk.write(&vec![5; (blocks * B) as usize], 0)
+            .expect("write");
+        disk.flush().expect("flush");
+        disk.checkpoint().expect("checkpoint");
+        disk.write(&[6; 4096], 0).expect("write");
+        seen.push(cost(&counting, || {
+            store
+                .snapshot_running(&disk, "d", "s", None)
+                .expect("snapshot");
+        }));
+    }
+    let syncs: Vec<u64> = seen.iter().map(|c| c.syncs + c.dir_syncs).collect();
+    assert_eq!(syncs[0], syncs[1], "{seen:#?}");
+    assert!(syncs[0] <= 14, "{seen:#?}");
+}

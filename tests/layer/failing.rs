@@ -1,0 +1,339 @@
+//! A host disk that fails, and one that is full.
+
+use super::*;
+use crate::common::{Rng, read_all};
+use forkdisk::error::{Error, Kind};
+use forkdisk::io::sim::{FaultKind, Policy, Verb};
+
+/// A failed fdatasync may have lost what it should have written, and a later one says nothing of it: never acknowledge again; and what is
+/// found when the disk is reopened must still be there after a power cut.
+#[test]
+fn a_failed_sync_stops_the_disk_until_it_is_reopened() {
+    for seed in 0..300 {
+        let sim = SimDisk::new(seed);
+        let store = store_with(&sim, &[1; 9 * 4096]);
+        let disk = open(&store, "d").expect("d");
+        disk.write(&[2; 2 * 4096], 0).expect("write");
+        disk.flush().expect("flush");
+        let acknowledged = read_all(&*disk).expect("read");
+        disk.write(&[3; 4096], 4096).expect("write");
+        disk.write(&[4; 100], 5 * 4096).expect("write");
+        let attempted = read_all(&*disk).expect("read");
+        sim.fail_nth(Verb::Sync, 0, FaultKind::Eio);
+        disk.flush().expect_err("the sync failed");
+        for _ in 0..2 {
+            let e = disk.flush().expect_err("never after that");
+            assert_eq!(e.kind(), Kind::Poisoned);
+            let e = disk.write(&[9; 4096], 0).expect_err("nothing is accepted");
+            assert_eq!(e.kind(), Kind::Poisoned);
+        }
+        drop(disk);
+        drop(store);
+        // The next process, on the same running system.
+        let next = again(&sim, 3);
+        let disk = open(&next, "d").unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+        let found = read_all(&*disk).unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+        assert!(
+            found == acknowledged || found == attempted,
+            "seed {seed}: neither the last flush nor the failed one"
+        );
+        disk.write(&[5; 4096], 7 * 4096).expect("write");
+        disk.flush().expect("flush");
+        let now = read_all(&*disk).expect("read");
+        for policy in [Policy::AllDropped, Policy::AllDone, Policy::Random(seed)] {
+            let left = sim.crash_with(policy);
+            let disk = open(&again(&left, 4), "d")
+                .unwrap_or_else(|e| panic!("seed {seed}, {policy:?}: {e:?}"));
+            let found =
+                read_all(&*disk).unwrap_or_else(|e| panic!("seed {seed}, {policy:?}: {e:?}"));
+            assert!(
+                found == now,
+                "seed {seed}, {policy:?}: an acknowledged flush is lost"
+            );
+        }
+    }
+}
+
+/// Every other call may fail at any time as well. What was acknowledged stays, the disk comes back when it is reopened.
+#[test]
+fn any_call_may_fail_once() {
+    let verbs = [
+        Verb::Write,
+        Verb::Sync,
+        Verb::SyncDir,
+        Verb::SetLen,
+        Verb::Allocate,
+        Verb::Punch,
+        Verb::Map,
+        Verb::Create,
+        Verb::Rename,
+        Verb::Remove,
+    ];
+    for verb in verbs {
+        let rounds = if verb == Verb::SyncDir { 20 } else { 1 };
+        for (nth, round) in (0..).flat_map(|n| (0..rounds).map(move |r| (n, r))) {
+            let sim = SimDisk::new(nth << 8 | round);
+            let store = store_with(&sim, &[1; 9 * 4096]);
+            let disk = open(&store, "d").expect("d");
+            disk.write(&[2; 3 * 4096], 0).expect("write");
+            disk.flush().expect("flush");
+            sim.fail_nth(verb, nth, FaultKind::Eio);
+            let failed = work(&store, &disk).err();
+            let acknowledged: Vec<u8> = [2, 2, 2].to_vec();
+            sim.clear_faults();
+            drop(disk);
+            drop(store);
+            // After a failed sync of a directory a filesystem stops until it is mounted again (FORMAT.md, A4).
+            let sim = match (verb, &failed) {
+                (Verb::SyncDir, Some(_)) => sim.crash(nth << 8 | round),
+                _ => sim,
+            };
+            let store = again(&sim, 3);
+            let story = || format!("{verb:?} {nth}, round {round} ({failed:?})");
+            let names = store
+                .list()
+                .unwrap_or_else(|e| panic!("{}: {e:?}", story()));
+            assert!(names.len() >= 2, "{}: {names:?}", story());
+            let disk = open(&store, "d").unwrap_or_else(|e| panic!("{}: {e:?}", story()));
+            for (n, byte) in acknowledged.iter().enumerate() {
+                let found = block(&*disk, n as u64)[0];
+                assert!(found == *byte || found == 8, "{}: block {n}", story());
+            }
+            disk.write(&[5; 4096], 7 * B).expect("write");
+            disk.close()
+                .unwrap_or_else(|e| panic!("{}: {e:?}", story()));
+            drop(disk);
+            store
+                .gc(false)
+                .unwrap_or_else(|e| panic!("{}: {e:?}", story()));
+            for seed in 0..4 {
+                let left = again(&sim.crash(seed), 4);
+                left.list()
+                    .unwrap_or_else(|e| panic!("{}, crash {seed}: {e:?}", story()));
+                let disk =
+                    open(&left, "d").unwrap_or_else(|e| panic!("{}, crash {seed}: {e:?}", story()));
+                assert_eq!(block(&*disk, 7)[0], 5, "{}, crash {seed}", story());
+            }
+            if failed.is_none() && nth > 40 {
+                break;
+            }
+        }
+    }
+}
+/// Some of everything; ends at the first error.
+fn work(store: &Store, disk: &CowDisk) -> Result<()> {
+    disk.write(&[8; 3 * 4096], 0)?;
+    disk.flush()?;
+    disk.checkpoint()?;
+    store.create(&["one".to_string()], "image", None)?;
+    store.snapshot_running(disk, "d", "s", None)?;
+    disk.write(&[8; 100], 10)?;
+    let two = ["two".to_string(), "three".to_string()];
+    store.create_from_running(disk, "d", &two, None)?;
+    store.remove(&store.plan_removal(&["one".to_string()], false)?)?;
+    disk.close()
+}
+
+fn no_space(e: &Error) {
+    assert_eq!(e.kind(), Kind::NoSpace, "{e:?}");
+}
+
+/// A full host disk is told to the writer, and to nobody else: what was accepted can be flushed, all stays readable, and when there is space
+/// again the disk goes on, without being opened again.
+#[test]
+fn a_full_disk_at_every_level() {
+    let made = SimDisk::new(1);
+    drop(store_with(&made, &[1; 60 * 4096]));
+    let used = made.used();
+    for level in 0..70u64 {
+        let sim = made.kill();
+        sim.set_capacity(Some(used + level * B));
+        let store = again(&sim, 2);
+        let disk = match open(&store, "d") {
+            Ok(disk) => disk,
+            Err(e) => {
+                // Not even the superblock found room.
+                no_space(&e);
+                assert!(level < 4, "level {level}: {e:?}");
+                sim.set_capacity(None);
+                open(&store, "d").unwrap_or_else(|e| panic!("level {level}: {e:?}"))
+            }
+        };
+        sim.set_capacity(Some((used + level * B).max(sim.used())));
+        let mut rng = Rng(level);
+        let mut model = vec![1u8; 60];
+        let mut refused = 0;
+        for step in 0..60 {
+            let story = || format!("level {level}, step {step}");
+            let (at, byte) = (rng.below(60), (rng.below(200) + 2) as u8);
+            let done = match rng.below(8) {
+                0 => disk.discard(at * B, B).map(|()| 0),
+                _ => disk.write(&[byte; 4096], at * B).map(|()| byte),
+            };
+            match done {
+                Ok(byte) => model[at as usize] = byte,
+                Err(e) => {
+                    no_space(&e);
+                    refused += 1;
+                }
+            }
+            if rng.below(3) == 0 {
+                disk.flush().unwrap_or_else(|e| {
+                    panic!("{}: what was accepted must be flushed: {e:?}", story())
+                });
+            }
+            if rng.below(10) == 0
+                && let Err(e) = disk.checkpoint()
+            {
+                no_space(&e);
+            }
+            let n = rng.below(60);
+            assert_eq!(
+                block(&*disk, n)[0],
+                model[n as usize],
+                "{}: block {n}",
+                story()
+            );
+        }
+        disk.flush()
+            .unwrap_or_else(|e| panic!("level {level}: {e:?}"));
+        // What a power cut leaves on the full disk can be read, if nothing more.
+        let left = again(&sim.crash_with(Policy::AllDropped), 3);
+        let reader = left
+            .open_disk(&left.resolve("d").expect("d"), false)
+            .expect("a reader");
+        for n in 0..60 {
+            assert_eq!(
+                block(&*reader, n)[0],
+                model[n as usize],
+                "level {level}: block {n} after a crash"
+            );
+        }
+        sim.set_capacity(None);
+        for n in 0..60u64 {
+            disk.write(&[(n + 100) as u8; 4096], n * B)
+                .unwrap_or_else(|e| panic!("level {level}: there is space again: {e:?}"));
+        }
+        disk.checkpoint()
+            .unwrap_or_else(|e| panic!("level {level}: {e:?}"));
+        disk.close()
+            .unwrap_or_else(|e| panic!("level {level}: {e:?}"));
+        if level < 10 {
+            assert!(refused > 0, "level {level} was never full");
+        }
+        drop(disk);
+        let disk = open(&store, "d").expect("d");
+        for n in 0..60 {
+            assert_eq!(u64::from(block(&*disk, n)[0]), n + 100, "level {level}");
+        }
+    }
+}
+
+/// Snapshots and forks on a full disk: done or refused, and the running disk goes on in either case.
+#[test]
+fn a_snapshot_on_a_full_disk_leaves_the_disk_running() {
+    let made = SimDisk::new(1);
+    let store = store_with(&made, &[1; 20 * 4096]);
+    let disk = open(&store, "d").expect("d");
+    disk.write(&[2; 10 * 4096], 0).expect("write");
+    disk.close().expect("close");
+    drop(disk);
+    drop(store);
+    for level in 0..40u64 {
+        let sim = made.kill();
+        let store = again(&sim, 2);
+        let disk = open(&store, "d").expect("d");
+        disk.write(&[3; 4 * 4096], 0).expect("write");
+        sim.set_capacity(Some(sim.used() + level * B));
+        let done = match level % 2 {
+            0 => store.snapshot_running(&disk, "d", "s", None).map(drop),
+            _ => store
+                .create_from_running(&disk, "d", &["e".to_string()], None)
+                .map(drop),
+        };
+        if let Err(e) = &done {
+            no_space(e);
+        } else {
+            assert!(level > 2, "level {level} should have been too little");
+        }
+        assert!(level < 30 || done.is_ok(), "level {level}: {done:?}");
+        assert_eq!(block(&*disk, 3)[0], 3);
+        disk.flush()
+            .unwrap_or_else(|e| panic!("level {level} ({done:?}): {e:?}"));
+        sim.set_capacity(None);
+        disk.write(&[4; 4096], 3 * B)
+            .unwrap_or_else(|e| panic!("level {level} ({done:?}): {e:?}"));
+        disk.flush()
+            .unwrap_or_else(|e| panic!("level {level} ({done:?}): {e:?}"));
+        let left = again(&sim.crash_with(Policy::AllDropped), 3);
+        let disk = open(&left, "d").unwrap_or_else(|e| panic!("level {level}: {e:?}"));
+        assert_eq!(
+            (block(&*disk, 0)[0], block(&*disk, 3)[0]),
+            (3, 4),
+            "level {level}"
+        );
+        if done.is_ok() && level % 2 == 0 {
+            let snap = left.resolve("d@s").expect("d@s");
+            let snap = left.open_disk(&snap, false).expect("d@s");
+            assert_eq!(
+                (
+                    block(&*snap, 0)[0],
+                    block(&*snap, 3)[0],
+                    block(&*snap, 9)[0]
+                ),
+                (3, 3, 2)
+            );
+        }
+    }
+}
+
+/// An import fails at each of its calls in turn: the image is there as a whole, or its name is free.
+#[test]
+fn a_failed_import_leaves_no_name_behind() {
+    let verbs = [
+        Verb::Write,
+        Verb::Sync,
+        Verb::SyncDir,
+        Verb::SetLen,
+        Verb::Create,
+        Verb::CreateDir,
+        Verb::Rename,
+        Verb::Look,
+        Verb::Read,
+    ];
+    for verb in verbs {
+        for (nth, round) in (0..).flat_map(|n| (0..8).map(move |r| (n, r))) {
+            let sim = SimDisk::new(nth << 8 | round);
+            let store = store_with(&sim, &[1; 4096]);
+            sim.fail_nth(verb, nth, FaultKind::Eio);
+            let image = vec![3u8; 3 * 4096];
+            let done = store.import(
+                ImportSource::Reader(&mut &image[..]),
+                "second",
+                ImportMode::Copy,
+                &Quiet,
+            );
+            sim.clear_faults();
+            drop(store);
+            for left in [sim.kill(), sim.crash(round), sim.crash(nth + 100)] {
+                let story = format!("{verb:?} {nth}, round {round} ({done:?})");
+                let store = again(&left, 3);
+                store.list().unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                store.gc(false).unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                match open_read(&store, "second") {
+                    Ok(disk) => assert_eq!(block(&*disk, 2)[0], 3, "{story}"),
+                    Err(e) => {
+                        assert_eq!(e.kind(), Kind::NotFound, "{story}: {e:?}");
+                        assert!(done.is_err(), "{story}: it was acknowledged");
+                    }
+                }
+            }
+            if done.is_ok() && round == 7 {
+                break;
+            }
+        }
+    }
+}
+fn open_read(store: &Store, name: &str) -> Result<Arc<dyn Disk>> {
+    store.open_disk(&store.resolve(name)?, false)
+}

@@ -1,0 +1,168 @@
+//! The smallest, the largest, the deepest.
+
+use super::*;
+use crate::common::read_all;
+use forkdisk::disk::Source;
+use forkdisk::error::Kind;
+use forkdisk::format::MAX_DEPTH;
+use forkdisk::io::sim::Policy;
+use forkdisk::units::MAX_DISK;
+
+#[test]
+fn sixteen_tebibytes_are_written_at_both_ends_and_discarded_as_a_whole() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 3 * 4096]);
+    fork(&store, "image", "big", Some(MAX_DISK));
+    let disk = open(&store, "big").expect("big");
+    assert_eq!(disk.size(), MAX_DISK);
+    let last = MAX_DISK / B - 1;
+    disk.write(&[2; 4096], 0).expect("write");
+    disk.write(&[3; 5000], MAX_DISK - 5000).expect("write");
+    disk.write(&[4; 4096], MAX_DISK / 2).expect("write");
+    disk.flush().expect("flush");
+    disk.checkpoint().expect("checkpoint");
+    disk.write(&[2; 1], MAX_DISK).expect_err("past the end");
+    disk.write(&[2; 2], MAX_DISK - 1).expect_err("past the end");
+    disk.read(&mut [0; 2], u64::MAX).expect_err("past the end");
+    assert_eq!(block(&*disk, last)[4095], 3);
+    let before = sim.used();
+    let start = std::time::Instant::now();
+    disk.discard(0, MAX_DISK).expect("discard");
+    disk.flush().expect("flush");
+    let took = start.elapsed();
+    // Eight million regions. Reported; the bound only catches a step for each block.
+    eprintln!("discard of 16 TiB: {took:?}");
+    assert!(took.as_secs() < 60, "{took:?}");
+    disk.maintain().expect("maintain");
+    for n in [0, 1, 511, 512, last / 2, last / 2 + 1, last - 1, last] {
+        assert_eq!(block(&*disk, n), [0; 4096], "block {n}");
+    }
+    // One zero range: a record of a few entries.
+    assert!(
+        sim.used() <= before + 64 * B,
+        "{} bytes more",
+        sim.used() - before
+    );
+    let zeros = disk.extents(0, 1 << 36).expect("extents");
+    assert!(
+        zeros.len() == 1 && zeros[0].from == Source::Zero { depth: 0 },
+        "{zeros:?}"
+    );
+    disk.write(&[9; 4096], last * B).expect("write");
+    disk.flush().expect("flush");
+    for policy in [Policy::AllDropped, Policy::AllDone] {
+        let left = again(&sim.crash_with(policy), 3);
+        let disk = open(&left, "big").expect("big");
+        assert_eq!(block(&*disk, 0), [0; 4096]);
+        assert_eq!(block(&*disk, last), [9; 4096]);
+        assert_eq!(disk.private_blocks(), (1, last));
+    }
+    disk.close().expect("close");
+    drop(disk);
+    let disk = open(&store, "big").expect("big");
+    assert_eq!(block(&*disk, last / 2), [0; 4096]);
+    assert_eq!(block(&*disk, last), [9; 4096]);
+    assert_eq!(disk.private_blocks(), (1, last));
+}
+
+#[test]
+fn a_thousand_layers_and_no_more() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 9 * 4096]);
+    let disk = open(&store, "d").expect("d");
+    // The first layer has depth 1.
+    for n in 1..MAX_DEPTH {
+        disk.write(&[(n % 250) as u8 + 2; 4096], u64::from(n % 8) * B)
+            .expect("write");
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .unwrap_or_else(|e| panic!("snapshot {n}: {e:?}"));
+    }
+    disk.write(&[77; 4096], 0).expect("write");
+    let e = store
+        .snapshot_running(&disk, "d", "more", None)
+        .expect_err("too deep");
+    assert_eq!(e.kind(), Kind::Invalid);
+    let more = ["more".to_string()];
+    let e = store
+        .create_from_running(&disk, "d", &more, None)
+        .expect_err("too deep");
+    assert_eq!(e.kind(), Kind::Invalid);
+    // Refused, and not harmed.
+    disk.write(&[78; 4096], 0).expect("write");
+    disk.close().expect("close");
+    drop(disk);
+    let e = store.snapshot("d", "more", None).expect_err("too deep");
+    assert_eq!(e.kind(), Kind::Invalid);
+    let e = store.create(&more, "d", None).expect_err("too deep");
+    assert_eq!(e.kind(), Kind::Invalid);
+    let store = again(&sim, 3);
+    let disk = open(&store, "d").expect("a chain of a thousand layers");
+    assert_eq!(block(&*disk, 0)[0], 78);
+    for n in 992..1000u32 {
+        if n % 8 != 0 {
+            assert_eq!(block(&*disk, u64::from(n % 8))[0], (n % 250) as u8 + 2);
+        }
+    }
+    assert_eq!(block(&*disk, 8)[0], 1);
+    let deep = store
+        .resolve(&format!("d@s{}", MAX_DEPTH - 1))
+        .expect("the deepest snapshot");
+    let e = store.create(&more, &format!("d@s{}", MAX_DEPTH - 1), None);
+    // It is the disk's parent, at depth 999: a fork of it is as deep as the disk.
+    e.expect("as deep as the disk itself");
+    let disk = store.open_disk(&deep, false).expect("open");
+    assert_eq!(block(&*disk, 8)[0], 1);
+}
+
+#[test]
+fn a_disk_of_one_block() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 10]);
+    let disk = open(&store, "d").expect("d");
+    assert_eq!(disk.size(), B);
+    let mut expected = [0u8; 4096];
+    expected[..10].fill(1);
+    assert_eq!(block(&*disk, 0), expected);
+    disk.write(&[5; 3], 4093).expect("write");
+    expected[4093..].fill(5);
+    disk.flush().expect("flush");
+    assert_eq!(block(&*disk, 0), expected);
+    disk.discard(0, 5).expect("discard");
+    expected[..5].fill(0);
+    disk.close().expect("close");
+    drop(disk);
+    let disk = open(&store, "d").expect("d");
+    assert_eq!(block(&*disk, 0), expected);
+    disk.discard(0, B).expect("discard");
+    assert_eq!(disk.private_blocks(), (0, 1));
+    assert_eq!(block(&*disk, 0), [0; 4096]);
+    let extents = disk.extents(0, B).expect("extents");
+    assert_eq!(extents.len(), 1);
+    assert_eq!(extents[0].from, Source::Zero { depth: 0 });
+}
+
+#[test]
+fn images_of_any_length_read_as_zeros_past_their_end() {
+    for len in [1usize, 4095, 4096, 4097, 8191, 2 << 20, (2 << 20) + 1] {
+        let sim = SimDisk::new(1);
+        let image: Vec<u8> = (0..len).map(|i| (i % 251) as u8 + 1).collect();
+        let store = store_with(&sim, &image);
+        let disk = open(&store, "d").expect("d");
+        let size = len.next_multiple_of(4096);
+        assert_eq!(disk.size(), size as u64);
+        let mut expected = image.clone();
+        expected.resize(size, 0);
+        assert!(read_all(&*disk).expect("read") == expected, "{len}");
+        // A write into the last block brings the zeros along.
+        disk.write(&[255], size as u64 - 1).expect("write");
+        expected[size - 1] = 255;
+        disk.close().expect("close");
+        drop(disk);
+        let larger = Some(size as u64 + 3 * B);
+        fork(&store, "d", "larger", larger);
+        let disk = open(&store, "larger").expect("larger");
+        expected.resize(size + 3 * 4096, 0);
+        assert!(read_all(&*disk).expect("read") == expected, "{len}");
+    }
+}

@@ -1,0 +1,283 @@
+//! Many threads on one disk, against a model of each block.
+//!
+//! A block is two halves, each with an owner that writes rising versions into it: a lost half, a torn half or one that goes back in time is
+//! seen by readers at once, and in the end, and in snapshots that are taken meanwhile.
+
+use super::*;
+use crate::common::Rng;
+use forkdisk::io::sim::Policy;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+
+const BLOCKS: u64 = 24;
+const HALF: usize = 2048;
+
+/// What a half holds: its version, all over.
+fn half(version: u64) -> [u8; HALF] {
+    let mut half = [0; HALF];
+    if version > 0 {
+        half.chunks_mut(8)
+            .for_each(|c| c.copy_from_slice(&version.to_le_bytes()));
+    }
+    half
+}
+fn version(half: &[u8]) -> u64 {
+    let first = u64::from_le_bytes(half[..8].try_into().expect("eight bytes"));
+    assert!(
+        half.chunks(8).all(|c| c == first.to_le_bytes()),
+        "torn: {:?}",
+        half.chunks(8)
+            .map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes")))
+            .fold(Vec::new(), |mut all: Vec<u64>, v| {
+                if !all.contains(&v) {
+                    all.push(v);
+                }
+                all
+            })
+    );
+    first
+}
+
+/// For each half: the newest version that was written and returned, and the newest that was begun.
+struct Model {
+    done: Vec<AtomicU64>,
+    begun: Vec<AtomicU64>,
+}
+
+impl Model {
+    fn new() -> Model {
+        let all = || (0..2 * BLOCKS).map(|_| AtomicU64::new(0)).collect();
+        Model {
+            done: all(),
+            begun: all(),
+        }
+    }
+    fn now(of: &[AtomicU64]) -> Vec<u64> {
+        of.iter().map(|v| v.load(SeqCst)).collect()
+    }
+    /// Every half of `disk` must be at least `low` and at most what was begun by now.
+    fn check(&self, disk: &dyn Disk, low: &[u64], story: &str) {
+        for n in 0..BLOCKS {
+            let block = block(disk, n);
+            for h in 0..2 {
+                let found = version(&block[h * HALF..(h + 1) * HALF]);
+                let i = 2 * n as usize + h;
+                let high = self.begun[i].load(SeqCst);
+                assert!(
+                    (low[i]..=high).contains(&found),
+                    "{story}: block {n}, half {h}: version {found} is not in {}..={high}",
+                    low[i]
+                );
+            }
+        }
+    }
+}
+
+/// Stops the others when it goes, in a panic as well.
+struct Stop<'a>(&'a AtomicBool);
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+fn storm(store: &Store, disk: &CowDisk, rounds: u64, snapshots: u64) -> Model {
+    let model = Model::new();
+    let stop = AtomicBool::new(false);
+    let whole = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        // Two writers for each parity of block, one for each half; both parities sometimes write whole stretches of their half.
+        let mut writers = Vec::new();
+        for h in 0..2usize {
+            for part in 0..2u64 {
+                let model = &model;
+                writers.push(scope.spawn(move || {
+                    let mut rng = Rng(h as u64 * 2 + part);
+                    for _ in 0..rounds {
+                        let n = rng.below(BLOCKS / 2) * 2 + part;
+                        let i = 2 * n as usize + h;
+                        let next = model.begun[i].fetch_add(1, SeqCst) + 1;
+                        disk.write(&half(next), n * B + (h * HALF) as u64)
+                            .expect("write");
+                        model.done[i].store(next, SeqCst);
+                    }
+                }));
+            }
+        }
+        for seed in 0..2 {
+            let (model, stop) = (&model, &stop);
+            scope.spawn(move || {
+                let _stop = Stop(stop);
+                let mut rng = Rng(100 + seed);
+                while !stop.load(SeqCst) {
+                    let low = Model::now(&model.done);
+                    match rng.below(3) {
+                        0 => model.check(disk, &low, "a reader"),
+                        _ => disk.flush().expect("flush"),
+                    }
+                    if rng.below(20) == 0 {
+                        disk.checkpoint().expect("checkpoint");
+                        disk.maintain().expect("maintain");
+                    }
+                }
+            });
+        }
+        // A region of its own is written as a whole and discarded as a whole: readers see one or the other, never what lies below.
+        let (stop, model, whole) = (&stop, &model, &whole);
+        scope.spawn(move || {
+            let _stop = Stop(stop);
+            for round in 1.. {
+                if stop.load(SeqCst) {
+                    break;
+                }
+                disk.write(&[(round % 200) as u8 + 1; 4096], 512 * B)
+                    .expect("write");
+                whole.store(round, SeqCst);
+                disk.discard(512 * B, 512 * B).expect("discard");
+            }
+        });
+        scope.spawn(move || {
+            let _stop = Stop(stop);
+            while !stop.load(SeqCst) {
+                let first = whole.load(SeqCst);
+                let found = block(disk, 512);
+                assert!(found.iter().all(|b| *b == found[0]), "torn");
+                // The image holds 255 there.
+                assert!(
+                    found[0] != 255 || first == 0,
+                    "what lies below a discarded block is seen"
+                );
+                for extent in disk.extents(512 * B, B).expect("extents") {
+                    let base = matches!(extent.from, forkdisk::disk::Source::Base);
+                    assert!(
+                        !base || first == 0,
+                        "an extent of what lies below a discarded block"
+                    );
+                }
+            }
+        });
+        for n in 0..snapshots {
+            let low = Model::now(&model.done);
+            let name = format!("s{n}");
+            store
+                .snapshot_running(disk, "d", &name, None)
+                .expect("snapshot");
+            let snap = store.resolve(&format!("d@{name}")).expect("snapshot");
+            let snap = store.open_disk(&snap, false).expect("snapshot");
+            model.check(&*snap, &low, &name);
+            let before = common::read_all(&*snap).expect("read");
+            std::thread::yield_now();
+            assert!(
+                common::read_all(&*snap).expect("read") == before,
+                "a snapshot changed"
+            );
+        }
+        for writer in writers {
+            writer.join().expect("a writer");
+        }
+        stop.store(true, SeqCst);
+    });
+    let last = Model::now(&model.begun);
+    assert_eq!(last, Model::now(&model.done));
+    model.check(disk, &last, "the end");
+    model
+}
+
+fn image() -> Vec<u8> {
+    let mut image = vec![0; 1100 * 4096];
+    image[512 * 4096..].fill(255);
+    image
+}
+
+#[test]
+fn no_half_is_lost_and_none_is_torn() {
+    for seed in 0..3 {
+        let sim = SimDisk::new(seed);
+        let store = store_with(&sim, &image());
+        let disk = open(&store, "d").expect("d");
+        let model = storm(&store, &disk, 1500, 5);
+        disk.flush().expect("flush");
+        let last = Model::now(&model.done);
+        let left = again(&sim.crash_with(Policy::AllDropped), 3);
+        let disk = open(&left, "d").expect("d");
+        model.check(&*disk, &last, "after a power cut");
+    }
+}
+
+/// The same on the real disk, where threads really run side by side.
+#[test]
+fn no_half_is_lost_on_the_real_disk() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = Store::init(&dir.path().join("store")).expect("a store");
+    let image = image();
+    store
+        .import(
+            ImportSource::Reader(&mut &image[..]),
+            "image",
+            ImportMode::Copy,
+            &Quiet,
+        )
+        .expect("import");
+    fork(&store, "image", "d", None);
+    let disk = open(&store, "d").expect("d");
+    let model = storm(&store, &disk, 3000, 5);
+    disk.close().expect("close");
+    drop(disk);
+    let disk = open(&store, "d").expect("d");
+    model.check(&*disk, &Model::now(&model.done), "reopened");
+}
+
+/// Whatever was acknowledged to any thread is there after the power goes in the middle of it all.
+#[test]
+fn a_power_cut_under_many_threads() {
+    for seed in 0..60u64 {
+        let sim = SimDisk::new(seed);
+        let store = store_with(&sim, &vec![0; (BLOCKS * B) as usize]);
+        let disk = open(&store, "d").expect("d");
+        sim.set_garbage_pages(true);
+        sim.cut_at(sim.ops() + 20 + seed * 37 % 900);
+        let model = Model::new();
+        // Versions that a flush has promised.
+        let durable: Vec<AtomicU64> = (0..2 * BLOCKS).map(|_| AtomicU64::new(0)).collect();
+        std::thread::scope(|scope| {
+            for h in 0..2usize {
+                let (model, disk) = (&model, &disk);
+                scope.spawn(move || {
+                    let mut rng = Rng(seed + h as u64);
+                    loop {
+                        let n = rng.below(BLOCKS);
+                        let i = 2 * n as usize + h;
+                        let next = model.begun[i].fetch_add(1, SeqCst) + 1;
+                        if disk.write(&half(next), n * B + (h * HALF) as u64).is_err() {
+                            return;
+                        }
+                        model.done[i].store(next, SeqCst);
+                    }
+                });
+            }
+            for _ in 0..2 {
+                let (model, durable, disk) = (&model, &durable, &disk);
+                scope.spawn(move || {
+                    loop {
+                        let low = Model::now(&model.done);
+                        if disk.flush().is_err() {
+                            return;
+                        }
+                        for (place, version) in durable.iter().zip(low) {
+                            place.fetch_max(version, SeqCst);
+                        }
+                        if disk.checkpoint().is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        let low = Model::now(&durable);
+        for crash in 0..8 {
+            let left = again(&sim.crash(seed << 8 | crash), 3);
+            let disk =
+                open(&left, "d").unwrap_or_else(|e| panic!("seed {seed}, crash {crash}: {e:?}"));
+            model.check(&*disk, &low, &format!("seed {seed}, crash {crash}"));
+        }
+    }
+}
