@@ -40,19 +40,24 @@ fn main() {
         &mut [
             side("plain file, pwrite", || {
                 let file = raw();
-                timed(|| {
+                let took = timed(|| {
                     for at in &blocks {
                         file.write_all_at(small, *at).expect("written");
                     }
-                })
+                });
+                drop(file);
+                std::fs::remove_file(dir.join("raw")).expect("removed");
+                took
             }),
             side("disk", || {
                 let disk = fork();
-                timed(|| {
+                let took = timed(|| {
                     for at in &blocks {
                         disk.write(small, *at).expect("written");
                     }
-                })
+                });
+                world.borrow().forget(disk);
+                took
             }),
         ],
     );
@@ -126,19 +131,24 @@ fn main() {
         &mut [
             side("plain file, pwrite", || {
                 let file = raw();
-                timed(|| {
+                let took = timed(|| {
                     for i in 0..large {
                         file.write_all_at(&data, i * LARGE as u64).expect("written");
                     }
-                })
+                });
+                drop(file);
+                std::fs::remove_file(dir.join("raw")).expect("removed");
+                took
             }),
             side("disk", || {
                 let disk = fork();
-                timed(|| {
+                let took = timed(|| {
                     for i in 0..large {
                         disk.write(&data, i * LARGE as u64).expect("written");
                     }
-                })
+                });
+                world.borrow().forget(disk);
+                took
             }),
         ],
     );

@@ -99,6 +99,17 @@ impl World {
             .expect("created");
         self.store.open_cow(&made[0], true).expect("opened")
     }
+    /// Removes the file of the disk made last, and with it what was not written out yet: the next round begins like this one.
+    pub fn forget(&self, disk: Arc<CowDisk>) {
+        drop(disk);
+        let object = self.store.resolve(&self.last()).expect("there");
+        let file = forkdisk::store::layer_file(object.id);
+        self.store
+            .names_dir()
+            .remove(&object.name)
+            .expect("removed");
+        self.store.layers_dir().remove(&file).expect("removed");
+    }
     /// The name of the disk made last.
     pub fn last(&self) -> String {
         format!("disk{}", self.made)
@@ -149,6 +160,11 @@ pub fn median(mut values: Vec<f64>) -> f64 {
 /// Lets the sides take turns, and prints for each the median time of one of its `ops` operations, and the median of its rate as a ratio to
 /// the first side's in the same round: above 1 is faster.
 pub fn compare(title: &str, n: usize, ops: u64, sides: &mut [Side<'_>]) {
+    // `cargo bench --bench NAME -- WORDS` measures what has these words in its title.
+    let mut filter = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
+    if filter.next().is_some_and(|f| !title.contains(&f)) {
+        return;
+    }
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); sides.len()];
     // The first round warms up.
     for round in 0..rounds(n + 1) {
