@@ -468,14 +468,16 @@ impl Layer {
             Slot(JOURNAL_START + from).at(),
             u64::from(to - from) * BLOCK,
         ) {
-            Ok(()) => {}
-            // The filesystem cannot reserve: writing zeros takes the space as well.
-            Err(e) if e.kind() == Kind::Unsupported => {
+            // Enough for one record that is seldom so large.
+            Ok(()) if to - from > RESERVE_STEP => {}
+            // Of space that is only reserved, each commit would make the filesystem note that it is written now, with a commit of its own. And
+            // where the filesystem cannot reserve, zeros take the space as well.
+            Err(e) if e.kind() != Kind::Unsupported => return Err(e),
+            _ => {
                 let zeros = vec![0; (to - from) as usize * BLOCK_SIZE];
                 self.file
                     .write_at(&zeros, Slot(JOURNAL_START + from).at())?;
             }
-            Err(e) => return Err(e),
         }
         space.journal_reserved = to;
         Ok(())
