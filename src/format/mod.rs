@@ -507,6 +507,10 @@ impl Header {
                 "this is not a forkdisk layer: wrong magic at offset 0x0",
             ));
         }
+        // The checksum first: a half-written header, or a rotten one, is no newer version.
+        if !sealed_slot(bytes) {
+            return Err(damaged("layer header: checksum mismatch at offset 0x0"));
+        }
         if header.version.get() > VERSION {
             return Err(Error::new(
                 Kind::Version,
@@ -516,9 +520,6 @@ impl Header {
                 ),
             )
             .hint("use a newer forkdisk"));
-        }
-        if !sealed_slot(bytes) {
-            return Err(damaged("layer header: checksum mismatch at offset 0x0"));
         }
         let sound = header.version.get() == VERSION
             && (1..=MAX_DEPTH).contains(&header.depth.get())
