@@ -5,7 +5,6 @@ mod common;
 use common::{Rng, World, compare, measuring, noise, side};
 use forkdisk::chain::{Budget, Chain, Place};
 use forkdisk::disk::Disk;
-use forkdisk::store::Below;
 use forkdisk::units::Region;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,49 +13,42 @@ const SIZE: usize = 64 << 20;
 const BLOCK: u64 = 4096;
 const READS: u64 = 4000;
 
+/// Blocks that differ from the base, spread evenly over the layers: every disk reads the same blocks from as many places.
+const CHANGED: usize = 4096;
+
 fn main() {
     let depths: &[usize] = if measuring() {
         &[1, 8, 64, 256]
     } else {
         &[1, 8]
     };
-    let deepest = depths.iter().max().copied().unwrap_or(1);
     let mut world = World::new(SIZE);
-    drop(world.fork("base"));
-    let name = world.last();
     let data = noise(BLOCK as usize, 3);
-    let mut rng = Rng(1);
-    let start = Instant::now();
-    for depth in 1..=deepest {
-        let object = world.store.resolve(&name).expect("there");
-        let disk = world.store.open_cow(&object, true).expect("opened");
-        for _ in 0..64 {
-            let at = rng.below(SIZE as u64 / BLOCK) * BLOCK;
-            disk.write(&data, at).expect("written");
-        }
-        disk.close().expect("closed");
-        drop(disk);
-        let snapshot = format!("s{depth}");
-        world.store.snapshot(&name, &snapshot, None).expect("made");
-    }
-    println!(
-        "{deepest} snapshots in {:.1} s",
-        start.elapsed().as_secs_f64()
-    );
-
+    let changed = Rng(1).distinct(CHANGED, SIZE as u64 / BLOCK);
     let chains: Vec<(String, Arc<Chain>, _)> = depths
         .iter()
         .map(|depth| {
-            let snapshot = world
-                .store
-                .resolve(&format!("{name}@s{depth}"))
-                .expect("there");
-            let chain = world
-                .store
-                .chain(Below::Layer(snapshot.id))
-                .expect("opened");
+            drop(world.fork("base"));
+            let name = world.last();
+            let start = Instant::now();
+            for blocks in changed.chunks(CHANGED / depth) {
+                let object = world.store.resolve(&name).expect("there");
+                let disk = world.store.open_cow(&object, true).expect("opened");
+                for lba in blocks {
+                    disk.write(&data, lba * BLOCK).expect("written");
+                }
+                disk.close().expect("closed");
+                drop(disk);
+                let snapshot = format!("s{}", blocks[0]);
+                world.store.snapshot(&name, &snapshot, None).expect("made");
+            }
+            let each = start.elapsed().as_secs_f64() * 1e3 / *depth as f64;
+            println!("{depth} snapshots of a disk at rest, with opening and closing it: {each:.1} ms each");
+            let object = world.store.resolve(&name).expect("there");
+            let below = object.parent.expect("a snapshot");
+            let chain = world.store.chain(below).expect("opened");
             assert_eq!(chain.depth(), *depth);
-            let disk = world.store.open_cow(&snapshot, false).expect("opened");
+            let disk = world.store.open_cow(&object, true).expect("opened");
             (format!("depth {depth}"), chain, disk)
         })
         .collect();
