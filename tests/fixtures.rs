@@ -210,6 +210,8 @@ fn version_1() {
             if !disk.read_only() {
                 disk.write(b"new", 12_345).expect("written");
                 disk.close().expect("closed");
+                // Its lock goes with it.
+                drop(disk);
                 let disk = store.open_cow(object, true).expect("opened again");
                 let mut changed = expected.clone();
                 changed[12_345..12_348].copy_from_slice(b"new");

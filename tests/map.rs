@@ -304,6 +304,11 @@ proptest! {
     fn a_region_map_is_an_array(a in any_steps(), b in any_steps()) {
         let (map, model) = region_of(&a);
         prop_assert_eq!(&spread(&map), &model);
+        for index in [0, 1, 63, 64, 300, 511] {
+            let mut all = vec![Pointer::Absent; REGION_BLOCKS - index];
+            map.get_all(index, &mut all);
+            prop_assert_eq!(&all[..], &model[index..]);
+        }
         let listed: Vec<(usize, Pointer)> = map.iter().collect();
         prop_assert_eq!(listed.len(), map.len());
         prop_assert!(listed.windows(2).all(|w| w[0].0 < w[1].0));

@@ -311,9 +311,7 @@ impl Layer {
         {
             let table = shard.read();
             if let Some(resident) = table.get(&region.0) {
-                for (i, p) in out.iter_mut().enumerate() {
-                    *p = resident.map.get(index + i);
-                }
+                resident.map.get_all(index, out);
                 return Ok(());
             }
         }
@@ -324,9 +322,7 @@ impl Layer {
         }
         let mut table = shard.write();
         let resident = self.resident(&mut table, region)?;
-        for (i, p) in out.iter_mut().enumerate() {
-            *p = resident.map.get(index + i);
-        }
+        resident.map.get_all(index, out);
         Ok(())
     }
 
