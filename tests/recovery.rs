@@ -185,6 +185,28 @@ fn a_torn_second_copy_then_a_power_cut_during_recovery() {
     }
 }
 
+/// A power cut in a renaming kept the disk's new name and dropped that of its snapshot: nobody could complete it, as there was no disk of
+/// the old name any more.
+#[test]
+fn a_renaming_can_be_completed() {
+    let sim = world();
+    store(&sim, 2).snapshot("d1", "s", None).expect("snapshot");
+    let renames = |sim: &SimDisk| store(sim, 3).rename("d1", "new").map(drop);
+    each_cut(&sim, renames, |off, cut| {
+        for seed in 0..40 {
+            let store = store(&off.crash(seed), 4);
+            if store.resolve("new").is_err() {
+                store
+                    .rename("d1", "new")
+                    .unwrap_or_else(|e| panic!("{cut}, seed {seed}: {e:?}"));
+            }
+            if let Err(e) = store.resolve("new@s") {
+                panic!("{cut}, seed {seed}: {e:?}");
+            }
+        }
+    });
+}
+
 /// A commit record that a power cut left half new, half old, over the record of a time before the last checkpoint. Every entry of it is sound,
 /// and all the data it names is there: only the record's own checksum tells that it was never written.
 #[test]
