@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
+/// A file in the directory of an import that is under way: locked as long as whoever imports lives.
+const UNDER_WAY: &str = "lock";
+
 /// Bytes copied in one go.
 const PIECE: usize = 1 << 20;
 
@@ -147,9 +150,15 @@ impl Store {
         }
         let id = (self.env.id)();
         let temporary = format!("{TEMPORARY}{id}");
-        self.bases.create_dir(&temporary)?;
-        let dir = self.bases.subdir(&temporary)?;
-        // The lock of its own directory tells `gc` that the import is still under way... it is taken through `meta` below.
+        // A locked file tells `gc`, which has the lock of the names, that the import is still under way.
+        let (dir, under_way) = {
+            let _lock = self.lock(true)?;
+            self.bases.create_dir(&temporary)?;
+            let dir = self.bases.subdir(&temporary)?;
+            let file = dir.open(UNDER_WAY, Access::CreateNew)?;
+            file.lock(true)?;
+            (dir, file)
+        };
         let mut named = false;
         let done = self
             .fill(&*dir, id, source, name, mode, progress)
@@ -158,6 +167,8 @@ impl Store {
                 if self.names.entry(name)?.is_some() {
                     return Err(taken());
                 }
+                dir.remove(UNDER_WAY)?;
+                dir.sync()?;
                 self.bases.rename_new(&temporary, &id.to_string())?;
                 self.bases.sync()?;
                 let record = NameRecord {
@@ -177,14 +188,23 @@ impl Store {
         if done.is_err() && unnamed() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
-                    for file in ["meta", "sums", "image"] {
+                    for file in ["meta", "sums", "image", UNDER_WAY] {
                         let _ = dir.remove(file);
                     }
                     let _ = self.bases.remove_dir(dir_name);
                 }
             }
         }
+        drop(under_way);
         done
+    }
+    /// Is a temporary directory of `bases/` being filled by an import that lives?
+    pub(super) fn import_under_way(&self, temporary: &str) -> bool {
+        let file = self
+            .bases
+            .subdir(temporary)
+            .and_then(|dir| dir.open(UNDER_WAY, Access::Read));
+        file.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
     fn fill(
         &self,
@@ -205,8 +225,7 @@ impl Store {
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
-        file.sync()?;
-        dir.sync()
+        file.sync()
     }
 }
 

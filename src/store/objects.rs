@@ -551,6 +551,7 @@ impl Store {
                     continue;
                 }
                 match kind {
+                    EntryKind::Dir if self.import_under_way(&name) => continue,
                     _ if dry_run => {}
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,
