@@ -211,6 +211,7 @@ impl Store {
                 }
             }
         }
+        drop(running);
         done
     }
     fn fill(
@@ -232,8 +233,7 @@ impl Store {
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
-        file.sync()?;
-        dir.sync()
+        file.sync()
     }
     /// Is a directory of `bases/` that of an import under way?
     pub fn import_running(&self, temporary: &str) -> bool {
