@@ -198,7 +198,6 @@ impl Store {
                 self.names.sync()?;
                 self.object(name)
             });
-        drop(running);
         // A name must never refer to a base that is gone: where it is not certain that the name is, the base stays.
         let unnamed = || !named || (self.names.remove(name).is_ok() && self.names.sync().is_ok());
         if done.is_err() && unnamed() {
