@@ -4,7 +4,7 @@
 mod common;
 use common::{World, env};
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::error::Result;
+use forkdisk::error::{Kind, Result};
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::Store;
 use std::path::Path;
@@ -183,4 +183,98 @@ fn a_torn_second_copy_then_a_power_cut_during_recovery() {
             }
         });
     }
+}
+
+/// A power cut in a renaming kept the disk's new name and dropped that of its snapshot: nobody could complete it, as there was no disk of
+/// the old name any more.
+#[test]
+fn a_renaming_can_be_completed() {
+    let sim = world();
+    store(&sim, 2).snapshot("d1", "s", None).expect("snapshot");
+    let renames = |sim: &SimDisk| store(sim, 3).rename("d1", "new").map(drop);
+    each_cut(&sim, renames, |off, cut| {
+        for seed in 0..40 {
+            let store = store(&off.crash(seed), 4);
+            if store.resolve("new").is_err() {
+                store
+                    .rename("d1", "new")
+                    .unwrap_or_else(|e| panic!("{cut}, seed {seed}: {e:?}"));
+            }
+            if let Err(e) = store.resolve("new@s") {
+                panic!("{cut}, seed {seed}: {e:?}");
+            }
+        }
+    });
+}
+
+/// A commit record that a power cut left half new, half old, over the record of a time before the last checkpoint. Every entry of it is sound,
+/// and all the data it names is there: only the record's own checksum tells that it was never written.
+#[test]
+fn a_commit_record_is_believed_as_a_whole_or_not_at_all() {
+    let sim = World::new(1, 250).sim.crash_with(Policy::AllDone);
+    let disk = open(&store(&sim, 2), "d1").expect("d1");
+    disk.write(&[5; 240 * 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    disk.checkpoint().expect("checkpoint");
+    disk.write(&[7; 240 * 4096], 0).expect("write");
+    sim.cut_at(sim.ops() + 1);
+    disk.flush().expect_err("the power goes in the sync");
+    for garbage_pages in [false, true] {
+        sim.set_garbage_pages(garbage_pages);
+        for seed in 0..1500 {
+            let disk = open(&store(&sim.crash(seed), 3), "d1")
+                .unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            let first = block(&*disk, 0);
+            assert!(first == 5 || first == 7, "seed {seed}: {first}");
+            let mut all = vec![0; 240 * 4096];
+            disk.read(&mut all, 0)
+                .unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+            assert!(
+                all.iter().all(|b| *b == first),
+                "seed {seed}: a mixture of two flushes"
+            );
+        }
+    }
+}
+
+/// Rot in the journal of a disk that was not closed: where it hits the last commit it looks like a power cut, and the commit is dropped; where
+/// it hits an earlier one, everything after it would be lost, and opening is refused.
+#[test]
+fn rot_before_the_last_commit_is_not_taken_for_a_crash() {
+    let sim = world();
+    let disk = open(&store(&sim, 2), "d1").expect("d1");
+    for n in 1..5u8 {
+        disk.write(&[n; 4096], u64::from(n) * 4096).expect("write");
+        disk.flush().expect("flush");
+    }
+    let dead = sim.crash_with(Policy::AllDropped);
+    let path = layer_of(&dead, "d1");
+    for record in 0..4u64 {
+        // Magic, sequence, generation, layer, entries, slots, sum, the entry.
+        for byte in [0, 8, 16, 24, 40, 44, 56, 64, 68, 72] {
+            let rotten = dead.crash_with(Policy::AllDone);
+            let at = (4 + record) * 4096 + byte;
+            rotten.flip(&path, at, 1 << (byte % 8)).expect("flip");
+            let reopened = store(&rotten, 3);
+            let object = reopened.resolve("d1").expect("d1");
+            let reader = reopened.open_disk(&object, false).map(drop);
+            let writer = open(&reopened, "d1");
+            let story = format!("record {record}, byte {byte}");
+            if record < 3 {
+                let e = writer.map(drop).expect_err(&story);
+                assert_eq!(e.kind(), Kind::Corrupt, "{story}: {e:?}");
+                assert_eq!(reader.expect_err(&story).kind(), Kind::Corrupt);
+            } else {
+                reader.unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                let disk = writer.unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                assert_eq!(block(&*disk, 3), 3, "{story}");
+                assert!(disk.private_blocks().0 == 3, "{story}: dropped as a whole");
+            }
+        }
+    }
+}
+/// Path of the layer file of a disk.
+fn layer_of(sim: &SimDisk, disk: &str) -> String {
+    let id = store(sim, 9).resolve(disk).expect("a disk").id;
+    format!("layers/{id}.layer")
 }

@@ -48,9 +48,18 @@ impl Dead {
     }
 }
 
+/// The first line of the list: which boot it is of.
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_else(|_| "\n".into())
+}
+
 /// What the list says, without devices that are gone.
 fn listed(run_dir: &Path) -> Vec<Dead> {
     let text = fs::read_to_string(run_dir.join(LIST)).unwrap_or_default();
+    // After another boot the numbers mean nothing: they begin anew.
+    let Some(text) = text.strip_prefix(&boot()) else {
+        return Vec::new();
+    };
     let line = |line: &str| {
         let mut words = line.split(' ');
         let dead = Dead {
@@ -111,7 +120,9 @@ fn write(run_dir: &Path, all: &[Dead]) {
         return;
     }
     let line = |d: &Dead| format!("{} {} {}\n", d.device.display(), d.use_of, d.name);
-    let text: String = all.iter().map(line).collect();
+    let text: String = std::iter::once(boot())
+        .chain(all.iter().map(line))
+        .collect();
     // Replaced as a whole: it may be read at this moment.
     let new = run_dir.join(format!("{LIST}.new"));
     let written = fs::write(&new, text).and_then(|()| fs::rename(&new, &path));

@@ -19,7 +19,7 @@ use rustix::fs::{FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
@@ -135,8 +135,8 @@ struct Keeper {
     fuse: OwnedFd,
     listener: OwnedFd,
     server: Child,
-    /// The server's standard input: its end tells the server that we are gone.
-    _line: UnixStream,
+    /// The server's standard input: a byte tells the server to end, its end that we are gone.
+    line: UnixStream,
 }
 
 impl Keeper {
@@ -179,7 +179,7 @@ impl Keeper {
                     fuse,
                     listener,
                     server,
-                    _line: line,
+                    line,
                 })
             }
             Err(e) => {
@@ -255,9 +255,8 @@ impl Keeper {
         if let Err(e) = detached {
             tracing::warn!("{e}");
         }
-        if let Some(pid) = rustix::process::Pid::from_raw(self.server.id() as i32) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
+        // Not by a signal: those the server passes on to us.
+        let _ = (&self.line).write_all(b"q");
     }
 }
 

@@ -124,13 +124,19 @@ fn serve(store: Store) -> Result<()> {
             .map(|_| ())
             .map_err(|e| Error::io("start", "a thread", &e))
     };
-    let signalled = end.clone();
+    let keeper = rustix::process::getppid();
+    // A terminal or a service manager signals keeper and server at once. To end here would take the disks away from under their
+    // filesystems before the keeper has unmounted them: so the keeper decides.
     spawn(
         "signals",
         Box::new(move || {
             loop {
-                if matches!(keeper::wait_signal(), libc::SIGTERM | libc::SIGINT) {
-                    let _ = signalled.send(());
+                if matches!(super::keeper::wait_signal(), libc::SIGTERM | libc::SIGINT)
+                    // Not whoever adopted us, should the keeper be gone.
+                    && let Some(parent) = rustix::process::getppid()
+                    && Some(parent) == keeper
+                {
+                    let _ = rustix::process::kill_process(parent, rustix::process::Signal::TERM);
                 }
             }
         }),
@@ -140,15 +146,14 @@ fn serve(store: Store) -> Result<()> {
     (&line)
         .write_all(b"r")
         .map_err(|e| Error::io("talk to", "the keeper", &e))?;
-    // The keeper's death is our end as well: nobody else would take the mount away.
-    let orphaned = end;
+    // The keeper says when to end. Its death is our end as well: nobody else would take the mount away.
     spawn(
         "keeper",
         Box::new(move || {
-            let mut byte = [0; 1];
-            while matches!((&line).read(&mut byte), Ok(n) if n > 0) {}
-            tracing::warn!("the keeper is gone");
-            let _ = orphaned.send(());
+            if !matches!((&line).read(&mut [0; 1]), Ok(1)) {
+                tracing::warn!("the keeper is gone");
+            }
+            let _ = end.send(());
         }),
     )?;
     housekeep(&server, &ended);

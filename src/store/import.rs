@@ -198,7 +198,6 @@ impl Store {
                 self.names.sync()?;
                 self.object(name)
             });
-        drop(running);
         // A name must never refer to a base that is gone: where it is not certain that the name is, the base stays.
         let unnamed = || !named || (self.names.remove(name).is_ok() && self.names.sync().is_ok());
         if done.is_err() && unnamed() {
@@ -211,6 +210,7 @@ impl Store {
                 }
             }
         }
+        drop(running);
         done
     }
     fn fill(
@@ -232,8 +232,7 @@ impl Store {
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
-        file.sync()?;
-        dir.sync()
+        file.sync()
     }
     /// Is a directory of `bases/` that of an import under way?
     pub fn import_running(&self, temporary: &str) -> bool {

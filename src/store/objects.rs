@@ -358,10 +358,15 @@ impl Store {
         if object.kind == ObjectKind::Disk {
             drop(self.open_exclusive(&object)?);
             let prefix = format!("{old}@");
+            let mut renamed = false;
             for name in self.all_names()? {
                 if let Some(snap) = name.strip_prefix(&prefix) {
                     self.names.rename_new(&name, &format!("{new}@{snap}"))?;
+                    renamed = true;
                 }
+            }
+            if renamed {
+                self.names.sync()?;
             }
         }
         // The object itself last: an interrupted rename is completed by the same command.

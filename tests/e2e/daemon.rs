@@ -4,6 +4,7 @@ use crate::rig::*;
 use std::{
     fs,
     io::{Read, Write},
+    os::unix::process::CommandExt,
     os::unix::{fs::FileTypeExt, fs::PermissionsExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -125,6 +126,56 @@ fn a_term_signal_detaches_what_is_idle() {
     w.ok(["attach", "d-1", "--mount", s(&m)]);
     assert!(fs::read(m.join("f")).unwrap() == noise(1, 9 << 20));
     w.ok(["detach", "d-1"]);
+    w.finish();
+}
+
+/// A terminal (Ctrl-C) and a service manager signal all processes of the daemon at once; somebody may signal the wrong one.
+#[test]
+fn a_signal_to_all_processes_or_to_the_server_loses_nothing() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    for (round, (signal, to)) in [
+        ("INT", "the group"),
+        ("TERM", "both"),
+        ("TERM", "the server"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut command = Command::new(BIN);
+        command
+            .arg("-S")
+            .arg(&w.store)
+            .args(["daemon", "run", "--foreground"])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        let mut child = command.spawn().unwrap();
+        eventually("it serves", || w.run(["daemon", "status"]).code == 0);
+        let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+        w.ok(["attach", "d", "--mount", s(&m)]);
+        // Not synced.
+        fs::write(m.join("f"), noise(round as u64, 9 << 20)).unwrap();
+        match to {
+            "the group" => assert!(kill(-keeper, signal)),
+            "both" => assert!(kill(server, signal) && kill(keeper, signal)),
+            _ => assert!(kill(server, signal)),
+        }
+        let status = child.wait().unwrap();
+        assert!(status.success(), "{to}: {status}\n{}", w.log());
+        w.nothing_left();
+        w.ok(["attach", "d", "--mount", s(&m)]);
+        assert!(
+            fs::read(m.join("f")).unwrap() == noise(round as u64, 9 << 20),
+            "lost after a signal to {to}"
+        );
+        w.ok(["detach", "d"]);
+        w.ok(["daemon", "stop"]);
+    }
     w.finish();
 }
 

@@ -334,6 +334,54 @@ fn a_failed_import_leaves_no_name_behind() {
         }
     }
 }
+/// A collection of garbage while an image comes in took its half-filled directory for a leftover, and the import failed at its end.
+#[test]
+fn gc_leaves_an_import_alone() {
+    struct Meanwhile<'a>(&'a [u8], Box<dyn FnMut() + 'a>);
+    impl std::io::Read for Meanwhile<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            (self.1)();
+            self.0.read(buf)
+        }
+    }
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 4096]);
+    let other = again(&sim, 5);
+    let image = vec![3u8; 3 * 4096];
+    let gc = || {
+        let report = other.gc(false).expect("gc");
+        assert!(report.files.is_empty(), "{report:?}");
+    };
+    store
+        .import(
+            ImportSource::Reader(&mut Meanwhile(&image, Box::new(gc))),
+            "second",
+            ImportMode::Copy,
+            &Quiet,
+        )
+        .expect("import");
+    let disk = open_read(&store, "second").expect("second");
+    assert_eq!(block(&*disk, 2)[0], 3);
+    // One whose process died is a leftover.
+    struct Dies;
+    impl std::io::Read for Dies {
+        fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+            panic!("the process dies")
+        }
+    }
+    let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        store.import(
+            ImportSource::Reader(&mut Dies),
+            "third",
+            ImportMode::Copy,
+            &Quiet,
+        )
+    }));
+    assert!(died.is_err());
+    let left = again(&sim.kill(), 6);
+    assert_eq!(left.gc(false).expect("gc").files.len(), 1);
+}
+
 fn open_read(store: &Store, name: &str) -> Result<Arc<dyn Disk>> {
     store.open_disk(&store.resolve(name)?, false)
 }

@@ -6,6 +6,7 @@ mod common;
 mod cost;
 mod damage;
 mod failing;
+mod hooked;
 mod limits;
 mod threads;
 

@@ -5,6 +5,7 @@
 
 use super::*;
 use crate::common::Rng;
+use crate::hooked::Hooked;
 use forkdisk::io::sim::Policy;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
@@ -280,4 +281,75 @@ fn a_power_cut_under_many_threads() {
             model.check(&*disk, &low, &format!("seed {seed}, crash {crash}"));
         }
     }
+}
+
+/// A read has found where its block is, and before it copies the data the block is written again, committed, and everything that is free is
+/// used or given back to the host. The read still finds what was there when it began.
+#[test]
+fn what_a_reader_knows_is_not_reused_under_its_hands() {
+    const N: u64 = 1200;
+    for meanwhile in 0..4 {
+        let sim = SimDisk::new(1);
+        drop(store_with(&sim, &[1; N as usize * 4096]));
+        let hooked = Hooked::new(sim.root());
+        let root = Arc::new(hooked.clone());
+        let store = Store::open_on(root, Path::new("/sim"), env(2 << 20)).expect("a store");
+        let disk = open(&store, "d").expect("d");
+        let fill = |byte: u8| vec![byte; N as usize * 4096];
+        disk.write(&fill(2), 0).expect("write");
+        disk.flush().expect("flush");
+        let other = disk.clone();
+        hooked.before_read(1024 * B, move || {
+            for round in 3..6 {
+                match meanwhile {
+                    0 => other.write(&[round; 4096], 7 * B).expect("write"),
+                    1 => other.write(&[round; 1], 7 * B).expect("write"),
+                    2 => other.discard(0, 512 * B).expect("discard"),
+                    _ => other
+                        .write(&vec![round; N as usize * 4096], 0)
+                        .expect("write"),
+                }
+                other.flush().expect("flush");
+                other.checkpoint().expect("checkpoint");
+                other.maintain().expect("maintain");
+                other
+                    .write(&vec![round; 600 * 4096], 600 * B)
+                    .expect("write");
+            }
+        });
+        let found = block(&*disk, 7);
+        assert!(hooked.was_called());
+        assert_eq!(found, [2; 4096], "{meanwhile}: as of when the read began");
+        let now = block(&*disk, 7);
+        assert_ne!(now, [2; 4096], "{meanwhile}: as of now");
+        // Once the reader has gone, its slots come back.
+        let used = sim.used();
+        for round in 6..12 {
+            disk.write(&fill(round), 0).expect("write");
+            disk.flush().expect("flush");
+        }
+        disk.checkpoint().expect("checkpoint");
+        disk.maintain().expect("maintain");
+        assert!(sim.used() <= used + 3 * N * B, "{meanwhile}: space leaks");
+    }
+}
+
+/// The same for a partial write, which reads a block, merges, and publishes: what was written in between is not lost.
+#[test]
+fn a_partial_write_does_not_undo_what_was_written_meanwhile() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 9 * 4096]));
+    let hooked = Hooked::new(sim.root());
+    let root = Arc::new(hooked.clone());
+    let store = Store::open_on(root, Path::new("/sim"), env(2 << 20)).expect("a store");
+    let disk = open(&store, "d").expect("d");
+    disk.write(&[2; 4096], 0).expect("write");
+    let other = disk.clone();
+    hooked.before_read(1024 * B, move || {
+        other.write(&[3; 1000], 3000).expect("write")
+    });
+    disk.write(&[4; 1000], 0).expect("write");
+    assert!(hooked.was_called());
+    let found = block(&*disk, 0);
+    assert_eq!((found[0], found[2000], found[3500]), (4, 2, 3));
 }

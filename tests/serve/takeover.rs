@@ -227,6 +227,7 @@ fn a_mounted_filesystem_survives_its_servers() {
             "--bs=4k-64k",
             "--size=48M",
             "--verify=crc32c",
+            "--verify_state_save=0",
             "--do_verify=1",
         ])
         .args([
