@@ -12,7 +12,7 @@
 
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
-use super::space::{FreeSet, Space};
+use super::space::{FreeSet, SPARE, Space};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -134,7 +134,8 @@ pub struct Layer {
     can_punch: AtomicBool,
 }
 
-/// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`] or back by [`Layer::give_back`].
+/// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
+/// [`Layer::not_written`].
 pub struct Taken {
     /// The extents, in order.
     pub extents: Vec<(u32, u32)>,
@@ -450,23 +451,59 @@ impl Layer {
         if end <= space.journal_reserved {
             return Ok(());
         }
-        let to = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
-        let from = space.journal_reserved;
-        match self.file.allocate(
-            Slot(JOURNAL_START + from).at(),
-            u64::from(to - from) * BLOCK,
-        ) {
-            Ok(()) => {}
-            // The filesystem cannot reserve: writing zeros takes the space as well.
-            Err(e) if e.kind() == Kind::Unsupported => {
-                let zeros = vec![0; (to - from) as usize * BLOCK_SIZE];
-                self.file
-                    .write_at(&zeros, Slot(JOURNAL_START + from).at())?;
-            }
-            Err(e) => return Err(e),
+        if space.journal_reserved == 0 {
+            self.reserve_spare(space);
         }
-        space.journal_reserved = to;
+        let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
+        let done = match self.reserve(space.journal_reserved, step) {
+            Err(e) if e.kind() == Kind::NoSpace && step > end => {
+                self.reserve(space.journal_reserved, end).map(|()| end)
+            }
+            other => other.map(|()| step),
+        };
+        space.journal_reserved = done?;
         Ok(())
+    }
+
+    /// Host space for the run that empties the journal: on a full disk nothing could be freed without it. Where there is none, there is none.
+    fn reserve_spare(&self, space: &mut Space) {
+        let missing = SPARE.saturating_sub(space.hot.total()) as u32;
+        let Some(start) = space.fresh(missing).filter(|_| missing > 0) else {
+            return;
+        };
+        let (at, bytes) = (Slot(start).at(), u64::from(missing) * BLOCK);
+        // Within the file's length, or a host filesystem might keep the space when the file is cut.
+        let done = self.file.len().and_then(|len| {
+            if len < at + bytes {
+                self.file.set_len(at + bytes)?;
+            }
+            self.file.allocate(at, bytes)
+        });
+        match done {
+            Ok(()) => space.hot.insert(start, missing),
+            Err(e) => {
+                tracing::debug!(layer = %self.id, "no space kept for the checkpoint: {e}");
+                let _ = self.punch(start, missing);
+                space.cold.insert(start, missing);
+            }
+        }
+    }
+
+    /// Reserves journal slots `from..to`, all or none.
+    fn reserve(&self, from: u32, to: u32) -> Result<()> {
+        let (at, slots) = (Slot(JOURNAL_START + from).at(), to - from);
+        let done = match self.file.allocate(at, u64::from(slots) * BLOCK) {
+            // The filesystem cannot reserve: writing zeros takes the space as well.
+            Err(e) if e.kind() == Kind::Unsupported => self
+                .file
+                .write_at(&vec![0; slots as usize * BLOCK_SIZE], at),
+            other => other,
+        };
+        if done.is_err() {
+            // It may be done in part; on a full disk every block counts.
+            let _ = self.punch(JOURNAL_START + from, slots);
+        }
+        done
     }
 
     /// Writes block data into taken slots. `data` is as long as the extents.
@@ -480,13 +517,28 @@ impl Layer {
         Ok(())
     }
 
-    /// Gives slots back that were never published.
-    pub fn give_back(&self, taken: Taken) {
+    /// Gives slots back that were written and never published.
+    fn give_back(&self, taken: Taken) {
         let mut space = self.space.lock();
         space.entries -= taken.entries;
         for (start, len) in taken.extents {
             space.hot.insert(start, len);
         }
+    }
+
+    /// Gives slots back that could not be written.
+    pub fn not_written(&self, taken: Taken) {
+        self.space.lock().entries -= taken.entries;
+        for (start, len) in taken.extents {
+            self.unused(start, len);
+        }
+    }
+
+    /// Makes slots free that were written in part or not at all, without host blocks: on a full disk every block counts.
+    fn unused(&self, start: u32, len: u32) {
+        // Whether it can be done changes nothing but the space it takes.
+        let _ = self.punch(start, len);
+        self.space.lock().cold.insert(start, len);
     }
 
     /// Publishes pointers for blocks from `lba` on.
@@ -787,7 +839,7 @@ impl Layer {
                 other => other?,
             }
         }
-        self.give_to_host(4 * HOT_SLOTS)
+        self.give_to_host(4 * HOT_SLOTS, HOT_SLOTS)
     }
 
     /// Closes the epoch and commits it; returns its number.
@@ -1004,18 +1056,21 @@ impl Layer {
         let slots = blocks(max_len(regions, pointers, ranges));
         let slots = u32::try_from(slots)
             .map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
-        let start = {
+        let (start, hot) = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
             space.contiguous(slots)?
         };
         let give_back = |from: u32| {
             let mut space = self.space.lock();
-            // The tail of the file goes back to its end; of other slots nobody remembers whether the host has blocks for them.
-            if u64::from(start) + u64::from(slots) == space.high {
+            let rest = start + slots - from;
+            if hot {
+                space.hot.insert(from, rest);
+            } else if u64::from(start) + u64::from(slots) == space.high {
+                // The tail of the file goes back to its end.
                 space.high = u64::from(from);
             } else {
-                space.hot.insert(from, start + slots - from);
+                space.cold.insert(from, rest);
             }
         };
         let mut at = Slot(start).at();
@@ -1044,7 +1099,7 @@ impl Layer {
                 Ok((None, (start, 0)))
             }
             Err(e) => {
-                self.space.lock().hot.insert(start, slots);
+                self.unused(start, slots);
                 Err(e.layer(self.id))
             }
         }
@@ -1066,7 +1121,7 @@ impl Layer {
             // One more than needed: taking the slots may cut an extent in two.
             let bytes = (free.extents() + 2) as u64 * size_of::<FreeExtent>() as u64;
             let slots = blocks(bytes) as u32;
-            let start = self.space.lock().contiguous(slots)?;
+            let (start, _) = self.space.lock().contiguous(slots)?;
             for slot in start..start + slots {
                 use_slot(free, high, slot);
             }
@@ -1088,7 +1143,7 @@ impl Layer {
             None => next.free_inline[..list.len()].copy_from_slice(&list),
             Some((start, slots)) => {
                 if let Err(e) = self.file.write_at(list.as_bytes(), Slot(start).at()) {
-                    self.space.lock().hot.insert(start, slots);
+                    self.unused(start, slots);
                     return Err(e);
                 }
             }
@@ -1112,16 +1167,18 @@ impl Layer {
         }
     }
 
-    /// Punches free slots out of the host file until at most [`HOT_SLOTS`] keep their blocks, if there are more than `above`.
-    fn give_to_host(&self, above: u64) -> Result<()> {
+    /// Punches free slots out of the host file until at most `keep` have their blocks, if there are more than `above`.
+    fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
+        let mut limit = above;
         loop {
             let extent = {
                 let mut space = self.space.lock();
                 space.settle(&self.quiesce);
-                if space.hot.total() <= above.max(HOT_SLOTS) {
+                if space.hot.total() <= limit {
                     return Ok(());
                 }
-                space.hot.take_some(u32::MAX)
+                let most = space.hot.total() - keep.min(space.hot.total());
+                space.hot.take_some(most.min(u64::from(u32::MAX)) as u32)
             };
             let Some((start, len)) = extent else {
                 return Ok(());
@@ -1129,16 +1186,41 @@ impl Layer {
             let done = self.punch(start, len);
             self.space.lock().cold.insert(start, len);
             done?;
-            if above > HOT_SLOTS && self.space.lock().hot.total() <= HOT_SLOTS {
-                return Ok(());
-            }
+            limit = keep;
         }
     }
 
     /// Work that can wait: gives freed space back to the host. For a housekeeping thread.
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
-        self.give_to_host(HOT_SLOTS)
+        self.give_to_host(HOT_SLOTS, HOT_SLOTS)
+    }
+
+    /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
+    /// counts only once they are committed.
+    pub fn make_room(&self) -> Result<()> {
+        self.flush()?;
+        match self.checkpoint_now() {
+            Err(e) if e.kind() == Kind::NoSpace => {}
+            other => other?,
+        }
+        {
+            // Nobody writes to the journal meanwhile.
+            let mut commit = self.commit.lock();
+            if commit.second_pending {
+                // Copy 2 may still need what stands there.
+                self.file.sync().map_err(|e| self.poison(e))?;
+                commit.second_pending = false;
+            }
+            let mut space = self.space.lock();
+            let needed = commit.head + commit_slots(space.entries);
+            let keep = needed.next_multiple_of(RESERVE_STEP);
+            if keep < space.journal_reserved {
+                self.punch(JOURNAL_START + keep, space.journal_reserved - keep)?;
+                space.journal_reserved = keep;
+            }
+        }
+        self.give_to_host(SPARE, SPARE)
     }
 
     /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a
