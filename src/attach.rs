@@ -64,6 +64,11 @@ pub struct LoopAttachment {
 /// like look at new devices for moments.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// Fails if this user may not set up loop devices: to be asked before work is done for one.
+pub fn may_attach_loops() -> Result<()> {
+    loopdev::may_attach()
+}
+
 /// Makes a file a loop device, with direct I/O, so that its data is not cached twice.
 pub fn attach_loop(file: &Path, options: LoopOptions) -> Result<LoopAttachment> {
     if !matches!(options.block_size, 512 | 4096) {

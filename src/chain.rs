@@ -36,7 +36,7 @@ pub enum Place {
 }
 
 /// Places of all blocks of a region.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Resolved {
     /// No layer has anything here.
     Base,
@@ -84,7 +84,7 @@ pub struct Chain {
     /// From the top down.
     layers: Vec<Arc<ReadLayer>>,
     base: Arc<Base>,
-    cache: Vec<RwLock<HashMap<u32, Arc<Resolved>>>>,
+    cache: Vec<RwLock<HashMap<u32, Resolved>>>,
     budget: Arc<Budget>,
 }
 
@@ -100,7 +100,7 @@ impl Drop for Chain {
         let held: usize = self
             .cache
             .iter()
-            .flat_map(|s| s.read().values().map(|r| weight(r)).collect::<Vec<_>>())
+            .flat_map(|s| s.read().values().map(weight).collect::<Vec<_>>())
             .sum();
         self.budget.used.fetch_sub(held, Relaxed);
     }
@@ -135,12 +135,14 @@ impl Chain {
             None => crate::units::blocks(self.base.len()) * crate::units::BLOCK,
         }
     }
-    fn resolve(&self, region: Region) -> Result<Arc<Resolved>> {
+    /// What `look` makes of a resolved region.
+    fn resolve<T>(&self, region: Region, look: impl FnOnce(&Resolved) -> T) -> Result<T> {
         let shard = &self.cache[region.0 as usize % SHARDS];
         if let Some(found) = shard.read().get(&region.0) {
-            return Ok(found.clone());
+            return Ok(look(found));
         }
-        let resolved = Arc::new(self.walk(region)?);
+        let resolved = self.walk(region)?;
+        let answer = look(&resolved);
         let mut shard = shard.write();
         if self.budget.used.load(Relaxed) + weight(&resolved) > self.budget.limit {
             // Whichever come first: the order of a hash map is as good as random, and costs nothing to keep.
@@ -152,10 +154,10 @@ impl Chain {
             }
         }
         self.budget.used.fetch_add(weight(&resolved), Relaxed);
-        if let Some(old) = shard.insert(region.0, resolved.clone()) {
+        if let Some(old) = shard.insert(region.0, resolved) {
             self.budget.used.fetch_sub(weight(&old), Relaxed);
         }
-        Ok(resolved)
+        Ok(answer)
     }
     /// The first touch: every layer is asked, from the top.
     fn walk(&self, region: Region) -> Result<Resolved> {
@@ -208,15 +210,15 @@ impl Chain {
             out.fill(Place::Base);
             return Ok(());
         }
-        match &*self.resolve(region)? {
+        self.resolve(region, |resolved| match resolved {
             Resolved::Base => out.fill(Place::Base),
             Resolved::Mixed(places) => out.copy_from_slice(&places[index..index + out.len()]),
-        }
-        Ok(())
+        })
     }
     /// Does the whole region come from the base?
     pub fn is_base(&self, region: Region) -> Result<bool> {
-        Ok(self.layers.is_empty() || matches!(&*self.resolve(region)?, Resolved::Base))
+        Ok(self.layers.is_empty()
+            || self.resolve(region, |resolved| matches!(resolved, Resolved::Base))?)
     }
     /// Reads `n` neighbouring blocks that begin at `place` into `buf`. For a slot, `sums` are the checksums.
     pub fn read_blocks(&self, place: Place, sums: &[u32], lba: Lba, buf: &mut [u8]) -> Result<()> {

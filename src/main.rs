@@ -1,2 +1,5 @@
 //! The `forkdisk` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    forkdisk::cli::main()
+}

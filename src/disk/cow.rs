@@ -168,14 +168,19 @@ impl CowDisk {
         ))
     }
 
-    /// Where blocks of one region are. The caller holds a guard of the layer.
-    fn locate(top: &Top, region: Region, index: usize, out: &mut [At]) -> Result<()> {
+    /// Where at most `N` blocks of one region are. The caller holds a guard of the layer.
+    fn locate<const N: usize>(
+        top: &Top,
+        region: Region,
+        index: usize,
+        out: &mut [At],
+    ) -> Result<()> {
         let n = out.len();
-        let mut own = [Pointer::Absent; REGION_BLOCKS];
+        let mut own = [Pointer::Absent; N];
         if let Some(layer) = &top.layer {
             layer.lookup(region, index, &mut own[..n])?;
         }
-        let mut below = [Place::Base; REGION_BLOCKS];
+        let mut below = [Place::Base; N];
         if own[..n].contains(&Pointer::Absent) {
             top.chain.places(region, index, &mut below[..n])?;
         }
@@ -220,30 +225,42 @@ impl CowDisk {
     fn read_whole(&self, top: &Top, lba: Lba, buf: &mut [u8]) -> Result<()> {
         let total = buf.len() / BLOCK_SIZE;
         let mut done = 0;
-        let mut places = [At::OwnZero; REGION_BLOCKS];
-        let mut sums = [0u32; REGION_BLOCKS];
         while done < total {
             let first = Lba(lba.0 + done as u32);
             let n = (REGION_BLOCKS - first.index()).min(total - done);
-            // The guard is taken before the lookup and held until the data is copied.
-            let _guard = top.layer.as_ref().map(Layer::enter);
-            Self::locate(top, first.region(), first.index(), &mut places[..n])?;
-            let mut i = 0;
-            while i < n {
-                let start = places[i];
-                let mut len = 1;
-                sums[0] = start.sum();
-                while i + len < n && start.continued_by(places[i + len], len) {
-                    sums[len] = places[i + len].sum();
-                    len += 1;
-                }
-                let from = (done + i) * BLOCK_SIZE;
-                let part = &mut buf[from..from + len * BLOCK_SIZE];
-                let at = Lba(first.0 + i as u32);
-                self.fetch(top, start, &sums[..len], at, part)?;
-                i += len;
+            let part = &mut buf[done * BLOCK_SIZE..(done + n) * BLOCK_SIZE];
+            // To clear the tables of a whole region would cost a small read more than its checksum.
+            match n {
+                1 => self.read_region::<1>(top, first, part)?,
+                2..=32 => self.read_region::<32>(top, first, part)?,
+                _ => self.read_region::<REGION_BLOCKS>(top, first, part)?,
             }
             done += n;
+        }
+        Ok(())
+    }
+
+    /// Reads at most `N` whole blocks of one region.
+    fn read_region<const N: usize>(&self, top: &Top, first: Lba, buf: &mut [u8]) -> Result<()> {
+        let n = buf.len() / BLOCK_SIZE;
+        let mut places = [At::OwnZero; N];
+        let mut sums = [0u32; N];
+        // The guard is taken before the lookup and held until the data is copied.
+        let _guard = top.layer.as_ref().map(Layer::enter);
+        Self::locate::<N>(top, first.region(), first.index(), &mut places[..n])?;
+        let mut i = 0;
+        while i < n {
+            let start = places[i];
+            let mut len = 1;
+            sums[0] = start.sum();
+            while i + len < n && start.continued_by(places[i + len], len) {
+                sums[len] = places[i + len].sum();
+                len += 1;
+            }
+            let part = &mut buf[i * BLOCK_SIZE..(i + len) * BLOCK_SIZE];
+            let at = Lba(first.0 + i as u32);
+            self.fetch(top, start, &sums[..len], at, part)?;
+            i += len;
         }
         Ok(())
     }
@@ -263,7 +280,7 @@ impl CowDisk {
             // Held until after publishing: the pointer compared below must not return in another life.
             let _guard = layer.enter();
             let mut place = [At::OwnZero];
-            Self::locate(top, lba.region(), lba.index(), &mut place)?;
+            Self::locate::<1>(top, lba.region(), lba.index(), &mut place)?;
             // Read from the very place that is compared below, not from where the block may be by now.
             self.fetch(top, place[0], &[place[0].sum()], lba, &mut block)?;
             let before = match place[0] {
@@ -370,6 +387,9 @@ fn read_only() -> Error {
 impl Disk for CowDisk {
     fn size(&self) -> u64 {
         self.size
+    }
+    fn allocated(&self) -> u64 {
+        self.private_blocks().0 * BLOCK
     }
     fn read_only(&self) -> bool {
         self.top.read().layer.is_none()
@@ -501,7 +521,7 @@ impl Disk for CowDisk {
                 continue;
             }
             let _guard = top.layer.as_ref().map(Layer::enter);
-            Self::locate(&top, lba.region(), lba.index(), &mut places[..n])?;
+            Self::locate::<REGION_BLOCKS>(&top, lba.region(), lba.index(), &mut places[..n])?;
             for (i, place) in places[..n].iter().enumerate() {
                 let at = (block + i as u64) * BLOCK;
                 let from = match *place {

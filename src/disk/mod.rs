@@ -20,6 +20,10 @@ use crate::error::Result;
 pub trait Disk: Send + Sync {
     /// Size in bytes, a multiple of the block size.
     fn size(&self) -> u64;
+    /// Bytes of the host that are this disk's own: what `stat` and `du` of its file show.
+    fn allocated(&self) -> u64 {
+        self.size()
+    }
     /// May it be written?
     fn read_only(&self) -> bool;
     /// Fills `buf` from `at`: never short; out of range is `Invalid`.

@@ -47,6 +47,15 @@ impl Record {
             .parse()
             .map_err(|_| Error::new(Kind::Corrupt, format!("`{key}` of the record is no number")))
     }
+    /// The number after `key` in what may be no sound record: for the version, which tells how to read the rest.
+    pub fn peek_number(bytes: &[u8], key: &str) -> Option<u64> {
+        let text = String::from_utf8_lossy(bytes);
+        let value = text.lines().find_map(|line| {
+            let (found, value) = line.split_once('=')?;
+            (found.trim() == key).then(|| value.trim().trim_matches('"').to_string())
+        })?;
+        value.parse().ok()
+    }
     /// The bytes that stand on disk.
     pub fn encode(&self) -> Vec<u8> {
         let mut text = String::new();
@@ -58,9 +67,7 @@ impl Record {
                     '\\' => text.push_str("\\\\"),
                     '"' => text.push_str("\\\""),
                     '\n' => text.push_str("\\n"),
-                    c if (c as u32) < 0x20 || c as u32 == 0x7f => {
-                        text.push_str(&format!("\\x{:02X}", c as u32))
-                    }
+                    c if c.is_control() => text.push_str(&format!("\\x{:02X}", c as u32)),
                     c => text.push(c),
                 }
             }

@@ -1,6 +1,6 @@
 //! One layer file: a block map and private blocks (FORMAT.md, section 3).
 //!
-//! [`ReadLayer`] reads a layer and never changes it; [`Layer`](writable::Layer) is the one writer of a layer that is not sealed.
+//! [`ReadLayer`] reads a layer and never changes it; [`Layer`] is the one writer of a layer that is not sealed.
 //! Neither knows what lies below: an absent block is the chain's business.
 
 pub mod quiesce;

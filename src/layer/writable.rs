@@ -8,7 +8,12 @@
 //! - `commit` is held by the one thread that writes journal, runs and superblock.
 //!
 //! Order of locks: `commit`, `gate`, a shard of `table`, `log`, `space`. None is held over data I/O; `commit` is held over the I/O
-//! of a commit.
+//! of a commit. The latter is in [`commit`].
+
+mod commit;
+mod host;
+
+pub(super) use commit::read_free_list;
 
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
@@ -16,26 +21,28 @@ use super::space::{FreeSet, SPARE, Space};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, CommitEntry, FreeExtent, Header, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY,
-    MAX_RUNS, Pointer, RunRef, Superblock, commit_slots, encode_commit,
+    CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY, Pointer, Superblock, commit_slots,
 };
 use crate::io::File;
-use crate::map::run::{Builder, Run, max_len};
-use crate::map::{Items, Memtable, Ranges, RegionMap, WORDS, merge};
-use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot, blocks};
+use crate::map::{Memtable, Ranges, RegionMap, WORDS};
+use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
+use commit::use_slot;
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Shards of the table of resident regions.
 const SHARDS: usize = 64;
 /// Clean regions kept in a shard: with [`SHARDS`] at most 8,192 regions, 16 GiB of disk, at most 34 MiB of memory.
 const SHARD_REGIONS: usize = 128;
-/// Free slots that keep their host blocks, so that the next writes find written blocks: 4 MiB.
+/// Free slots that always keep their host blocks, so that the next writes find written blocks: 4 MiB.
 const HOT_SLOTS: u64 = 1024;
+/// Free slots that keep their host blocks at most, however much is written between two commits: 1 GiB.
+const HOT_MAX: u64 = 1 << 18;
+/// A write of this many bytes side by side begins to be written back at once, so that a flush finds little left to do.
+const EARLY_WRITEBACK: u64 = 128 * 1024;
 /// Journal slots whose host space is reserved in one go.
 const RESERVE_STEP: u32 = 16;
 /// Slots freed by one epoch before the disk flushes by itself: bounds the list.
@@ -129,6 +136,12 @@ pub struct Layer {
     joined: Condvar,
     data_blocks: AtomicI64,
     zero_blocks: AtomicI64,
+    /// Slots taken since the last commit.
+    taken: AtomicU64,
+    /// Slots that are taken between two commits, as of late: that many freed ones are worth keeping.
+    demand: AtomicU64,
+    /// Written since housekeeping last looked.
+    busy: AtomicBool,
     poison: Mutex<Option<Error>>,
     poisoned: AtomicBool,
     can_punch: AtomicBool,
@@ -220,6 +233,9 @@ impl Layer {
             joined: Condvar::new(),
             data_blocks: AtomicI64::new(data as i64),
             zero_blocks: AtomicI64::new(zero as i64),
+            taken: AtomicU64::new(0),
+            demand: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
             poison: Mutex::new(None),
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
@@ -297,9 +313,7 @@ impl Layer {
         {
             let table = shard.read();
             if let Some(resident) = table.get(&region.0) {
-                for (i, p) in out.iter_mut().enumerate() {
-                    *p = resident.map.get(index + i);
-                }
+                resident.map.get_all(index, out);
                 return Ok(());
             }
         }
@@ -310,9 +324,7 @@ impl Layer {
         }
         let mut table = shard.write();
         let resident = self.resident(&mut table, region)?;
-        for (i, p) in out.iter_mut().enumerate() {
-            *p = resident.map.get(index + i);
-        }
+        resident.map.get_all(index, out);
         Ok(())
     }
 
@@ -431,6 +443,7 @@ impl Layer {
                     Vec::new()
                 };
                 space.entries = total;
+                self.taken.fetch_add(u64::from(slots), Relaxed);
                 return Ok(Taken { extents, entries });
             }
             drop(space);
@@ -446,99 +459,19 @@ impl Layer {
         }
     }
 
-    /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
-    fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
-        if end <= space.journal_reserved {
-            return Ok(());
-        }
-        if space.journal_reserved == 0 {
-            self.reserve_spare(space);
-        }
-        let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
-        let done = match self.reserve(space.journal_reserved, step) {
-            Err(e) if e.kind() == Kind::NoSpace && step > end => {
-                self.reserve(space.journal_reserved, end).map(|()| end)
-            }
-            other => other.map(|()| step),
-        };
-        space.journal_reserved = done?;
-        Ok(())
-    }
-
-    /// Host space for the run that empties the journal: on a full disk nothing could be freed without it. Where there is none, there is none.
-    fn reserve_spare(&self, space: &mut Space) {
-        let missing = SPARE.saturating_sub(space.hot.total()) as u32;
-        let Some(start) = space.fresh(missing).filter(|_| missing > 0) else {
-            return;
-        };
-        let (at, bytes) = (Slot(start).at(), u64::from(missing) * BLOCK);
-        // Within the file's length, or a host filesystem might keep the space when the file is cut.
-        let done = self.file.len().and_then(|len| {
-            if len < at + bytes {
-                self.file.set_len(at + bytes)?;
-            }
-            self.file.allocate(at, bytes)
-        });
-        match done {
-            Ok(()) => space.hot.insert(start, missing),
-            Err(e) => {
-                tracing::debug!(layer = %self.id, "no space kept for the checkpoint: {e}");
-                let _ = self.punch(start, missing);
-                space.cold.insert(start, missing);
-            }
-        }
-    }
-
-    /// Reserves journal slots `from..to`, all or none.
-    fn reserve(&self, from: u32, to: u32) -> Result<()> {
-        let (at, slots) = (Slot(JOURNAL_START + from).at(), to - from);
-        let done = match self.file.allocate(at, u64::from(slots) * BLOCK) {
-            // The filesystem cannot reserve: writing zeros takes the space as well.
-            Err(e) if e.kind() == Kind::Unsupported => self
-                .file
-                .write_at(&vec![0; slots as usize * BLOCK_SIZE], at),
-            other => other,
-        };
-        if done.is_err() {
-            // It may be done in part; on a full disk every block counts.
-            let _ = self.punch(JOURNAL_START + from, slots);
-        }
-        done
-    }
-
     /// Writes block data into taken slots. `data` is as long as the extents.
     pub fn write_slots(&self, taken: &Taken, data: &[u8]) -> Result<()> {
         let mut rest = data;
         for &(start, len) in &taken.extents {
             let (now, later) = rest.split_at(len as usize * BLOCK_SIZE);
             self.file.write_at(now, Slot(start).at())?;
+            if now.len() as u64 >= EARLY_WRITEBACK {
+                self.file
+                    .start_writeback(Slot(start).at(), now.len() as u64);
+            }
             rest = later;
         }
         Ok(())
-    }
-
-    /// Gives slots back that were written and never published.
-    fn give_back(&self, taken: Taken) {
-        let mut space = self.space.lock();
-        space.entries -= taken.entries;
-        for (start, len) in taken.extents {
-            space.hot.insert(start, len);
-        }
-    }
-
-    /// Gives slots back that could not be written.
-    pub fn not_written(&self, taken: Taken) {
-        self.space.lock().entries -= taken.entries;
-        for (start, len) in taken.extents {
-            self.unused(start, len);
-        }
-    }
-
-    /// Makes slots free that were written in part or not at all, without host blocks: on a full disk every block counts.
-    fn unused(&self, start: u32, len: u32) {
-        // Whether it can be done changes nothing but the space it takes.
-        let _ = self.punch(start, len);
-        self.space.lock().cold.insert(start, len);
     }
 
     /// Publishes pointers for blocks from `lba` on.
@@ -801,428 +734,6 @@ impl Layer {
         Ok(())
     }
 
-    // ---- commit ---------------------------------------------------------------------------------------------
-
-    /// Makes all that was published before the call durable: one commit record, one sync. Flushes that come while one is
-    /// under way join the next.
-    pub fn flush(&self) -> Result<()> {
-        let target = self.epoch.load(SeqCst);
-        let mut group = self.group.lock();
-        loop {
-            self.check_poison()?;
-            if group.durable >= target {
-                return Ok(());
-            }
-            if !group.running {
-                break;
-            }
-            self.joined.wait(&mut group);
-        }
-        group.running = true;
-        drop(group);
-        let done = self.commit_epoch();
-        let mut group = self.group.lock();
-        group.running = false;
-        if let Ok(epoch) = &done {
-            group.durable = group.durable.max(*epoch);
-        }
-        self.joined.notify_all();
-        drop(group);
-        done?;
-        // After the acknowledgement of the others, who need not wait for it.
-        if self.space.lock().journal_head > CHECKPOINT_SLOTS {
-            match self.checkpoint_now() {
-                // The journal still has room: nothing is lost, and writers will be told in time.
-                Err(e) if e.kind() == Kind::NoSpace => {
-                    tracing::warn!(layer = %self.id, "checkpoint put off: {e}")
-                }
-                other => other?,
-            }
-        }
-        self.give_to_host(4 * HOT_SLOTS, HOT_SLOTS)
-    }
-
-    /// Closes the epoch and commits it; returns its number.
-    fn commit_epoch(&self) -> Result<u64> {
-        let mut commit = self.commit.lock();
-        let c = &mut *commit;
-        self.check_poison()?;
-        let (log, epoch) = {
-            let _gate = self.gate.write();
-            let epoch = self.epoch.fetch_add(1, SeqCst);
-            let log = std::mem::take(&mut *self.log.lock());
-            let mut space = self.space.lock();
-            space.entries -= log.reserved;
-            space.committing = commit_slots(log.reserved);
-            (log, epoch)
-        };
-        if log.entries.is_empty() {
-            self.space.lock().committing = 0;
-            c.epoch = epoch;
-            return Ok(epoch);
-        }
-        let mut changes = Memtable::new();
-        for entry in &log.entries {
-            let (lba, count, pointer) = entry.get();
-            changes.apply(lba, count, pointer);
-        }
-        let entries = changes.entries();
-        let slots = commit_slots(entries.len() as u64);
-        debug_assert!(
-            c.head + slots <= JOURNAL_SLOTS,
-            "the journal space was reserved"
-        );
-        let generation = c.superblock.generation.get();
-        encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
-        self.file
-            .write_at(&c.buffer, Slot(JOURNAL_START + c.head).at())
-            .and_then(|()| self.file.sync())
-            .map_err(|e| self.poison(e))?;
-        c.buffer.shrink_to(1 << 20);
-        c.second_pending = false;
-        c.head += slots;
-        c.next_commit += 1;
-        c.epoch = epoch;
-        c.data_blocks += log.data_delta;
-        c.zero_blocks += log.zero_delta;
-        for entry in &entries {
-            let (lba, count, pointer) = entry.get();
-            c.memtable.apply(lba, count, pointer);
-            if let Pointer::Data { slot, .. } = pointer {
-                use_slot(&mut c.free, &mut c.high, slot.0);
-            }
-        }
-        for &(start, len) in &log.freed {
-            c.free.insert(start, len);
-        }
-        let now = self.quiesce.now();
-        let mut space = self.space.lock();
-        space.journal_head = c.head;
-        space.committing = 0;
-        space.retire(now, log.freed);
-        Ok(epoch)
-    }
-
-    /// Writes a checkpoint of what is committed, so that the journal is empty.
-    pub fn checkpoint_now(&self) -> Result<()> {
-        let mut commit = self.commit.lock();
-        self.check_poison()?;
-        if commit.head == 0 {
-            return Ok(());
-        }
-        self.checkpoint(&mut commit, State::Writable)
-    }
-
-    /// FORMAT.md, "Checkpoint". An error before the superblock is touched (no space for the run) leaves all as it was; a failed
-    /// sync or superblock write poisons.
-    fn checkpoint(&self, c: &mut Commit, state: State) -> Result<()> {
-        let mut runs: Vec<Arc<MappedRun>> = self.runs.read().to_vec();
-        let mut replaced: Vec<(u32, u32)> = Vec::new();
-        let mut new_extent = None;
-        if !c.memtable.is_empty() {
-            let merged = self.runs_to_merge(&runs, c.memtable.applied());
-            let (reference, extent) = self.write_run(c, &runs[..merged])?;
-            for run in runs.drain(..merged) {
-                replaced.push((run.reference().slot.get(), run.reference().slots.get()));
-            }
-            if let Some(reference) = reference {
-                let mapping = self.file.map(
-                    Slot(reference.slot.get()).at(),
-                    reference.len.get() as usize,
-                );
-                let run = mapping.and_then(|m| Run::open(m, reference, &self.id));
-                match run {
-                    Ok(run) => runs.insert(0, Arc::new(run)),
-                    Err(e) => {
-                        self.space.lock().hot.insert(extent.0, extent.1);
-                        return Err(e);
-                    }
-                }
-                new_extent = Some(extent);
-            }
-        }
-        let mut next = c.superblock;
-        // What is free once this superblock counts.
-        let mut free = c.free.clone();
-        let mut high = c.high;
-        if let Some((start, len)) = new_extent {
-            for slot in start..start + len {
-                use_slot(&mut free, &mut high, slot);
-            }
-        }
-        let old_list = (next.free_slot.get(), next.free_slots.get());
-        if old_list.0 != 0 {
-            replaced.push(old_list);
-        }
-        for &(start, len) in &replaced {
-            free.insert(start, len);
-        }
-        let mut forgotten = c.forgotten + free.limit();
-        let undo = |e: Error| {
-            if let Some((start, len)) = new_extent {
-                self.space.lock().hot.insert(start, len);
-            }
-            e
-        };
-        let list = self
-            .write_free_list(&mut next, &mut free, &mut high, &mut forgotten)
-            .map_err(undo)?;
-        next.sequence = U64::new(next.sequence.get() + 1);
-        next.state = U32::new(state.number());
-        next.next_commit = U64::new(c.next_commit);
-        next.data_blocks = U64::new(c.data_blocks.max(0) as u64);
-        next.zero_blocks = U64::new(c.zero_blocks.max(0) as u64);
-        next.high_water = U64::new(high);
-        next.forgotten = U64::new(forgotten);
-        next.run_count = U32::new(runs.len() as u32);
-        next.runs = [RunRef::new_zeroed(); MAX_RUNS];
-        for (entry, run) in next.runs.iter_mut().zip(&runs) {
-            *entry = *run.reference();
-        }
-        // The new run, and copy 2 of the last change, before copy 1 is touched. Where neither was written there is nothing to wait for.
-        let wrote = new_extent.is_some() || list.is_some() || c.second_pending;
-        if wrote {
-            self.file.sync().map_err(|e| self.poison(e))?;
-            c.second_pending = false;
-        }
-        let bytes = next.encode().to_vec();
-        self.file
-            .write_at(&bytes, Slot(1).at())
-            .and_then(|()| self.file.sync())
-            .and_then(|()| self.file.write_at(&bytes, Slot(2).at()))
-            .map_err(|e| self.poison(e))?;
-        c.second_pending = true;
-        c.superblock = next;
-        c.free = free;
-        c.high = high;
-        c.forgotten = forgotten;
-        c.memtable = Memtable::new();
-        c.head = 0;
-        *self.runs.write() = Arc::new(runs);
-        self.zeroed.write().forget_up_to(c.epoch);
-        self.checkpointed.fetch_max(c.epoch, SeqCst);
-        let now = self.quiesce.now();
-        let mut space = self.space.lock();
-        space.journal_head = 0;
-        space.retire(now, replaced);
-        Ok(())
-    }
-
-    /// How many of the newest runs go into the new one: afterwards each run is more than twice as large as all newer ones together,
-    /// so that there are few, and each entry is rewritten a logarithmic number of times.
-    fn runs_to_merge(&self, runs: &[Arc<MappedRun>], new: u64) -> usize {
-        let weight = |r: &MappedRun| {
-            let reference = r.reference();
-            reference.pointers.get() + u64::from(reference.regions.get()) + r.zero_ranges()
-        };
-        let mut total = new.max(1);
-        let mut count = 0;
-        for run in runs {
-            if weight(run) > 2 * total && runs.len() - count < MAX_RUNS {
-                break;
-            }
-            total += weight(run);
-            count += 1;
-        }
-        count
-    }
-
-    /// Writes the memtable merged with `runs` as a new run; returns its reference and the slots it occupies.
-    fn write_run(
-        &self,
-        c: &Commit,
-        runs: &[Arc<MappedRun>],
-    ) -> Result<(Option<RunRef>, (u32, u32))> {
-        let (mut regions, mut pointers, mut ranges) = (0u64, 0u64, 0u64);
-        for item in c.memtable.items() {
-            match item? {
-                crate::map::Item::Region(_, map) => {
-                    regions += 1;
-                    pointers += map.len() as u64;
-                }
-                crate::map::Item::Zeros(..) => ranges += 1,
-            }
-        }
-        for run in runs {
-            let r = run.reference();
-            regions += u64::from(r.regions.get());
-            // Stored zeros are pointers too; of a filled region there are none.
-            pointers += r.pointers.get()
-                + r.zeros
-                    .get()
-                    .min(u64::from(r.regions.get()) * REGION_BLOCKS as u64);
-            ranges += run.zero_ranges();
-        }
-        let slots = blocks(max_len(regions, pointers, ranges));
-        let slots = u32::try_from(slots)
-            .map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
-        let (start, hot) = {
-            let mut space = self.space.lock();
-            space.settle(&self.quiesce);
-            space.contiguous(slots)?
-        };
-        let give_back = |from: u32| {
-            let mut space = self.space.lock();
-            let rest = start + slots - from;
-            if hot {
-                space.hot.insert(from, rest);
-            } else if u64::from(start) + u64::from(slots) == space.high {
-                // The tail of the file goes back to its end.
-                space.high = u64::from(from);
-            } else {
-                space.cold.insert(from, rest);
-            }
-        };
-        let mut at = Slot(start).at();
-        let mut builder = Builder::new(|bytes: &[u8]| {
-            self.file.write_at(bytes, at)?;
-            at += bytes.len() as u64;
-            Ok(())
-        });
-        let mut sources: Vec<Items<'_>> = vec![c.memtable.items()];
-        sources.extend(runs.iter().map(|r| r.items(Region(0))));
-        let written = merge(sources)
-            .try_for_each(|item| builder.push(&item?))
-            .and_then(|()| builder.finish(&self.id, c.next_commit - 1));
-        match written {
-            Ok(Some(mut reference)) => {
-                reference.slot = U32::new(start);
-                let used = reference.slots.get();
-                debug_assert!(used <= slots);
-                if used < slots {
-                    give_back(start + used);
-                }
-                Ok((Some(reference), (start, used)))
-            }
-            Ok(None) => {
-                give_back(start);
-                Ok((None, (start, 0)))
-            }
-            Err(e) => {
-                self.unused(start, slots);
-                Err(e.layer(self.id))
-            }
-        }
-    }
-
-    /// Puts the free list into the superblock, or beside it. Returns the slots it took.
-    fn write_free_list(
-        &self,
-        next: &mut Superblock,
-        free: &mut FreeSet,
-        high: &mut u64,
-        forgotten: &mut u64,
-    ) -> Result<Option<(u32, u32)>> {
-        next.free_slot = U32::new(0);
-        next.free_slots = U32::new(0);
-        next.free_inline = [FreeExtent::new_zeroed(); INLINE_FREE];
-        let mut own = None;
-        if free.extents() > INLINE_FREE {
-            // One more than needed: taking the slots may cut an extent in two.
-            let bytes = (free.extents() + 2) as u64 * size_of::<FreeExtent>() as u64;
-            let slots = blocks(bytes) as u32;
-            let (start, _) = self.space.lock().contiguous(slots)?;
-            for slot in start..start + slots {
-                use_slot(free, high, slot);
-            }
-            *forgotten += free.limit();
-            next.free_slot = U32::new(start);
-            next.free_slots = U32::new(slots);
-            own = Some((start, slots));
-        }
-        let list: Vec<FreeExtent> = free
-            .iter()
-            .map(|(s, l)| FreeExtent {
-                slot: U32::new(s),
-                slots: U32::new(l),
-            })
-            .collect();
-        next.free_count = U32::new(list.len() as u32);
-        next.free_crc = U32::new(format::crc(list.as_bytes()));
-        match own {
-            None => next.free_inline[..list.len()].copy_from_slice(&list),
-            Some((start, slots)) => {
-                if let Err(e) = self.file.write_at(list.as_bytes(), Slot(start).at()) {
-                    self.unused(start, slots);
-                    return Err(e);
-                }
-            }
-        }
-        Ok(own)
-    }
-
-    // ---- space ----------------------------------------------------------------------------------------------
-
-    fn punch(&self, start: u32, len: u32) -> Result<()> {
-        if !self.can_punch.load(SeqCst) {
-            return Ok(());
-        }
-        match self.file.punch(Slot(start).at(), u64::from(len) * BLOCK) {
-            Err(e) if e.kind() == Kind::Unsupported => {
-                tracing::warn!(layer = %self.id, "the host filesystem cannot punch holes: freed space stays allocated");
-                self.can_punch.store(false, SeqCst);
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    /// Punches free slots out of the host file until at most `keep` have their blocks, if there are more than `above`.
-    fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
-        let mut limit = above;
-        loop {
-            let extent = {
-                let mut space = self.space.lock();
-                space.settle(&self.quiesce);
-                if space.hot.total() <= limit {
-                    return Ok(());
-                }
-                let most = space.hot.total() - keep.min(space.hot.total());
-                space.hot.take_some(most.min(u64::from(u32::MAX)) as u32)
-            };
-            let Some((start, len)) = extent else {
-                return Ok(());
-            };
-            let done = self.punch(start, len);
-            self.space.lock().cold.insert(start, len);
-            done?;
-            limit = keep;
-        }
-    }
-
-    /// Work that can wait: gives freed space back to the host. For a housekeeping thread.
-    pub fn maintain(&self) -> Result<()> {
-        self.check_poison()?;
-        self.give_to_host(HOT_SLOTS, HOT_SLOTS)
-    }
-
-    /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
-    /// counts only once they are committed.
-    pub fn make_room(&self) -> Result<()> {
-        self.flush()?;
-        match self.checkpoint_now() {
-            Err(e) if e.kind() == Kind::NoSpace => {}
-            other => other?,
-        }
-        {
-            // Nobody writes to the journal meanwhile.
-            let mut commit = self.commit.lock();
-            if commit.second_pending {
-                // Copy 2 may still need what stands there.
-                self.file.sync().map_err(|e| self.poison(e))?;
-                commit.second_pending = false;
-            }
-            let mut space = self.space.lock();
-            let needed = commit.head + commit_slots(space.entries);
-            let keep = needed.next_multiple_of(RESERVE_STEP);
-            if keep < space.journal_reserved {
-                self.punch(JOURNAL_START + keep, space.journal_reserved - keep)?;
-                space.journal_reserved = keep;
-            }
-        }
-        self.give_to_host(SPARE, SPARE)
-    }
-
     /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a
     /// full host disk the layer stays as recovery can take it up; nothing is lost.
     pub fn close(&self, state: State, name: Option<&str>) -> Result<()> {
@@ -1253,7 +764,8 @@ impl Layer {
                 self.punch(start, len)?;
             }
         }
-        if reserved > 0 {
+        // Also what a writer before us left, when there was nothing to write since.
+        if reserved > 0 || self.opened.recovered {
             self.punch(JOURNAL_START, JOURNAL_SLOTS)?;
         }
         let end = Slot(c.high as u32).at();
@@ -1280,16 +792,6 @@ impl Layer {
     }
 }
 
-/// Takes a slot that a commit names out of the free ones below the high-water mark, raising the mark if need be.
-fn use_slot(free: &mut FreeSet, high: &mut u64, slot: u32) {
-    if u64::from(slot) >= *high {
-        free.insert(*high as u32, slot - *high as u32);
-        *high = u64::from(slot) + 1;
-    } else {
-        free.remove(slot, 1);
-    }
-}
-
 /// Joins the last two entries if both are zeros side by side.
 fn merge_last_zero(entries: &mut Vec<CommitEntry>) {
     if let [.., a, b] = &entries[..] {
@@ -1304,33 +806,4 @@ fn merge_last_zero(entries: &mut Vec<CommitEntry>) {
             entries.push(CommitEntry::new(a_lba, len, Pointer::Zero));
         }
     }
-}
-
-/// Reads the free list that a superblock names.
-pub(super) fn read_free_list(file: &dyn File, superblock: &Superblock) -> Result<FreeSet> {
-    let count = superblock.free_count.get() as usize;
-    let bytes = if superblock.free_slot.get() == 0 {
-        superblock.free_inline[..count].as_bytes().to_vec()
-    } else {
-        let mut bytes = vec![0; count * size_of::<FreeExtent>()];
-        file.read_at(&mut bytes, Slot(superblock.free_slot.get()).at())?;
-        bytes
-    };
-    let at = Slot(superblock.free_slot.get().max(1)).at();
-    let bad = |what: &str| Error::new(Kind::Corrupt, format!("free list: {what}")).offset(at);
-    if format::crc(&bytes) != superblock.free_crc.get() {
-        return Err(bad("checksum mismatch"));
-    }
-    let list = <[FreeExtent]>::ref_from_bytes(&bytes).map_err(|_| bad("it is cut"))?;
-    let mut free = FreeSet::default();
-    let mut last = u64::from(format::DATA_START);
-    for extent in list {
-        let (start, len) = (u64::from(extent.slot.get()), u64::from(extent.slots.get()));
-        if start < last || len == 0 || start + len > superblock.high_water.get() {
-            return Err(bad("its extents are out of order"));
-        }
-        free.insert(extent.slot.get(), extent.slots.get());
-        last = start + len;
-    }
-    Ok(free)
 }

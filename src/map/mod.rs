@@ -92,6 +92,23 @@ impl RegionMap {
             Pointer::Absent
         }
     }
+    /// What this map says of the blocks from `index` on.
+    pub fn get_all(&self, index: usize, out: &mut [Pointer]) {
+        let rest = if self.fill {
+            Pointer::Zero
+        } else {
+            Pointer::Absent
+        };
+        let mut rank = self.rank(index);
+        for (i, pointer) in out.iter_mut().enumerate() {
+            *pointer = if self.has(index + i) {
+                rank += 1;
+                Pointer::unpack(self.pointers[rank - 1])
+            } else {
+                rest
+            };
+        }
+    }
     /// Sets block `index` to `pointer` (never `Absent`) and returns what stood there.
     pub fn set(&mut self, index: usize, pointer: Pointer) -> Pointer {
         debug_assert!(pointer != Pointer::Absent);

@@ -9,7 +9,7 @@ use crate::format::{
     DirEntry, FLAG_FILL, FLAG_LIST, Fence, GROUP_REGIONS, LIST_MAX, Pointer, RUN_MAGIC, RawPointer,
     RunHeader, RunRef, SUM_PIECE, ZERO_RANGE_MIN, ZeroRange, crc,
 };
-use crate::units::{BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
+use crate::units::{BLOCK_SIZE, Id, MAX_DISK, REGION_BLOCKS, REGION_BYTES, Region, Slot};
 use std::ops::Deref;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -43,6 +43,9 @@ pub struct Builder<W> {
     pointers: u64,
     zeros: u64,
 }
+
+/// Regions of the largest disk.
+const REGIONS: u32 = (MAX_DISK / REGION_BYTES) as u32;
 
 /// Bytes collected before they are handed on.
 const BUFFER: usize = 256 * 1024;
@@ -274,7 +277,7 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             .all(|w| end(&w[0]) <= u64::from(w[1].region.get()))
             && zero_ranges
                 .iter()
-                .all(|r| r.regions.get() > 0 && end(r) <= 1 << 23);
+                .all(|r| r.regions.get() > 0 && end(r) <= u64::from(REGIONS));
         if !fences_sound || !ranges_sound {
             return Err(bad("its trailer is out of order"));
         }
@@ -302,8 +305,11 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         self.zero_ranges.len() as u64
     }
     fn bad(&self, what: &str, at: usize) -> Error {
-        Error::new(Kind::Corrupt, format!("block map: {what}"))
-            .offset(Slot(self.reference.slot.get()).at() + at as u64)
+        Error::new(Kind::Corrupt, format!("block map: {what}")).offset(
+            Slot(self.reference.slot.get())
+                .at()
+                .saturating_add(at as u64),
+        )
     }
     /// The bytes `at..at+len` of the payload, checked.
     fn checked(&self, at: u64, len: usize) -> Result<&[u8]> {
@@ -341,7 +347,10 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         let flags = entry.flags.get();
         let fill = flags & FLAG_FILL != 0;
         let bad = || self.bad("a region contradicts itself", at as usize);
-        if count > REGION_BLOCKS || flags & !(FLAG_FILL | FLAG_LIST) != 0 {
+        if count > REGION_BLOCKS
+            || flags & !(FLAG_FILL | FLAG_LIST) != 0
+            || entry.region.get() >= REGIONS
+        {
             return Err(bad());
         }
         if count == 0 {

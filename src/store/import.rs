@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
-/// A file in the directory of an import that is under way: locked as long as whoever imports lives.
-const UNDER_WAY: &str = "lock";
-
 /// Bytes copied in one go.
 const PIECE: usize = 1 << 20;
+
+/// File whose lock is held while an import is under way.
+const RUNNING: &str = "running";
 
 /// Images up to this length get a SHA-256 while they are copied. It covers holes as well, so that `sha256sum` agrees; for larger, mostly
 /// empty images that would take longer than the copy.
@@ -131,6 +131,19 @@ impl Store {
         }
         Ok(bytes)
     }
+    /// Fails with `Busy` if anyone has the base open.
+    pub(super) fn base_idle(&self, id: Id) -> Result<()> {
+        match self
+            .bases
+            .subdir(&id.to_string())
+            .and_then(|d| d.open("image", Access::Read))
+        {
+            Ok(image) => image.lock(true),
+            // A linked base has no image here; a damaged one may lack it.
+            Err(e) if e.kind() == Kind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
     /// Brings an image in under `name`. Nothing half-made stays if it fails.
     pub fn import(
         &self,
@@ -150,14 +163,14 @@ impl Store {
         }
         let id = (self.env.id)();
         let temporary = format!("{TEMPORARY}{id}");
-        // A locked file tells `gc`, which has the lock of the names, that the import is still under way.
-        let (dir, under_way) = {
+        let (dir, running) = {
+            // `gc` may not come in between: a locked file tells it that the import is under way.
             let _lock = self.lock(true)?;
             self.bases.create_dir(&temporary)?;
             let dir = self.bases.subdir(&temporary)?;
-            let file = dir.open(UNDER_WAY, Access::CreateNew)?;
-            file.lock(true)?;
-            (dir, file)
+            let running = dir.open(RUNNING, Access::CreateNew)?;
+            running.lock(true)?;
+            (dir, running)
         };
         let mut named = false;
         let done = self
@@ -167,7 +180,8 @@ impl Store {
                 if self.names.entry(name)?.is_some() {
                     return Err(taken());
                 }
-                dir.remove(UNDER_WAY)?;
+                // From here on the lock of the names keeps `gc` away.
+                dir.remove(RUNNING)?;
                 dir.sync()?;
                 self.bases.rename_new(&temporary, &id.to_string())?;
                 self.bases.sync()?;
@@ -177,7 +191,8 @@ impl Store {
                     created: (self.env.now)(),
                     message: None,
                 };
-                let staged = names::stage(&*self.names, name, &record.encode(), true)?;
+                let (staged, file) = names::stage(&*self.names, name, &record.encode())?;
+                file.sync()?;
                 self.names.rename_new(&staged, name)?;
                 named = true;
                 self.names.sync()?;
@@ -188,23 +203,15 @@ impl Store {
         if done.is_err() && unnamed() {
             for dir_name in [&temporary, &id.to_string()] {
                 if let Ok(dir) = self.bases.subdir(dir_name) {
-                    for file in ["meta", "sums", "image", UNDER_WAY] {
+                    for file in ["meta", "sums", "image", RUNNING] {
                         let _ = dir.remove(file);
                     }
                     let _ = self.bases.remove_dir(dir_name);
                 }
             }
         }
-        drop(under_way);
+        drop(running);
         done
-    }
-    /// Is a temporary directory of `bases/` being filled by an import that lives?
-    pub(super) fn import_under_way(&self, temporary: &str) -> bool {
-        let file = self
-            .bases
-            .subdir(temporary)
-            .and_then(|dir| dir.open(UNDER_WAY, Access::Read));
-        file.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
     fn fill(
         &self,
@@ -227,13 +234,26 @@ impl Store {
         file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
         file.sync()
     }
+    /// Is a directory of `bases/` that of an import under way?
+    pub fn import_running(&self, temporary: &str) -> bool {
+        let open = self
+            .bases
+            .subdir(temporary)
+            .and_then(|dir| dir.open(RUNNING, Access::Read));
+        open.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
+    }
 }
 
 /// Opens the image of a base, and its sums.
 pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
     let dir = store.bases.subdir(&meta.id.to_string())?;
     let image: Arc<dyn File> = match &meta.link {
-        None => dir.open("image", Access::Read)?,
+        None => {
+            let image = dir.open("image", Access::Read)?;
+            // As long as anyone has it open it is not removed.
+            image.lock(false)?;
+            image
+        }
         Some(link) => open_link(meta.id, link)?,
     };
     let sums = match dir.open("sums", Access::Read) {

@@ -132,8 +132,8 @@ impl Store {
     pub fn open_or_init(path: &Path) -> Result<Store> {
         match Store::open(path) {
             Err(e) if e.kind() == Kind::NoStore => match Store::init(path) {
-                // Another command was faster.
-                Err(e) if e.kind() == Kind::Exists => Store::open(path),
+                // Another command was faster; or the directory is something else.
+                Err(e) if e.kind() == Kind::Exists => Store::open(path).map_err(|_| e),
                 other => other,
             },
             other => other,
@@ -179,7 +179,8 @@ impl Store {
             .with("format", VERSION.to_string())
             .with("id", (env.id)().to_string())
             .encode();
-        let temporary = names::stage(&*root, STORE_FILE, &record, true)?;
+        let (temporary, file) = names::stage(&*root, STORE_FILE, &record)?;
+        file.sync()?;
         root.sync()?;
         root.rename_new(&temporary, STORE_FILE)?;
         root.sync()?;
@@ -193,18 +194,21 @@ impl Store {
             _ => e,
         })?;
         let store_file = path.join(STORE_FILE);
-        let record = Record::decode(&bytes).map_err(|e| {
-            e.context(format!("{} is damaged", store_file.display()))
-                .hint("restore the file from a backup")
-        })?;
-        let version = record.number("format").map_err(|e| e.path(&store_file))?;
-        if version > u64::from(VERSION) {
+        // Before anything else: what a newer version writes need not look sound to this one.
+        if let Some(version) = Record::peek_number(&bytes, "format")
+            && version > u64::from(VERSION)
+        {
             return Err(Error::new(
                 Kind::Version,
                 format!("the store {} has format version {version}, newer than this forkdisk reads ({VERSION})", path.display()),
             )
             .hint("use a newer forkdisk"));
         }
+        let record = Record::decode(&bytes).map_err(|e| {
+            e.context(format!("{} is damaged", store_file.display()))
+                .hint("restore the file from a backup")
+        })?;
+        record.number("format").map_err(|e| e.path(&store_file))?;
         let id = Id::parse(record.need("id")?).ok_or_else(|| {
             Error::new(Kind::Corrupt, "the store's id is no id").path(&store_file)
         })?;
@@ -277,16 +281,27 @@ impl Store {
         all.sort();
         Ok(all)
     }
-    /// All named objects, sorted by name.
+    /// All named objects that can be read, sorted by name.
     pub fn list(&self) -> Result<Vec<Object>> {
-        let _lock = self.lock(false)?;
-        self.list_locked()
+        Ok(self.survey()?.sound)
     }
-    fn list_locked(&self) -> Result<Vec<Object>> {
-        self.all_names()?
-            .iter()
-            .map(|name| self.object(name))
-            .collect()
+    /// All named objects, sorted by name; those that are damaged apart, so that they do not hide the others.
+    pub fn survey(&self) -> Result<Found<Object>> {
+        let _lock = self.lock(false)?;
+        self.survey_locked()
+    }
+    fn survey_locked(&self) -> Result<Found<Object>> {
+        let mut found = Found::default();
+        for name in self.all_names()? {
+            match self.object(&name) {
+                Ok(object) => found.sound.push(object),
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    found.damaged.push(Damage { name, error });
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(found)
     }
     /// The object behind a name that exists.
     fn object(&self, name: &str) -> Result<Object> {

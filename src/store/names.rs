@@ -4,8 +4,9 @@ use super::{Below, ObjectKind};
 use crate::error::{Error, Kind, Result};
 use crate::format::text::{MAX_RECORD, Record};
 use crate::format::{MAX_MESSAGE, MAX_NAME};
-use crate::io::{Access, Dir};
+use crate::io::{Access, Dir, File};
 use crate::units::Id;
+use std::sync::Arc;
 
 /// Prefix of files that are under way: no name can begin with it.
 pub const TEMPORARY: &str = ".tmp-";
@@ -141,20 +142,17 @@ pub fn read_name(names: &dyn Dir, name: &str) -> Result<NameRecord> {
     })
 }
 
-/// Writes `bytes` into a new temporary file for `name` and returns the temporary's name. Not durable yet, unless `sync`.
-pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8], sync: bool) -> Result<String> {
+/// Writes `bytes` into a new temporary file for `name`; returns the temporary's name, and the file, which is not durable yet.
+pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8]) -> Result<(String, Arc<dyn File>)> {
     let temporary = format!("{TEMPORARY}{name}");
     // A leftover of an interrupted operation: the lock is held, so nobody else uses it.
     if dir.entry(&temporary)?.is_some() {
         dir.remove(&temporary)?;
     }
     let file = dir.open(&temporary, Access::CreateNew)?;
-    let written = file
-        .write_at(bytes, 0)
-        .and_then(|()| if sync { file.sync() } else { Ok(()) });
-    if let Err(e) = written {
+    if let Err(e) = file.write_at(bytes, 0) {
         let _ = dir.remove(&temporary);
         return Err(e);
     }
-    Ok(temporary)
+    Ok((temporary, file))
 }

@@ -2,14 +2,14 @@
 
 use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
 use super::{
-    Below, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file, parent_of,
-    too_deep,
+    Below, Damage, Found, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file,
+    parent_of, too_deep,
 };
 use crate::chain::Chain;
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Header, MAX_DEPTH, valid_size};
-use crate::io::{Access, EntryKind};
+use crate::io::{Access, EntryKind, File};
 use crate::layer::{self, Layer, ReadLayer, State, read_header};
 use crate::units::{Id, MAX_DISK, round_up};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -71,8 +71,10 @@ impl Store {
         let mut made: Vec<Object> = Vec::with_capacity(disks.len());
         let mut named = 0;
         let done = (|| {
+            let mut unsynced = Vec::new();
             for name in disks {
-                let id = self.new_layer(parent, depth, size, created, name, one)?;
+                let (id, file) = self.new_layer(parent, depth, size, created, name)?;
+                unsynced.push(file);
                 made.push(Object {
                     name: name.clone(),
                     kind: ObjectKind::Disk,
@@ -88,13 +90,19 @@ impl Store {
                     created,
                     message: None,
                 };
-                stage(&*self.names, name, &record.encode(), one)?;
+                unsynced.push(stage(&*self.names, name, &record.encode())?.1);
+                if !one {
+                    // Thousands of files need not be open at once: all are synced together.
+                    unsynced.clear();
+                }
             }
-            // Layers before names, whatever the number.
+            // Layers before names, whatever the number; and all is written before the first sync, so that most of what the
+            // later ones would do is done by then.
             if one {
-                self.layers.sync()?
+                unsynced.iter().try_for_each(|file| file.sync())?;
+                self.layers.sync()?;
             } else {
-                self.root.sync_filesystem()?
+                self.root.sync_filesystem()?;
             }
             for name in disks {
                 self.names
@@ -126,7 +134,7 @@ impl Store {
         }
         Ok(made)
     }
-    /// Writes the header of a new layer; durable if `sync`, but for its name in `layers/`.
+    /// Writes the header of a new layer, not durable yet.
     fn new_layer(
         &self,
         parent: Below,
@@ -134,8 +142,7 @@ impl Store {
         size: u64,
         created: u64,
         name: &str,
-        sync: bool,
-    ) -> Result<Id> {
+    ) -> Result<(Id, Arc<dyn File>)> {
         let id = (self.env.id)();
         let header = Header::new(
             id,
@@ -147,13 +154,11 @@ impl Store {
             name,
         );
         let file = self.layers.open(&layer_file(id), Access::CreateNew)?;
-        let written =
-            layer::create(&*file, &header).and_then(|()| if sync { file.sync() } else { Ok(()) });
-        if let Err(e) = written {
+        if let Err(e) = layer::create(&*file, &header) {
             let _ = self.layers.remove(&layer_file(id));
             return Err(e);
         }
-        Ok(id)
+        Ok((id, file))
     }
     fn depth_of(&self, below: Below) -> Result<u32> {
         match below {
@@ -202,81 +207,91 @@ impl Store {
         }
         Ok(source)
     }
-    /// The records of a snapshot: staged and durable, to be renamed once the layer is sealed.
-    fn stage_snapshot(
-        &self,
-        source: &Object,
-        next: Id,
-        snapshot: Option<(&str, Option<&str>)>,
-    ) -> Result<Vec<(String, String)>> {
-        let mut staged = Vec::new();
-        if let Some((name, message)) = snapshot {
-            let record = NameRecord {
-                kind: ObjectKind::Snapshot,
-                target: Below::Layer(source.id),
-                created: (self.env.now)(),
-                message: message.map(String::from),
-            };
-            let full = format!("{}@{name}", source.name);
-            staged.push((stage(&*self.names, &full, &record.encode(), true)?, full));
-        }
-        let record = NameRecord {
-            kind: ObjectKind::Disk,
-            target: Below::Layer(next),
-            created: source.created,
-            message: source.message.clone(),
-        };
-        staged.push((
-            stage(&*self.names, &source.name, &record.encode(), true)?,
-            source.name.clone(),
-        ));
-        Ok(staged)
-    }
-    fn install(&self, staged: &[(String, String)]) -> Result<()> {
-        for (temporary, name) in staged {
-            self.names.rename(temporary, name)?;
-        }
-        self.names.sync()
-    }
-    /// A new layer above the one of `source`, durable, unnamed.
-    fn layer_above(&self, source: &Object) -> Result<(Id, u64)> {
+    /// What a seal needs beside the layer itself, durable: the layer that will be above it, and the names as they will be.
+    fn prepare(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Prepared> {
         let (header, size) = self.layer_head(source.id)?;
         let depth = header.depth.get() + 1;
         if depth > MAX_DEPTH {
             return Err(too_deep(&source.name));
         }
-        let id = self.new_layer(
-            Below::Layer(source.id),
-            depth,
-            size,
-            (self.env.now)(),
-            &source.name,
-            true,
-        )?;
-        self.layers.sync()?;
-        Ok((id, size))
+        let now = (self.env.now)();
+        let parent = Below::Layer(source.id);
+        let (next, file) = self.new_layer(parent, depth, size, now, &source.name)?;
+        let mut unsynced = vec![file];
+        let mut staged = Vec::new();
+        let written = (|| {
+            let mut put = |name: String, kind, target, created, message: Option<String>| {
+                let record = NameRecord {
+                    kind,
+                    target,
+                    created,
+                    message,
+                };
+                let (temporary, file) = stage(&*self.names, &name, &record.encode())?;
+                unsynced.push(file);
+                staged.push((temporary, name));
+                Ok::<_, Error>(())
+            };
+            if let Some((name, message)) = snapshot {
+                let full = format!("{}@{name}", source.name);
+                put(
+                    full,
+                    ObjectKind::Snapshot,
+                    parent,
+                    now,
+                    message.map(String::from),
+                )?;
+            }
+            let above = Below::Layer(next);
+            put(
+                source.name.clone(),
+                ObjectKind::Disk,
+                above,
+                source.created,
+                source.message.clone(),
+            )?;
+            // All is written before the first sync: most of what the later ones would do is done by then.
+            unsynced.iter().try_for_each(|file| file.sync())?;
+            self.layers.sync()
+        })();
+        let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
+        let prepared = Prepared {
+            next,
+            staged,
+            label,
+        };
+        match written {
+            Ok(()) => Ok(prepared),
+            Err(e) => {
+                self.abandon(&prepared);
+                Err(e)
+            }
+        }
+    }
+    /// Takes back what was prepared for a seal that did not come about.
+    fn abandon(&self, prepared: &Prepared) {
+        for (temporary, _) in &prepared.staged {
+            let _ = self.names.remove(temporary);
+        }
+        let _ = self.layers.remove(&layer_file(prepared.next));
+    }
+    fn install(&self, prepared: &Prepared) -> Result<()> {
+        for (temporary, name) in &prepared.staged {
+            self.names.rename(temporary, name)?;
+        }
+        self.names.sync()
     }
     /// Seals the layer of a disk at rest and puts a new one on top. Returns the sealed layer.
     fn seal_at_rest(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Id> {
         // An interrupted snapshot may have left it sealed: then it is completed first, and sealed anew.
         let (layer, _) = self.open_top(source)?;
         let source = self.object(&source.name)?;
-        let (next, _) = self.layer_above(&source)?;
-        let sealed = self
-            .stage_snapshot(&source, next, snapshot)
-            .and_then(|staged| {
-                let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
-                layer
-                    .close(State::Sealed, label.as_deref())
-                    .map(|()| staged)
-            });
-        match sealed {
-            Ok(staged) => self.install(&staged)?,
-            Err(e) => {
-                let _ = self.layers.remove(&layer_file(next));
-                return Err(e);
-            }
+        let prepared = self.prepare(&source, snapshot)?;
+        if let Err(e) = layer.close(State::Sealed, prepared.label.as_deref()) {
+            self.abandon(&prepared);
+            return Err(e);
         }
+        self.install(&prepared)?;
         Ok(source.id)
     }
     fn seal_running(
@@ -285,35 +300,33 @@ impl Store {
         running: &CowDisk,
         snapshot: Option<(&str, Option<&str>)>,
     ) -> Result<()> {
-        let (next, _) = self.layer_above(source)?;
-        let staged = match self.stage_snapshot(source, next, snapshot) {
-            Ok(staged) => staged,
-            Err(e) => {
-                let _ = self.layers.remove(&layer_file(next));
-                return Err(e);
-            }
-        };
-        let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
-        running.seal(label.as_deref(), |sealed| {
-            self.install(&staged)?;
+        let prepared = self.prepare(source, snapshot)?;
+        let mut sealed_at = false;
+        let done = running.seal(prepared.label.as_deref(), |sealed| {
+            sealed_at = true;
+            self.install(&prepared)?;
             // From the writer's lock to a reader's, on the same open file.
             sealed.lock(false)?;
             let sealed = Arc::new(ReadLayer::open(sealed)?);
             self.open_layers
                 .lock()
                 .insert(sealed.id(), Arc::downgrade(&sealed));
-            let file = self.layers.open(&layer_file(next), Access::Write)?;
+            let file = self
+                .layers
+                .open(&layer_file(prepared.next), Access::Write)?;
             file.lock(true)?;
             let layer = Layer::open(file)?;
             let chain: Arc<Chain> = self.chain(Below::Layer(sealed.id()))?;
             Ok((layer, chain))
-        })
+        });
+        if done.is_err() && !sealed_at {
+            self.abandon(&prepared);
+        }
+        done
     }
     /// Completes an interrupted snapshot: a new layer over the sealed one that the disk's name refers to.
     pub(super) fn put_layer_on_top(&self, source: &Object) -> Result<NameRecord> {
-        let (next, _) = self.layer_above(source)?;
-        let staged = self.stage_snapshot(source, next, None)?;
-        self.install(&staged)?;
+        self.install(&self.prepare(source, None)?)?;
         names::read_name(&*self.names, &source.name)
     }
 
@@ -371,10 +384,14 @@ impl Store {
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let objects = self.list_locked()?;
+        let objects = self.survey_locked()?.sound;
         let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
         for reference in refs {
-            let object = self.resolve_locked(reference)?;
+            let object = match self.resolve_locked(reference) {
+                // What is damaged can be removed, if it is called by its name.
+                Err(e) if e.kind() == Kind::Corrupt => self.remains(reference, e)?,
+                other => other?,
+            };
             wanted.insert(object.name.clone(), object);
         }
         let mut going = wanted.clone();
@@ -423,7 +440,13 @@ impl Store {
             }
         }
         for object in going.values() {
-            self.check_idle(object)?;
+            // What keeps another name may stay open by it.
+            let stays = |o: &Object| {
+                object_target(o) == object_target(object) && !going.contains_key(&o.name)
+            };
+            if !objects.iter().any(stays) {
+                self.check_idle(object)?;
+            }
         }
         let mut list: Vec<Object> = going.into_values().collect();
         list.sort_by_key(|o| {
@@ -440,6 +463,26 @@ impl Store {
             .sum();
         Ok(RemovePlan { names: list, frees })
     }
+    /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
+    fn remains(&self, name: &str, why: Error) -> Result<Object> {
+        let record = match names::read_name(&*self.names, name) {
+            Ok(record) => Some(record),
+            Err(e) if e.kind() == Kind::Corrupt => None,
+            Err(_) => return Err(why),
+        };
+        if self.names.entry(name)? != Some(EntryKind::File) {
+            return Err(why);
+        }
+        Ok(Object {
+            name: name.to_string(),
+            kind: record.as_ref().map_or(ObjectKind::Disk, |r| r.kind),
+            id: record.as_ref().map_or(Id([0; 16]), |r| r.target.id()),
+            size: 0,
+            parent: None,
+            created: record.map_or(0, |r| r.created),
+            message: None,
+        })
+    }
     /// Fails if an object is attached.
     fn check_idle(&self, object: &Object) -> Result<()> {
         let busy = |e: Error| {
@@ -451,12 +494,11 @@ impl Store {
             }
         };
         match object.kind {
-            ObjectKind::Base => Ok(()),
+            ObjectKind::Base => self.base_idle(object.id).map_err(busy),
             _ => match self.layers.open(&layer_file(object.id), Access::Read) {
-                // A sealed layer may be open below others that stay; a disk's own layer only by its own attachment.
-                Ok(file) if object.kind == ObjectKind::Disk => file.lock(true).map_err(busy),
-                Ok(_) => Ok(()),
-                Err(e) if e.kind() == Kind::NotFound => Ok(()),
+                Ok(file) => file.lock(true).map_err(busy),
+                // Gone, or something that is no file: nobody has it open.
+                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => Ok(()),
                 Err(e) => Err(e),
             },
         }
@@ -464,8 +506,13 @@ impl Store {
     /// Removes what a plan lists, then everything that nothing needs any more.
     pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
         let _lock = self.lock(true)?;
+        let graph = self.graph()?;
+        let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
         for object in &plan.names {
-            self.check_idle(object)?;
+            let names = graph.names.get(&object_target(object));
+            if !names.is_some_and(|names| names.iter().any(|n| !gone.contains(n.as_str()))) {
+                self.check_idle(object)?;
+            }
             // What it is must not have changed since the plan was made.
             match names::read_name(&*self.names, &object.name) {
                 Ok(record) if record.target == object_target(object) => {}
@@ -481,8 +528,6 @@ impl Store {
                 }
             }
         }
-        let graph = self.graph()?;
-        let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
         // Someone may have forked from it since the plan was made.
         for object in &plan.names {
             let target = object_target(object);
@@ -551,7 +596,7 @@ impl Store {
                     continue;
                 }
                 match kind {
-                    EntryKind::Dir if self.import_under_way(&name) => continue,
+                    EntryKind::Dir if self.import_running(&name) => continue,
                     _ if dry_run => {}
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,
@@ -666,16 +711,34 @@ impl Store {
         Ok(graph)
     }
     /// All layer files with what is known of them.
-    pub fn layers(&self) -> Result<Vec<LayerInfo>> {
+    pub fn layers(&self) -> Result<Found<LayerInfo>> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let mut all = Vec::new();
+        let mut found = Found::default();
         for (below, node) in &graph.nodes {
-            let (Below::Layer(id), Some(parent)) = (*below, node.parent) else {
+            let Below::Layer(id) = *below else {
                 continue;
             };
-            let (state, (data, zeros), size) = self.layer_counts(id)?;
-            all.push(LayerInfo {
+            let names = graph.names.get(below).cloned().unwrap_or_default();
+            let counts = self.layer_counts(id).and_then(|counts| {
+                let parent = node.parent.ok_or_else(|| {
+                    Error::new(Kind::Corrupt, "its header cannot be read").layer(id)
+                })?;
+                Ok((parent, counts))
+            });
+            let (parent, (state, (data, zeros), size)) = match counts {
+                Ok(counts) => counts,
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    let name = match &names[..] {
+                        [] => format!("layer {id}"),
+                        names => names.join(", "),
+                    };
+                    found.damaged.push(Damage { name, error });
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            found.sound.push(LayerInfo {
                 id,
                 parent,
                 state: state.word(),
@@ -684,11 +747,12 @@ impl Store {
                 private_bytes: data * crate::units::BLOCK,
                 zero_blocks: zeros,
                 depth: node.depth,
-                names: graph.names.get(below).cloned().unwrap_or_default(),
+                names,
             });
         }
-        all.sort_by_key(|l| (l.depth, l.id));
-        Ok(all)
+        found.sound.sort_by_key(|l| (l.depth, l.id));
+        found.damaged.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
     }
     /// State, counts and size of a layer file that others may be writing.
     pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {
@@ -703,6 +767,16 @@ impl Store {
             }
         }
     }
+}
+
+/// What a seal needs beside the layer itself.
+struct Prepared {
+    /// The layer that will be above.
+    next: Id,
+    /// Temporary files and the names they will have.
+    staged: Vec<(String, String)>,
+    /// What the sealed layer will call itself.
+    label: Option<String>,
 }
 
 /// What the object's name refers to.

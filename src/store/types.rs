@@ -1,6 +1,6 @@
 //! What the store tells about itself: plain data, for the command line, the daemon and tests.
 
-use crate::units::Id;
+use crate::{error::Error, units::Id};
 
 /// What a name stands for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -215,4 +215,31 @@ pub struct CheckReport {
     pub corruptions: Vec<Finding>,
     /// Layers and bases looked at.
     pub checked: u64,
+}
+
+/// What is sound of a kind, and what is not.
+#[derive(Debug)]
+pub struct Found<T> {
+    /// What can be read.
+    pub sound: Vec<T>,
+    /// What cannot.
+    pub damaged: Vec<Damage>,
+}
+
+impl<T> Default for Found<T> {
+    fn default() -> Found<T> {
+        Found {
+            sound: Vec::new(),
+            damaged: Vec::new(),
+        }
+    }
+}
+
+/// A name or layer that is there and cannot be read.
+#[derive(Clone, Debug)]
+pub struct Damage {
+    /// Its name.
+    pub name: String,
+    /// What is wrong.
+    pub error: Error,
 }

@@ -1,7 +1,10 @@
 //! What objects cost and what they share.
 
 use super::objects::{Graph, object_target};
-use super::{BaseInfo, Below, Details, Object, ObjectKind, Store, Usage, layer_file, parent_of};
+use super::{
+    BaseInfo, Below, Damage, Details, Found, Object, ObjectKind, Store, Usage, layer_file,
+    parent_of,
+};
 use crate::error::{Error, Kind, Result};
 use crate::format::MAX_DEPTH;
 use crate::io::Access;
@@ -16,7 +19,13 @@ impl Store {
             if chain.len() > MAX_DEPTH as usize + 1 {
                 return Err(Error::new(Kind::Corrupt, "the chain of layers has no end").layer(id));
             }
-            let file = self.layers.open(&layer_file(id), Access::Read)?;
+            let open = self.layers.open(&layer_file(id), Access::Read);
+            let file = open.map_err(|e| match e.kind() {
+                Kind::NotFound => e
+                    .context(format!("layer {id} is gone"))
+                    .with_kind(Kind::Corrupt),
+                _ => e,
+            })?;
             chain.push(parent_of(&read_header(&*file)?));
         }
         Ok(chain)
@@ -57,10 +66,21 @@ impl Store {
         self.usage_in(object, &self.graph()?)
     }
     /// Space of several objects, with one look at the store.
-    pub fn usages(&self, objects: &[Object]) -> Result<Vec<Usage>> {
+    pub fn usages(&self, objects: Vec<Object>) -> Result<Found<(Object, Usage)>> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        objects.iter().map(|o| self.usage_in(o, &graph)).collect()
+        let mut found = Found::default();
+        for object in objects {
+            match self.usage_in(&object, &graph) {
+                Ok(usage) => found.sound.push((object, usage)),
+                Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
+                    let name = object.name;
+                    found.damaged.push(Damage { name, error });
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(found)
     }
     fn usage_in(&self, object: &Object, graph: &Graph) -> Result<Usage> {
         let chain = self.chain_of(object)?;

@@ -243,6 +243,11 @@ pub fn attach(file: BorrowedFd<'_>, name: &Path, setup: Setup) -> Result<PathBuf
     )
 }
 
+/// Fails if this user may not set up devices.
+pub fn may_attach() -> Result<()> {
+    open_control().map(|_| ())
+}
+
 fn open_control() -> Result<fs::File> {
     fs::OpenOptions::new()
         .read(true)
@@ -387,6 +392,40 @@ pub fn backing_file(device: &Path) -> Option<PathBuf> {
         text.pop();
     }
     (!text.is_empty()).then(|| PathBuf::from(std::ffi::OsString::from_vec(text)))
+}
+
+/// Which use of the device it is: the number changes whenever the device gets another backing file, and is never the
+/// same again until the next boot. `None` before kernel 5.15.
+pub fn sequence(device: &Path) -> Option<u64> {
+    let text = fs::read_to_string(sysfs(number(device)?).join("diskseq")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Takes away a device whose backing file nobody will ever serve again, if it is still that use of it. What was
+/// written to it and never flushed is lost. `Busy` if it is mounted or held exclusively.
+pub fn detach_dead(device: &Path, use_of: u64) -> Result<Detach> {
+    let gone = || backing_file(device).is_none() || sequence(device) != Some(use_of);
+    if gone() {
+        return Ok(Detach::Gone);
+    }
+    let open = open_quiet(device, libc::O_EXCL).map_err(|e| {
+        Error::io("detach", device, &e).or_hint("unmount it and stop what uses it, then try again")
+    })?;
+    // Held exclusively, nobody can put another file behind it.
+    if gone() {
+        return Ok(Detach::Gone);
+    }
+    if let Err(e) = ioctl_none(open.as_raw_fd(), LOOP_CLR_FD)
+        && e.raw_os_error() != Some(libc::ENXIO)
+    {
+        return Err(Error::io("detach", device, &e));
+    }
+    drop(open);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !gone() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(Detach::Done)
 }
 
 /// All configured devices whose backing file has this `st_dev` and `st_ino`.

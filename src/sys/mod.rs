@@ -4,8 +4,11 @@
 //! function is one thing the kernel does, with the kernel's races and delays taken care of.
 
 pub mod fdpass;
+pub mod freeze;
 pub mod holders;
+pub mod idle;
 pub mod loopdev;
 pub mod mounts;
 pub mod probe;
 pub mod process;
+pub mod signals;

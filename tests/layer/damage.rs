@@ -80,7 +80,7 @@ fn every_flipped_byte_is_harmless_or_told() {
         for (at, byte) in bytes.iter().enumerate() {
             // Of long stretches of zeros and of data, some.
             let slot = &bytes[at / 4096 * 4096..((at / 4096 + 1) * 4096).min(bytes.len())];
-            let metadata = path.ends_with(".layer") && (at < 3 * 4096 || at >= 1024 * 4096)
+            let metadata = path.ends_with(".layer") && !(3 * 4096..1024 * 4096).contains(&at)
                 || !path.ends_with(".layer") && !path.ends_with("image");
             let step = match metadata {
                 true if *byte != 0 && slot.iter().any(|b| *b != slot[0]) => 1,

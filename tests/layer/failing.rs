@@ -161,7 +161,7 @@ fn a_full_disk_at_every_level() {
         };
         sim.set_capacity(Some((used + level * B).max(sim.used())));
         let mut rng = Rng(level);
-        let mut model = vec![1u8; 60];
+        let mut model = [1u8; 60];
         let mut refused = 0;
         for step in 0..60 {
             let story = || format!("level {level}, step {step}");

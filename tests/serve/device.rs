@@ -2,14 +2,14 @@
 
 use crate::{
     disks::MemDisk,
-    rig::{Loop, Random, Rig, eventually, root, run},
+    rig::{Loop, Random, Rig, eventually, mounts_lock, root, run},
 };
 use forkdisk::{
     attach::{self, Detach, DetachOptions, LoopOptions, MountOptions},
     disk::Disk,
     error::Kind,
     serve::fuse::Options,
-    sys::{holders, loopdev},
+    sys::{holders, loopdev, process},
 };
 use std::{
     fs::{self, File},
@@ -87,7 +87,7 @@ fn a_device_is_the_disk() {
         assert_eq!(queue(dev.device(), "rotational"), "0");
         assert_eq!(
             attach::find_loops(dev.0.dev, dev.0.ino).unwrap(),
-            [dev.0.clone()]
+            std::slice::from_ref(&dev.0)
         );
 
         // A pattern through dd, straight and through the page cache, with odd sizes.
@@ -206,6 +206,7 @@ fn filesystems_live_on_it() {
     if !root() {
         return;
     }
+    let _lock = mounts_lock(false);
     let rig = Rig::new();
     for (fs_type, block_size) in [("ext4", 512), ("ext4", 4096), ("xfs", 512), ("btrfs", 4096)] {
         if Command::new(format!("mkfs.{fs_type}"))
@@ -263,7 +264,7 @@ fn filesystems_live_on_it() {
             &[
                 "-r",
                 "--no-dereference",
-                "/usr/include",
+                "/usr/include/linux",
                 copy.to_str().unwrap(),
             ],
         );
@@ -280,6 +281,7 @@ fn a_dirty_journal_mounts_read_only() {
     if !root() {
         return;
     }
+    let _lock = mounts_lock(false);
     let rig = Rig::new();
     for fs_type in ["ext4", "xfs"] {
         let disk = Arc::new(MemDisk::new(512 * MIB));
@@ -434,6 +436,7 @@ fn a_device_in_use_names_who_uses_it() {
     if !root() {
         return;
     }
+    let _lock = mounts_lock(true);
     let rig = Rig::new();
     let dev = rig.attach(
         "disk",
@@ -483,6 +486,9 @@ fn a_device_in_use_names_who_uses_it() {
             .process_group(0),
     );
     eventually("the hidden mount is there", || {
+        process::comm(hidden.0.id() as i32).as_deref() == Some("sleep")
+    });
+    eventually("it is found", || {
         holders::of_device(dev.device())
             .unwrap()
             .iter()

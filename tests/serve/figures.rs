@@ -1,10 +1,15 @@
 //! What the way through FUSE and loop costs, against a loop device over a plain file in memory.
+//!
+//! In the environment: `THREADS` (most workers), `JOB` (only jobs whose name contains this), `SECONDS_EACH`.
 
 use crate::{
     disks::MemDisk,
     rig::{Loop, Rig, root, run},
 };
-use forkdisk::attach::{self, LoopOptions};
+use forkdisk::{
+    attach::{self, LoopOptions},
+    serve::fuse::Options,
+};
 use std::{fs::File, sync::Arc};
 
 const SIZE: u64 = 512 << 20;
@@ -99,7 +104,12 @@ fn figures() {
     }
     let seconds = std::env::var("SECONDS_EACH").unwrap_or_else(|_| "3".into());
     let block_size = 512;
-    let rig = Rig::new();
+    let mut options = Options::default();
+    if let Ok(threads) = std::env::var("THREADS") {
+        options.max_threads = threads.parse().unwrap();
+    }
+    let only = std::env::var("JOB").unwrap_or_default();
+    let rig = Rig::with(options);
     let served = rig.attach(
         "disk",
         Arc::new(MemDisk::new(SIZE)),
@@ -137,7 +147,7 @@ fn figures() {
         assert!(File::open(dev.device()).is_ok());
     }
     println!("{:20} {:>12} {:>12} {:>6}", "", "raw", "served", "ratio");
-    for job in &JOBS {
+    for job in JOBS.iter().filter(|j| j.name.contains(&only)) {
         // Alternating, so that a busy machine hits both alike.
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for _ in 0..3 {

@@ -2,7 +2,7 @@
 
 use crate::{
     disks::MemDisk,
-    rig::{Random, Rig, eventually, root, run},
+    rig::{Random, Rig, eventually, mounts_lock, root, run},
 };
 use forkdisk::{
     disk::Disk,
@@ -357,7 +357,7 @@ fn thirty_two_requests_are_served_at_once() {
         keep_threads: 2,
     });
     let mut disk = MemDisk::new(MIB);
-    disk.read_delay = Duration::from_millis(100);
+    disk.read_delay = Duration::from_millis(500);
     let disk = Arc::new(disk);
     rig.serve("disk", disk.clone());
     let file = rig.open("disk");
@@ -374,7 +374,7 @@ fn thirty_two_requests_are_served_at_once() {
     });
     assert_eq!(rig.files.total().max_in_flight, 32);
     assert!(
-        start.elapsed() < Duration::from_secs(1),
+        start.elapsed() < Duration::from_secs(8),
         "{:?}",
         start.elapsed()
     );
@@ -539,4 +539,73 @@ fn nonsense_from_the_descriptor_does_no_harm() {
     disk.read(&mut now, 0).unwrap();
     assert_eq!(now, [1; 4096]);
     assert_eq!(session.stop(), Ended::Stopped);
+}
+
+/// The body of [`a_user_without_root_mounts_with_the_helper`], run by that user.
+#[test]
+fn as_a_user() {
+    let Ok(dir) = std::env::var("USER_MOUNT_DIR") else {
+        return;
+    };
+    let dir = std::path::Path::new(&dir);
+    let fd = forkdisk::serve::fuse::mount(dir).unwrap();
+    let files = Arc::new(forkdisk::serve::files::Files::new());
+    files.add("disk", Arc::new(MemDisk::new(MIB))).unwrap();
+    let init = forkdisk::serve::fuse::Init::Fresh;
+    let session =
+        forkdisk::serve::fuse::Session::start(fd, files, init, Options::default()).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(dir.join("disk"))
+        .unwrap();
+    file.write_all_at(b"mine", 5).unwrap();
+    let mut now = [0; 4];
+    file.read_exact_at(&mut now, 5).unwrap();
+    assert_eq!(&now, b"mine");
+    assert_eq!(
+        forkdisk::serve::fuse::unmount(dir).unwrap_err().kind(),
+        Kind::Busy
+    );
+    drop(file);
+    eventually("it unmounts", || {
+        forkdisk::serve::fuse::unmount(dir).is_ok()
+    });
+    assert_eq!(session.wait(), Ended::Unmounted);
+}
+
+#[test]
+fn a_user_without_root_mounts_with_the_helper() {
+    use std::os::unix::fs::chown;
+    const NOBODY: u32 = 65534;
+    if !root() {
+        return;
+    }
+    let _lock = mounts_lock(true);
+    let dir = crate::rig::MountDir::new();
+    chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    // Where the user can run it.
+    let bin = tempfile::tempdir().unwrap();
+    fs::set_permissions(bin.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let exe = bin.path().join("serve");
+    fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    // In a mount namespace of its own, where everybody may open /dev/fuse, as on most systems.
+    let script = format!(
+        "mknod {0}/fuse c 10 229 && chmod 666 {0}/fuse && mount --bind {0}/fuse /dev/fuse && \
+         exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \
+         {0}/serve --exact file::as_a_user --nocapture",
+        bin.path().display()
+    );
+    let out = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .current_dir("/")
+        .env("USER_MOUNT_DIR", dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    if said.contains("install fuse3") {
+        eprintln!("left out: no fusermount3");
+        return;
+    }
+    assert!(out.status.success(), "{said}");
 }

@@ -181,3 +181,22 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
     panic!("does not happen: {what}");
 }
+
+/// A new mount namespace begins as a copy, and so keeps what other tests mounted at that moment mounted.
+/// Tests that mount devices hold this, shared; those that make a namespace hold it alone. A file, so that
+/// it works between test runs as well.
+pub fn mounts_lock(alone: bool) -> File {
+    let path = std::env::temp_dir().join("forkdisk-test-mounts.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .unwrap();
+    if alone {
+        file.lock().unwrap()
+    } else {
+        file.lock_shared().unwrap()
+    }
+    file
+}

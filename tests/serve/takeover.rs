@@ -5,7 +5,7 @@
 
 use crate::{
     disks::FileDisk,
-    rig::{Loop, MountDir, Random, eventually, root, run},
+    rig::{Loop, MountDir, Random, eventually, mounts_lock, root, run},
 };
 use forkdisk::{
     attach::{self, LoopOptions},
@@ -214,6 +214,7 @@ fn a_mounted_filesystem_survives_its_servers() {
     if !root() {
         return;
     }
+    let _lock = mounts_lock(false);
     let mut kept = Kept::new(256 * MIB, 0);
     let dev = Loop(attach::attach_loop(&kept.path(), LoopOptions::default()).unwrap());
     run("mkfs.ext4", &["-q", "-F", dev.path()]);
@@ -226,6 +227,7 @@ fn a_mounted_filesystem_survives_its_servers() {
             "--bs=4k-64k",
             "--size=48M",
             "--verify=crc32c",
+            "--verify_state_save=0",
             "--do_verify=1",
         ])
         .args([

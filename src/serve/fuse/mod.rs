@@ -5,7 +5,7 @@
 //! skips the greeting and asks for what was under way again ([`Init::Resumed`]).
 //!
 //! - [`abi`]: the protocol's numbers and structures (pure);
-//! - [`mount`]: makes a mount and its descriptor;
+//! - [`mod@mount`]: makes a mount and its descriptor;
 //! - [`session`]: threads that read requests and answer them;
 //! - `ops`: what each request does.
 //!

@@ -109,7 +109,7 @@ fn mount_with_helper(dir: &Path) -> Result<OwnedFd> {
         ),
     )
     .path(dir)
-    .hint("`forkdisk store doctor` tells what this user may do"))
+    .hint("`forkdisk doctor` tells what this user may do"))
 }
 
 /// Takes the mount away if no file of it is open; `Busy` if one is.

@@ -301,13 +301,16 @@ impl Request<'_> {
     }
 
     fn attr_of(&self, file: &ServedFile) -> Option<abi::Attr> {
-        let (size, read_only) = file.disk().map(|d| (d.size(), d.read_only()))?;
+        let (size, allocated, read_only) = file
+            .disk()
+            .map(|d| (d.size(), d.allocated(), d.read_only()))?;
         Some(abi::Attr {
             ino: file.ino(),
             size,
-            // One short of what a full file has: programs that copy (cp, tar) look for holes only where
-            // this number says that there are some.
-            blocks: (size / 512).saturating_sub(8).max(1),
+            // What is the disk's own, so that `du` does not count the base once for each disk. Never as much as a full file
+            // has: programs that copy (cp, tar) look for holes only where this number says that there are some.
+            // Never nothing: then tar would take the file for empty.
+            blocks: (allocated / 512).min((size / 512).saturating_sub(8)).max(1),
             atime: file.since(),
             mtime: file.since(),
             ctime: file.since(),

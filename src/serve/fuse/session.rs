@@ -16,7 +16,7 @@ use crate::{
     serve::files::Files,
     sys::process,
 };
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{Advice, MmapMut, MmapOptions};
 use parking_lot::{Condvar, Mutex};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -98,7 +98,7 @@ pub enum Init {
 pub struct Options {
     /// Most threads, and so most requests in service at one time.
     pub max_threads: usize,
-    /// Threads that stay when there is little to do; their buffers are in memory from the start.
+    /// Threads that stay when there is little to do. Each has a buffer of 1 MiB, locked in memory.
     pub keep_threads: usize,
 }
 
@@ -204,7 +204,7 @@ impl Session {
             .clamp(1, session.shared.options.max_threads)
         {
             // The drop of `session` ends those that did start.
-            session.shared.start_worker(true)?;
+            session.shared.start_worker()?;
         }
         Ok(session)
     }
@@ -325,7 +325,7 @@ fn greet(fd: &OwnedFd) -> Result<Negotiated> {
             return Err(refuse("it sends no greeting".into()));
         }
     }
-    let mut buffer = Buffer::new(false)?;
+    let mut buffer = Buffer::new()?;
     let n = loop {
         match rustix::io::read(fd, buffer.request_mut()) {
             Ok(n) => break n,
@@ -409,16 +409,19 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// `populate`: the memory is there from the start, not at first use.
-    fn new(populate: bool) -> Result<Buffer> {
-        let mut options = MmapOptions::new();
-        options.len(DATA + MAX_DATA + SLACK);
-        if populate {
-            options.populate();
-        }
-        let map = options
+    /// All of it is in memory from the start, and stays there. Not for speed: a killed process can no
+    /// longer take a page fault, and the kernel fails a request that it was just handing over to a missing
+    /// page. The same for pages that a fork made read-only. With its pages in place, a death at that
+    /// moment costs nothing: the request is among those that are sent again.
+    fn new() -> Result<Buffer> {
+        let map = MmapOptions::new()
+            .len(DATA + MAX_DATA + SLACK)
+            .populate()
             .map_anon()
             .map_err(|e| Error::new(Kind::Io, format!("cannot allocate a request buffer: {e}")))?;
+        // Best effort: users without root may lock little memory.
+        let _ = map.lock();
+        let _ = map.advise(Advice::DontFork);
         Ok(Buffer { map })
     }
     /// The whole request.
@@ -449,8 +452,8 @@ impl Buffer {
 
 impl Shared {
     /// Starts one worker; it counts as idle from now on, so that no other is started in its place.
-    fn start_worker(self: &Arc<Shared>, populate: bool) -> Result<()> {
-        let buffer = Buffer::new(populate)?;
+    fn start_worker(self: &Arc<Shared>) -> Result<()> {
+        let buffer = Buffer::new()?;
         self.idle.fetch_add(1, AcqRel);
         let threads = self.threads.fetch_add(1, AcqRel) + 1;
         self.peak.fetch_max(threads, Relaxed);
@@ -495,7 +498,7 @@ impl Shared {
         if self.threads.load(Acquire) >= self.options.max_threads {
             return;
         }
-        if let Err(e) = self.start_worker(false)
+        if let Err(e) = self.start_worker()
             && self.log.allow()
         {
             tracing::warn!("requests have to wait: {e}");
@@ -576,7 +579,7 @@ mod tests {
 
     #[test]
     fn data_is_page_aligned_and_one_piece_with_its_headers() {
-        let mut buffer = Buffer::new(false).unwrap();
+        let mut buffer = Buffer::new().unwrap();
         assert_eq!(buffer.data().as_ptr() as usize % 4096, 0);
         assert_eq!(
             buffer.request()[abi::WRITE_HEAD..].as_ptr(),

@@ -1,0 +1,100 @@
+//! What every command starts from: the store, its daemon, and how to talk.
+
+use crate::{
+    attach,
+    cli::ui::Ui,
+    daemon::{Attached, Client},
+    error::{Error, Kind, Result},
+    store::{Object, ObjectKind, Store},
+};
+use std::path::{Path, PathBuf};
+
+/// What every command starts from.
+pub struct Context {
+    /// How to talk.
+    pub ui: Ui,
+    /// `--dry-run`.
+    pub dry_run: bool,
+    /// Where the store is or would be.
+    pub path: PathBuf,
+}
+
+/// The store that is meant when none is named.
+pub fn default_store() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return "/var/lib/forkdisk".into();
+    }
+    let of = |name| std::env::var_os(name).filter(|v| !v.is_empty());
+    // As the XDG base directory specification says: a relative path is ignored.
+    let data = of("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    let data = data.or_else(|| of("HOME").map(|home| Path::new(&home).join(".local/share")));
+    data.unwrap_or_else(|| "/var/tmp".into()).join("forkdisk")
+}
+
+impl Context {
+    /// Opens the store.
+    pub fn open(&self) -> Result<Store> {
+        Store::open(&self.path)
+    }
+    /// Opens the store, and makes it if there is none.
+    pub fn open_or_init(&self) -> Result<Store> {
+        Store::open_or_init(&self.path)
+    }
+    /// Everything attached, or nothing where no daemon runs.
+    pub fn attached(&self, store: &Store) -> Result<Vec<Attached>> {
+        match Client::connect(store)? {
+            Some(mut client) => client.attached(),
+            None => Ok(Vec::new()),
+        }
+    }
+    /// Everything attached and where it is mounted, for looking only: a daemon that does not answer is
+    /// worth a warning, not a failure.
+    pub fn attached_for_show(&self, store: &Store) -> Vec<(Attached, Vec<PathBuf>)> {
+        let attached = self.attached(store).unwrap_or_else(|e| {
+            self.ui.warn(format!("what is attached is not known: {e}"));
+            Vec::new()
+        });
+        let with_mounts = |a: Attached| {
+            let mounts = mounts_of(&a).unwrap_or_default();
+            (a, mounts)
+        };
+        attached.into_iter().map(with_mounts).collect()
+    }
+    /// The daemon, if it has the disk `name` attached for writing: then only the daemon can snapshot or
+    /// fork it.
+    pub fn daemon_of(&self, store: &Store, name: &str) -> Result<Option<(Client, Attached)>> {
+        let Some(mut client) = Client::connect(store)? else {
+            return Ok(None);
+        };
+        let mut attached = client.attached()?.into_iter();
+        let found = attached.find(|a| a.kind == ObjectKind::Disk && a.name == name);
+        Ok(found.map(|a| (client, a)))
+    }
+    /// For `--dry-run`: fails as making `name` would if it is taken.
+    pub fn must_be_free(&self, store: &Store, name: &str) -> Result<()> {
+        match store.resolve(name) {
+            Ok(object) if object.name == name => Err(taken(&object)),
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == Kind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn taken(object: &Object) -> Error {
+    let Object { name, kind, .. } = object;
+    Error::new(
+        Kind::Exists,
+        format!("{name} exists already: a {}", kind.word()),
+    )
+}
+
+/// Where the device of an attachment is mounted.
+pub fn mounts_of(attached: &Attached) -> Result<Vec<PathBuf>> {
+    match &attached.device {
+        Some(device) => attach::mounts_of(Path::new(device)),
+        None => Ok(Vec::new()),
+    }
+}

@@ -1,0 +1,117 @@
+//! The daemon: `daemon run`, `daemon status`, `daemon stop`.
+
+use crate::{
+    cli::{
+        Outcome, Stop,
+        context::Context,
+        render::{
+            json::Done,
+            table::{Align, Table},
+            time,
+        },
+    },
+    daemon::{self, Client},
+};
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+/// Run, ask or stop the daemon that serves attached disks (attach starts it)
+#[derive(Subcommand, Debug)]
+pub(crate) enum Daemon {
+    /// Become the daemon of the store
+    Run {
+        /// Stay in the foreground, for systemd
+        #[arg(long)]
+        foreground: bool,
+    },
+    /// Become the keeper, in the background
+    #[command(hide = true)]
+    Keep,
+    /// Become the server of a keeper
+    #[command(hide = true)]
+    Serve,
+    /// Tell whether it runs, and its processes and places
+    #[command(after_help = "Exit code 1: no daemon runs.")]
+    Status,
+    /// Stop it cleanly
+    Stop,
+}
+
+impl Daemon {
+    /// Does this command set up its log by itself?
+    pub(crate) fn logs_for_itself(&self) -> bool {
+        matches!(self, Daemon::Run { .. } | Daemon::Keep | Daemon::Serve)
+    }
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let store = context.open()?;
+        let path = store.path().to_path_buf();
+        let shown = path.display();
+        let done = |dry_run| Done {
+            store: &path,
+            dry_run,
+        };
+        match self {
+            Daemon::Run { .. } if context.dry_run => ui.answer(done(true), || {
+                format!("would become the daemon of {shown}\n")
+            }),
+            Daemon::Run { foreground } => Ok(daemon::run(store, foreground)?),
+            Daemon::Keep => Ok(daemon::serve(store, "keep")?),
+            Daemon::Serve => Ok(daemon::serve(store, daemon::SERVE_COMMAND)?),
+            Daemon::Status => {
+                let Some(mut client) = Client::connect(&store)? else {
+                    ui.answer(json!({"running": false, "store": path}), || {
+                        format!("no daemon runs for {shown}\n")
+                    })?;
+                    return Err(Stop::Code(1));
+                };
+                let mut status = client.status()?;
+                if let Value::Object(fields) = &mut status {
+                    fields.insert("running".into(), true.into());
+                    fields.insert("store".into(), json!(path));
+                }
+                ui.answer(&status, || status_text(&status))
+            }
+            Daemon::Stop => {
+                let Some(mut client) = Client::connect(&store)? else {
+                    ui.talk(format_args!("no daemon runs for {shown}"));
+                    return if ui.json {
+                        ui.document(json!({"store": path, "stopped": false}))
+                    } else {
+                        Ok(())
+                    };
+                };
+                if context.dry_run {
+                    return ui.answer(done(true), || format!("would stop the daemon of {shown}\n"));
+                }
+                client.stop()?;
+                ui.talk(format_args!("stopped the daemon of {shown}"));
+                if ui.json {
+                    ui.document(json!({"store": path, "stopped": true}))
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+}
+
+/// One line for each field.
+fn status_text(status: &Value) -> String {
+    let mut table = Table::new([(String::new(), Align::Left), (String::new(), Align::Left)]);
+    let Value::Object(fields) = status else {
+        return format!("{status}\n");
+    };
+    for (name, value) in fields {
+        let value = match (name.as_str(), value) {
+            ("uptime" | "uptime_seconds", Value::Number(n)) => {
+                n.as_u64().map_or(n.to_string(), time::span)
+            }
+            (_, Value::String(text)) => text.clone(),
+            (_, Value::Array(items)) => items.len().to_string(),
+            (_, other) => other.to_string(),
+        };
+        table.row(vec![name.replace('_', " "), value]);
+    }
+    table.text(false)
+}

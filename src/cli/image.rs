@@ -1,0 +1,290 @@
+//! Images in and out: `import`, `export`.
+
+use crate::{
+    cli::{Outcome, Stop, context::Context, names::Names, render::json::ObjectDoc},
+    convert::{self, raw},
+    error::{Error, Kind, Result},
+    store::{ImportMode, ImportSource, Object, ObjectKind, Store},
+    sys::signals,
+};
+use clap::{Args, ValueEnum, ValueHint};
+use serde::Serialize;
+use serde_json::json;
+use std::{
+    fs::File,
+    io::{self, IsTerminal, Read},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+/// Take a raw image into the store, as a base that disks are forked from
+#[derive(Args, Debug)]
+#[command(
+    after_help = "The image is reflinked where the filesystem can, else copied; holes stay holes."
+)]
+pub(crate) struct Import {
+    /// The image file, or - for standard input
+    #[arg(value_name = "SRC", value_hint = ValueHint::FilePath)]
+    source: PathBuf,
+    /// What to call it [default: the file's name without its ending]
+    name: Option<String>,
+    /// Share the file's blocks, or fail
+    #[arg(long, group = "how")]
+    reflink: bool,
+    /// Copy the file
+    #[arg(long, group = "how")]
+    copy: bool,
+    /// Leave the file where it is; it must not change any more
+    #[arg(long, group = "how")]
+    link: bool,
+}
+
+impl Import {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let stdin = self.source == Path::new("-");
+        let mode = self.mode();
+        let name = match (&self.name, stdin) {
+            (Some(name), _) => name.clone(),
+            (None, false) => stem(&self.source)?,
+            (None, true) => {
+                return Err(
+                    Error::new(Kind::Invalid, "an image from standard input needs a name")
+                        .hint("`forkdisk import - NAME`")
+                        .into(),
+                );
+            }
+        };
+        if stdin {
+            if io::stdin().is_terminal() {
+                return Err(Error::new(Kind::Invalid, "standard input is a terminal")
+                    .hint("`zcat disk.img.gz | forkdisk import - NAME`")
+                    .into());
+            }
+            if matches!(mode, ImportMode::Reflink | ImportMode::Link) {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    "standard input can only be copied, not shared or linked",
+                )
+                .hint("leave out --reflink and --link")
+                .into());
+            }
+        } else {
+            convert::must_be_raw(&self.source)?;
+        }
+        if context.dry_run {
+            return self.pretend(context, &name);
+        }
+        let store = context.open_or_init()?;
+        signals::catch();
+        let progress = ui.progress(&format!("importing {name}"));
+        let mut reader = Stdin(io::stdin().lock());
+        let source = if stdin {
+            ImportSource::Reader(&mut reader)
+        } else {
+            ImportSource::Path(&self.source)
+        };
+        let object = store.import(source, &name, mode, &*progress);
+        drop(progress);
+        let object = object.map_err(|e| match e.kind() {
+            Kind::NotFound => {
+                e.or_hint("SRC is the path of an image file, or - for standard input")
+            }
+            _ => e,
+        })?;
+        if ui.json {
+            return ui.document(ObjectDoc::new(&object, &Names::default()));
+        }
+        ui.talk(format_args!(
+            "imported {}, {}",
+            object.name,
+            ui.size(object.size)
+        ));
+        Ok(())
+    }
+    fn mode(&self) -> ImportMode {
+        match (self.reflink, self.copy, self.link) {
+            (true, ..) => ImportMode::Reflink,
+            (_, true, _) => ImportMode::Copy,
+            (.., true) => ImportMode::Link,
+            _ => ImportMode::Auto,
+        }
+    }
+    fn pretend(&self, context: &Context, name: &str) -> Outcome {
+        match context.open() {
+            Ok(store) => context.must_be_free(&store, name)?,
+            Err(e) if e.kind() == Kind::NoStore => {}
+            Err(e) => return Err(e.into()),
+        }
+        if self.source != Path::new("-") {
+            File::open(&self.source).map_err(|e| Error::io("read", &self.source, &e))?;
+        }
+        let document = json!({"dry_run": true, "name": name, "source": self.source});
+        context.ui.answer(document, || {
+            format!("would import {} as {name}\n", self.source.display())
+        })
+    }
+}
+
+/// The file's name without its last ending.
+fn stem(path: &Path) -> Result<String> {
+    let stem = path.file_stem().and_then(|stem| stem.to_str());
+    stem.map(str::to_string).ok_or_else(|| {
+        let shown = path.display();
+        Error::new(
+            Kind::Invalid,
+            format!("{shown} gives no name for the image"),
+        )
+        .hint(format!("name it: `forkdisk import {shown} NAME`"))
+    })
+}
+
+/// Standard input that a signal ends.
+struct Stdin<R>(R);
+
+impl<R: Read> Read for Stdin<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if signals::caught() {
+                return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+            }
+            match self.0.read(buf) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+/// Formats of exported files.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+enum Format {
+    /// The bytes of the disk
+    #[default]
+    Raw,
+    /// A QEMU image
+    Qcow2,
+    /// A stream for another store
+    Stream,
+}
+
+/// Write a disk, snapshot or image into a file
+#[derive(Args, Debug)]
+#[command(after_help = "The file is sparse, and appears under its name only when it is complete.")]
+pub(crate) struct Export {
+    /// What to write
+    #[arg(value_name = "REF")]
+    reference: String,
+    /// The new file, or - for standard output
+    #[arg(value_hint = ValueHint::FilePath)]
+    file: PathBuf,
+    /// The file's format
+    #[arg(short = 'O', long, value_name = "FORMAT", value_enum, default_value_t)]
+    format: Format,
+    /// Replace a file that is there
+    #[arg(short, long)]
+    force: bool,
+}
+
+#[derive(Serialize)]
+struct ExportDoc<'a> {
+    dry_run: bool,
+    #[serde(flatten)]
+    object: ObjectDoc,
+    file: &'a Path,
+    format: &'static str,
+    written: u64,
+}
+
+impl Export {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let stdout = self.file == Path::new("-");
+        self.must_be_raw()?;
+        let store = context.open()?;
+        let object = store.resolve(&self.reference)?;
+        if stdout {
+            if ui.json && !context.dry_run {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    "standard output cannot carry the image and a JSON document",
+                )
+                .hint("export to a file, or leave out --json")
+                .into());
+            }
+            if io::stdout().is_terminal() && !context.dry_run {
+                return Err(Error::new(Kind::Invalid, "standard output is a terminal")
+                    .hint("`forkdisk export REF - | gzip > disk.img.gz`")
+                    .into());
+            }
+        } else {
+            raw::check_target(&self.file, self.force)?;
+        }
+        // A base is written as long as it came in, which may be no multiple of the block size.
+        let len = match object.kind {
+            ObjectKind::Base => store.details(&object)?.base.len,
+            _ => object.size,
+        };
+        if context.dry_run {
+            return self.answer(context, &store, &object, 0);
+        }
+        let disk = store.open_disk(&object, false)?;
+        signals::catch();
+        let progress = ui.progress(&format!("exporting {}", object.name));
+        if !stdout {
+            let written = raw::export_file(&*disk, len, &self.file, self.force, &*progress)?;
+            drop(progress);
+            return self.answer(context, &store, &object, written);
+        }
+        let out = io::stdout().as_fd().try_clone_to_owned();
+        let mut out = File::from(out.map_err(|e| Stop::output(&e))?);
+        let sent = raw::export_stream(&*disk, len, &mut out, &*progress)?;
+        drop(progress);
+        match sent.map_err(|e| Stop::output(&e)) {
+            // Nothing to say, but the stream is not whole.
+            Err(Stop::Pipe) => Err(Stop::Code(1)),
+            other => other,
+        }
+    }
+    fn must_be_raw(&self) -> Result<()> {
+        let (name, way) = match self.format {
+            Format::Raw => return Ok(()),
+            Format::Qcow2 => (
+                "qcow2",
+                "export raw, then `qemu-img convert -f raw -O qcow2 FILE.img FILE.qcow2`",
+            ),
+            Format::Stream => (
+                "stream",
+                "export raw to `-`, and `forkdisk import - NAME` on the other side",
+            ),
+        };
+        Err(Error::new(
+            Kind::Unsupported,
+            format!("export as {name} is not built yet"),
+        )
+        .hint(way))
+    }
+    fn answer(&self, context: &Context, store: &Store, object: &Object, written: u64) -> Outcome {
+        let ui = &context.ui;
+        let file = self.file.display();
+        if ui.json {
+            return ui.document(ExportDoc {
+                dry_run: context.dry_run,
+                object: ObjectDoc::new(object, &Names::of(store)?),
+                file: &self.file,
+                format: "raw",
+                written,
+            });
+        }
+        if context.dry_run {
+            return ui.data(format!("would export {} to {file}\n", object.name));
+        }
+        ui.talk(format_args!(
+            "exported {} to {file}, {} with {} of data",
+            object.name,
+            ui.size(object.size),
+            ui.size(written)
+        ));
+        Ok(())
+    }
+}

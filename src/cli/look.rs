@@ -1,0 +1,509 @@
+//! One object, closely: `info`, `du`, `map`.
+
+use crate::{
+    cli::{
+        Outcome, Stop,
+        context::Context,
+        list::paths,
+        names::Names,
+        render::{
+            json::{DamageDoc, ObjectDoc, SCHEMA, UsageDoc},
+            table::{Align, Table},
+            time,
+        },
+        store::counted,
+    },
+    disk::{Disk, Extent, Source},
+    error::Result,
+    store::{Below, Details, Found, Object, Store, Usage},
+    units::{BLOCK, Id, REGION_BYTES},
+};
+use clap::Args;
+use serde::Serialize;
+use std::{
+    collections::HashMap,
+    io::{self, BufWriter, Write},
+    path::PathBuf,
+};
+
+/// Tell all about a disk, snapshot or image
+#[derive(Args, Debug)]
+pub(crate) struct Info {
+    /// What to tell about
+    #[arg(value_name = "REF")]
+    reference: String,
+}
+
+#[derive(Serialize)]
+struct InfoDoc {
+    #[serde(flatten)]
+    object: ObjectDoc,
+    state: &'static str,
+    base: String,
+    base_id: String,
+    base_file: PathBuf,
+    base_length: u64,
+    base_linked: bool,
+    base_sums: bool,
+    digest: Option<String>,
+    depth: u32,
+    chain: Vec<LinkDoc>,
+    private_bytes: u64,
+    zero_blocks: u64,
+    allocated: u64,
+    refer: u64,
+    exclusive: u64,
+    shared: u64,
+    attached: bool,
+    device: Option<String>,
+    file: Option<PathBuf>,
+    read_only: Option<bool>,
+    mounts: Vec<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct LinkDoc {
+    kind: &'static str,
+    id: String,
+    names: Vec<String>,
+}
+
+impl Info {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let store = context.open()?;
+        let object = store.resolve(&self.reference)?;
+        let details = store.details(&object)?;
+        let names = Names::of(&store)?;
+        let all = context.attached_for_show(&store).into_iter();
+        let mut of_this = all.filter(|(a, _)| a.id == object.id);
+        let (attached, mounts) = of_this.next().unzip();
+        let mounts = mounts.unwrap_or_default();
+        let base = &details.base;
+        let link = |below: &Below| LinkDoc {
+            kind: match below {
+                Below::Base(_) => "base",
+                Below::Layer(_) => "layer",
+            },
+            id: below.id().to_string(),
+            names: names.all(below.id()).to_vec(),
+        };
+        let document = InfoDoc {
+            object: ObjectDoc::new(&object, &names),
+            state: details.state,
+            base: names
+                .first(base.id)
+                .map_or(base.id.to_string(), str::to_string),
+            base_id: base.id.to_string(),
+            base_file: base.path.clone(),
+            base_length: base.len,
+            base_linked: base.link.is_some(),
+            base_sums: base.sums,
+            digest: base.digest.clone(),
+            depth: details.depth,
+            chain: details.chain.iter().map(link).collect(),
+            private_bytes: details.private_bytes,
+            zero_blocks: details.zero_blocks,
+            allocated: details.allocated,
+            refer: details.usage.refer,
+            exclusive: details.usage.exclusive,
+            shared: details.usage.shared,
+            attached: attached.is_some(),
+            device: attached.as_ref().and_then(|a| a.device.clone()),
+            file: attached.as_ref().map(|a| a.file.clone()),
+            read_only: attached.as_ref().map(|a| a.read_only),
+            mounts,
+        };
+        if ui.json {
+            return ui.document(document);
+        }
+        ui.data(info_text(context, &details, &document, &names))
+    }
+}
+
+fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &Names) -> String {
+    let ui = &context.ui;
+    let object = &details.object;
+    let exact = |bytes: u64| match ui.size(bytes) {
+        shown if shown.ends_with(" B") => shown,
+        shown => format!("{shown} ({bytes} bytes)"),
+    };
+    let created = object.created;
+    let created = format!(
+        "{} ({})",
+        time::date_time(created),
+        time::ago(created, time::now())
+    );
+    let chain: Vec<String> = details.chain.iter().map(|b| names.show(b.id())).collect();
+    let mut rows = vec![
+        ("name", object.name.clone()),
+        ("kind", object.kind.word().to_string()),
+        ("id", object.id.to_string()),
+        ("size", exact(object.size)),
+        ("created", created),
+        ("message", object.message.clone().unwrap_or_default()),
+    ];
+    if object.parent.is_some() {
+        let zeros = details.zero_blocks * BLOCK;
+        rows.extend([
+            ("state", details.state.to_string()),
+            ("depth", details.depth.to_string()),
+            ("chain", chain.join(" > ")),
+            ("private", exact(details.private_bytes)),
+            (
+                "zeros",
+                if zeros > 0 {
+                    exact(zeros)
+                } else {
+                    String::new()
+                },
+            ),
+        ]);
+    }
+    rows.extend([
+        ("allocated", exact(details.allocated)),
+        ("refer", exact(details.usage.refer)),
+        ("exclusive", exact(details.usage.exclusive)),
+        ("shared", exact(details.usage.shared)),
+        ("base", names.show(details.base.id)),
+        ("digest", details.base.digest.clone().unwrap_or_default()),
+        ("base file", document.base_file.display().to_string()),
+        (
+            "attached",
+            match (&document.device, &document.file) {
+                (Some(at), _) => at.clone(),
+                (None, Some(at)) => at.display().to_string(),
+                (None, None) => String::new(),
+            },
+        ),
+        ("mounted on", paths(&document.mounts)),
+    ]);
+    let mut table = Table::new([(String::new(), Align::Left), (String::new(), Align::Left)]);
+    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
+        table.row(vec![name.to_string(), value]);
+    }
+    table.text(false)
+}
+
+/// Show the space that objects take, and what full copies would take
+#[derive(Args, Debug)]
+#[command(
+    after_help = "SIZE: the virtual size. REFER: data reachable through it. EXCL: what removing it alone would free.\n\
+        SHARED: what it refers to that others need, too."
+)]
+pub(crate) struct Du {
+    /// What to look at [default: all]
+    #[arg(value_name = "REF")]
+    references: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct DuDoc {
+    /// The fields of the only object, if there is just one.
+    #[serde(flatten)]
+    only: Option<DuRowDoc>,
+    objects: Vec<DuRowDoc>,
+    total: TotalDoc,
+    damaged: Vec<DamageDoc>,
+}
+
+#[derive(Clone, Serialize)]
+struct DuRowDoc {
+    name: String,
+    kind: &'static str,
+    id: String,
+    #[serde(flatten)]
+    usage: UsageDoc,
+}
+
+#[derive(Serialize)]
+struct TotalDoc {
+    /// Host bytes of all layers and bases that the objects stand on, each counted once.
+    stored: u64,
+    /// What the objects would take as full, sparse copies.
+    full_copies: u64,
+    /// Virtual bytes of all objects.
+    size: u64,
+}
+
+impl Du {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let store = context.open()?;
+        let Found {
+            sound: objects,
+            mut damaged,
+        } = self.objects(&store)?;
+        let Found {
+            sound: known,
+            damaged: more,
+        } = store.usages(objects)?;
+        damaged.extend(more);
+        if let ([only], false) = (&damaged[..], self.references.is_empty()) {
+            return Err(only.error.clone().into());
+        }
+        let row = |(object, usage): &(Object, Usage)| DuRowDoc {
+            name: object.name.clone(),
+            kind: object.kind.word(),
+            id: object.id.to_string(),
+            usage: (*usage).into(),
+        };
+        let rows: Vec<DuRowDoc> = known.iter().map(row).collect();
+        let total = TotalDoc {
+            stored: stored(&store, known.iter().map(|(object, _)| object))?,
+            full_copies: rows.iter().map(|row| row.usage.refer).sum(),
+            size: rows.iter().map(|row| row.usage.size).sum(),
+        };
+        if ui.json {
+            let only = match &rows[..] {
+                [one] => Some(one.clone()),
+                _ => None,
+            };
+            ui.document(DuDoc {
+                only,
+                objects: rows,
+                total,
+                damaged: DamageDoc::all(&damaged),
+            })?;
+            return ui.damage(&damaged);
+        }
+        if rows.is_empty() {
+            ui.talk("the store is empty");
+            return ui.damage(&damaged);
+        }
+        let number = |name: &str| (name.to_string(), Align::Right);
+        let mut table = Table::new([
+            ("NAME".to_string(), Align::Left),
+            number("SIZE"),
+            number("REFER"),
+            number("EXCL"),
+            number("SHARED"),
+        ]);
+        for DuRowDoc { name, usage, .. } in &rows {
+            table.row(vec![
+                name.clone(),
+                ui.size(usage.size),
+                ui.size(usage.refer),
+                ui.size(usage.exclusive),
+                ui.size(usage.shared),
+            ]);
+        }
+        let summary = format!(
+            "{} on {} of disk; full copies would take {}\n",
+            counted(rows.len(), "name"),
+            ui.size(total.stored),
+            ui.size(total.full_copies)
+        );
+        ui.data(table.text(true) + &summary)?;
+        ui.damage(&damaged)
+    }
+    /// What is named, each once.
+    fn objects(&self, store: &Store) -> Result<Found<Object>> {
+        if self.references.is_empty() {
+            return store.survey();
+        }
+        let mut objects: Vec<Object> = Vec::new();
+        for reference in &self.references {
+            let object = store.resolve(reference)?;
+            if objects.iter().all(|o| o.name != object.name) {
+                objects.push(object);
+            }
+        }
+        Ok(Found {
+            sound: objects,
+            damaged: Vec::new(),
+        })
+    }
+}
+
+/// Host bytes of everything the objects stand on, each layer and base counted once.
+fn stored<'a>(store: &Store, objects: impl Iterator<Item = &'a Object>) -> Result<u64> {
+    let layers: HashMap<Id, (Below, u64)> = store
+        .layers()?
+        .sound
+        .into_iter()
+        .map(|l| (l.id, (l.parent, l.allocated)))
+        .collect();
+    let mut seen: HashMap<Id, u64> = HashMap::new();
+    for object in objects {
+        let mut id = object.id;
+        while !seen.contains_key(&id) {
+            let Some((parent, allocated)) = layers.get(&id) else {
+                // A base: only the details of what stands on it know it.
+                seen.insert(id, store.details(object)?.base.allocated);
+                break;
+            };
+            seen.insert(id, *allocated);
+            id = parent.id();
+        }
+    }
+    Ok(seen.values().sum())
+}
+
+/// Show where the bytes of a disk come from
+#[derive(Args, Debug)]
+#[command(after_help = "DEPTH 0 is the object's own layer, 1 its parent, and so on down.")]
+pub(crate) struct Map {
+    /// What to look at
+    #[arg(value_name = "REF")]
+    reference: String,
+}
+
+/// Bytes whose extents are asked for at once.
+const WINDOW: u64 = 512 * REGION_BYTES;
+
+#[derive(Serialize)]
+struct ExtentDoc<'a> {
+    start: u64,
+    length: u64,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    zero: bool,
+    data: bool,
+    depth: Option<u32>,
+    id: Option<String>,
+    name: Option<&'a str>,
+    offset: Option<u64>,
+}
+
+impl Map {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let store = context.open()?;
+        let object = store.resolve(&self.reference)?;
+        let chain = store.details(&object)?.chain;
+        let names = Names::of(&store)?;
+        let disk = store.open_disk(&object, false)?;
+        // There may be millions: they are written as they come.
+        let mut out = BufWriter::new(io::stdout().lock());
+        let written = |result: io::Result<()>| result.map_err(|e| Stop::output(&e));
+        let mut first = true;
+        if ui.json {
+            let (name, id) = (serde_json::json!(object.name), object.id);
+            let kind = object.kind.word();
+            written(write!(
+                out,
+                "{{\"schema\":{SCHEMA},\"name\":{name},\"kind\":\"{kind}\",\"id\":\"{id}\",\"size\":{},\"extents\":[",
+                object.size
+            ))?;
+        } else {
+            written(writeln!(out, "{:>15}  {:>9}  FROM", "START", "LENGTH"))?;
+        }
+        each_extent(&*disk, |extent| {
+            let document = describe(extent, &chain, &names);
+            if !ui.json {
+                let from = match (document.depth, document.name, &document.id) {
+                    (_, Some(name), _) => format!(" {name}"),
+                    (_, None, Some(id)) => format!(" ({})", &id[..12]),
+                    _ => String::new(),
+                };
+                let at = document
+                    .offset
+                    .map_or(String::new(), |at| format!(" at {at:#x}"));
+                let length = ui.size(extent.len);
+                let kind = document.kind;
+                return written(writeln!(
+                    out,
+                    "{:>15}  {length:>9}  {kind}{from}{at}",
+                    extent.at
+                ));
+            }
+            let text = serde_json::to_string(&document);
+            let text = text.unwrap_or_else(|e| unreachable!("plain fields: {e}"));
+            let comma = if std::mem::take(&mut first) { "" } else { "," };
+            written(write!(out, "{comma}\n{text}"))
+        })?;
+        if ui.json {
+            written(writeln!(out, "\n]}}"))?;
+        }
+        written(out.flush())
+    }
+}
+
+/// Where an extent comes from. `chain` names the layer of each depth.
+fn describe<'a>(extent: Extent, chain: &[Below], names: &'a Names) -> ExtentDoc<'a> {
+    let of_layer = |depth: u32| chain.get(depth as usize).map(|below| below.id());
+    let (kind, depth, id, offset) = match extent.from {
+        Source::Absent => ("absent", None, None, None),
+        Source::Zero { depth } => ("zero", Some(depth), of_layer(depth), None),
+        Source::Layer { depth, slot } => ("layer", Some(depth), of_layer(depth), Some(slot.at())),
+        Source::Base => {
+            let depth = chain.len().saturating_sub(1) as u32;
+            ("base", Some(depth), of_layer(depth), Some(extent.at))
+        }
+    };
+    let data = matches!(extent.from, Source::Layer { .. } | Source::Base);
+    ExtentDoc {
+        start: extent.at,
+        length: extent.len,
+        kind,
+        zero: !data,
+        data,
+        depth,
+        id: id.map(|id| id.to_string()),
+        name: id.and_then(|id| names.first(id)),
+        offset,
+    }
+}
+
+/// Calls `each` with the extents of a disk in order; neighbours of one source are one.
+fn each_extent(disk: &dyn Disk, mut each: impl FnMut(Extent) -> Outcome) -> Outcome {
+    let mut last: Option<Extent> = None;
+    let mut at = 0;
+    while at < disk.size() {
+        let len = WINDOW.min(disk.size() - at);
+        for extent in disk.extents(at, len)? {
+            match &mut last {
+                Some(last) if continues(last, &extent) => last.len += extent.len,
+                _ => {
+                    if let Some(last) = last.replace(extent) {
+                        each(last)?;
+                    }
+                }
+            }
+        }
+        at += len;
+    }
+    last.map_or(Ok(()), each)
+}
+
+/// Does `next` go on where `last` ends, in the virtual disk and in the file?
+fn continues(last: &Extent, next: &Extent) -> bool {
+    match (last.from, next.from) {
+        (
+            Source::Layer {
+                depth: a,
+                slot: from,
+            },
+            Source::Layer { depth: b, slot: to },
+        ) => a == b && from.at() + last.len == to.at(),
+        (a, b) => a == b,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Slot;
+
+    #[test]
+    fn extents_join_only_where_the_file_goes_on() {
+        let layer = |at, slot| Extent {
+            at,
+            len: BLOCK,
+            from: Source::Layer {
+                depth: 0,
+                slot: Slot(slot),
+            },
+        };
+        assert!(continues(&layer(0, 5), &layer(BLOCK, 6)));
+        assert!(!continues(&layer(0, 5), &layer(BLOCK, 8)));
+        let base = |at| Extent {
+            at,
+            len: BLOCK,
+            from: Source::Base,
+        };
+        assert!(continues(&base(0), &base(BLOCK)));
+        assert!(!continues(&base(0), &layer(BLOCK, 1)));
+    }
+}

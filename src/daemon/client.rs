@@ -1,0 +1,217 @@
+//! How commands talk to the daemon.
+
+use super::protocol::{
+    self, attached, attached_json, number, object, receive, send, success, text,
+};
+use super::{AttachRequest, Attached, SOCKET, Via, keeper};
+use crate::attach::{self, LoopAttachment, LoopOptions};
+use crate::error::{Error, Kind, Result};
+use crate::store::{Object, Store};
+use crate::sys::loopdev::DetachOptions;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::BufReader;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A conversation with the daemon of a store.
+pub struct Client {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+}
+
+/// Longest wait for an answer. The longest work is a flush of everything that is dirty.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A path to the socket that is short however deep the store is: socket addresses hold 107 bytes. The file must live as
+/// long as the path is used.
+pub(super) fn socket_path(run_dir: &Path) -> Result<(File, PathBuf)> {
+    let dir = File::open(run_dir).map_err(|e| Error::io("open", run_dir, &e))?;
+    let path = socket_in(&dir);
+    Ok((dir, path))
+}
+
+fn socket_in(run_dir: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", run_dir.as_raw_fd()))
+}
+
+impl Client {
+    /// Talks to the daemon, if one runs.
+    pub fn connect(store: &Store) -> Result<Option<Client>> {
+        match File::open(store.run_dir()) {
+            Ok(dir) => Client::connect_in(&dir, store),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("open", store.run_dir(), &e)),
+        }
+    }
+    /// [`Client::connect`] through the run directory itself, wherever it is now.
+    pub(super) fn connect_in(dir: &File, store: &Store) -> Result<Option<Client>> {
+        let run_dir = store.run_dir();
+        let path = socket_in(dir);
+        let stream = match UnixStream::connect(&path) {
+            Ok(stream) => stream,
+            // Nobody listens: a socket that a dead daemon left, or none at all.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(e) => {
+                return Err(Error::io("talk to the daemon at", run_dir.join(SOCKET), &e)
+                    .or_hint("the daemon may belong to another user"));
+            }
+        };
+        let mut client = Client::new(stream)?;
+        let hello = client.ask(json!({"op": "hello", "version": protocol::VERSION}));
+        match hello {
+            Ok(hello) => {
+                if text(&hello, "store")? != store.id().to_string() {
+                    return Err(Error::new(Kind::Busy, "the daemon in the run directory serves another store")
+                        .path(run_dir)
+                        .hint("was the store copied? stop that daemon, or remove the copied run directory"));
+                }
+                Ok(Some(client))
+            }
+            // It went away between connecting and asking: it was just stopping.
+            Err(e) if e.kind() == Kind::Io => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+    fn new(stream: UnixStream) -> Result<Client> {
+        let io = |e: std::io::Error| Error::io("set up", "the control socket", &e);
+        stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
+        Ok(Client {
+            reader: BufReader::new(stream.try_clone().map_err(io)?),
+            writer: stream,
+        })
+    }
+    /// Talks to the daemon, starting one if none runs.
+    pub fn connect_or_start(store: &Store) -> Result<Client> {
+        for _ in 0..3 {
+            if let Some(client) = Client::connect(store)? {
+                return Ok(client);
+            }
+            match keeper::start(store) {
+                // Another command was faster: its daemon serves us as well.
+                Err(e) if e.kind() == Kind::Busy => std::thread::sleep(Duration::from_millis(20)),
+                other => other?,
+            }
+        }
+        Client::connect(store)?.ok_or_else(|| {
+            Error::new(Kind::Io, "the daemon does not answer")
+                .path(store.run_dir().join(super::LOG))
+                .hint("its log tells why")
+        })
+    }
+    fn ask(&mut self, request: Value) -> Result<Value> {
+        send(&mut self.writer, &request)?;
+        match receive(&mut self.reader)? {
+            Some(answer) => success(answer),
+            None => Err(
+                Error::new(Kind::Io, "the daemon ended in the middle of a request")
+                    .hint("its log, daemon.log in the run directory of the store, tells why"),
+            ),
+        }
+    }
+    /// Attaches.
+    pub fn attach(&mut self, request: &AttachRequest) -> Result<Attached> {
+        let answer = self.ask(json!({
+            "op": "attach", "reference": request.reference, "via": request.via.word(),
+            "read_only": request.read_only, "block_size": request.block_size,
+        }))?;
+        let opened = attached(&answer["attached"])?;
+        if !answer["fresh"].as_bool().unwrap_or(false) || request.via == Via::File {
+            return Ok(opened);
+        }
+        // Here and not in the daemon: configuring the device waits for the daemon.
+        let options = LoopOptions {
+            read_only: opened.read_only,
+            block_size: request.block_size,
+        };
+        match attach::attach_loop(&opened.file, options) {
+            Ok(device) => {
+                let done = json!({"op": "attach-done", "name": opened.name, "device": device.device, "dev": device.dev});
+                let answer = self.ask(done);
+                if answer.is_err() {
+                    let _ = attach::detach_loop(&device, DetachOptions::default());
+                }
+                attached(&answer?["attached"])
+            }
+            Err(e) => {
+                let _ = self.ask(json!({"op": "attach-undo", "name": opened.name}));
+                Err(e.context(format!("cannot attach {}", opened.name)))
+            }
+        }
+    }
+    /// Detaches by name or device: once. The device must not be mounted any more. Returns what was detached, when all of it is
+    /// durable.
+    pub fn detach(&mut self, target: &str) -> Result<Vec<Attached>> {
+        let answer = self.ask(json!({"op": "detach", "target": target}))?;
+        let mut gone = attached(&answer["attached"])?;
+        if !answer["last"].as_bool().unwrap_or(false) {
+            return Ok(vec![gone]);
+        }
+        let device = gone.device.as_ref().map(|device| LoopAttachment {
+            device: device.into(),
+            dev: number(&answer, "dev").unwrap_or(0),
+            ino: number(&answer, "ino").unwrap_or(0),
+            read_only: gone.read_only,
+        });
+        if let Some(device) = &device
+            && let Err(e) = attach::detach_loop(device, DetachOptions::default())
+        {
+            let _ = self.ask(json!({"op": "detach-undo", "name": gone.name}));
+            return Err(e.context(format!("cannot detach {}", gone.name)));
+        }
+        self.ask(json!({"op": "detach-done", "name": gone.name}))?;
+        gone.count = 0;
+        Ok(vec![gone])
+    }
+    /// Everything attached, by name.
+    pub fn attached(&mut self) -> Result<Vec<Attached>> {
+        let answer = self.ask(json!({"op": "attached"}))?;
+        answer["attached"]
+            .as_array()
+            .map_or(Ok(Vec::new()), |list| list.iter().map(attached).collect())
+    }
+    /// Snapshots an attached disk.
+    pub fn snapshot(&mut self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+        let answer =
+            self.ask(json!({"op": "snapshot", "disk": disk, "name": name, "message": message}))?;
+        object(&answer["object"])
+    }
+    /// Makes disks from an attached disk.
+    pub fn create(
+        &mut self,
+        names: &[String],
+        from: &str,
+        size: Option<u64>,
+    ) -> Result<Vec<Object>> {
+        let answer =
+            self.ask(json!({"op": "create", "names": names, "from": from, "size": size}))?;
+        answer["objects"]
+            .as_array()
+            .map_or(Ok(Vec::new()), |list| list.iter().map(object).collect())
+    }
+    /// What the daemon tells of itself.
+    pub fn status(&mut self) -> Result<Value> {
+        let mut answer = self.ask(json!({"op": "status"}))?;
+        Ok(answer["status"].take())
+    }
+    /// Stops the daemon and returns when it is gone. `Busy` while anything is attached.
+    pub fn stop(&mut self) -> Result<()> {
+        let answer = self.ask(json!({"op": "stop"}))?;
+        let keeper = number(&answer, "keeper_pid")? as i32;
+        keeper::wait_for_end(keeper)
+    }
+}
+
+/// An attachment as it stands in an answer.
+pub(super) fn answer(a: &Attached) -> Value {
+    json!({"attached": attached_json(a)})
+}

@@ -1,0 +1,93 @@
+//! The daemon of a store: it owns the attached disks and shows each as a file of one FUSE mount.
+//!
+//! Two processes. The **keeper** (`keeper`) holds what must outlive a server: the descriptor of the mount, the listening
+//! socket, the lock that makes the daemon the only one. The **server** (`server`) does everything else. Commands talk to the server
+//! through a [`Client`].
+//!
+//! Loop devices are configured and mounted by the command, not here: each of those steps waits for requests on the served
+//! file, and a process that waits for itself cannot even be killed. What is attached where is known from the kernel, so a command
+//! that dies half-way leaves nothing that the next one does not find.
+
+mod client;
+mod dead;
+mod keeper;
+mod log;
+mod protocol;
+mod server;
+
+pub use client::Client;
+pub use dead::{Dead, dead_devices};
+pub use keeper::{SERVE_COMMAND, run, serve};
+
+use crate::store::ObjectKind;
+use crate::units::Id;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+/// How a disk is shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Via {
+    /// As a loop device over the file.
+    Loop,
+    /// As the file alone.
+    File,
+}
+
+impl Via {
+    /// The word in JSON and on the socket.
+    pub fn word(self) -> &'static str {
+        match self {
+            Via::Loop => "loop",
+            Via::File => "file",
+        }
+    }
+}
+
+/// What to attach, and how.
+#[derive(Clone, Debug)]
+pub struct AttachRequest {
+    /// Name, snapshot, or beginning of an id.
+    pub reference: String,
+    /// Door.
+    pub via: Via,
+    /// Attach a disk read-only (snapshots and images always are).
+    pub read_only: bool,
+    /// Sector size of the loop device: 512 or 4096.
+    pub block_size: u32,
+}
+
+/// An attached object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Name it was attached by.
+    pub name: String,
+    /// Id of its layer or base.
+    pub id: Id,
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Can it only be read?
+    pub read_only: bool,
+    /// Door.
+    pub via: Via,
+    /// The loop device, if there is one.
+    pub device: Option<String>,
+    /// The file that shows it.
+    pub file: PathBuf,
+    /// How often it is attached: more than once only read-only.
+    pub count: u32,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Where a directory is now: it may have been moved since it was opened.
+fn place_of(dir: &File) -> PathBuf {
+    let link = format!("/proc/self/fd/{}", dir.as_raw_fd());
+    std::fs::read_link(&link).unwrap_or_else(|_| link.into())
+}
+
+/// Names of files in the run directory.
+pub(crate) const SOCKET: &str = "control.sock";
+pub(crate) const LOCK: &str = "daemon.lock";
+pub(crate) const MOUNT: &str = "disks";
+pub(crate) const LOG: &str = "daemon.log";

@@ -1,0 +1,678 @@
+//! The server: attached disks, the threads that serve their files, and the control socket.
+//!
+//! Always true:
+//! - an object is in the table before its disk is opened and until after it is closed, so it is never open twice;
+//! - no thread here waits for a request on a served file: that would be itself;
+//! - what one conversation began and did not end (an attachment, a detachment) is decided when it breaks off, by what the kernel says
+//!   of the loop device.
+
+use super::client::answer;
+use super::keeper::{self, loop_devices_over};
+use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
+use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
+use crate::disk::CowDisk;
+use crate::error::{Error, Kind, Result};
+use crate::serve::files::Files;
+use crate::serve::fuse::session::{Init, Options, Session};
+use crate::store::{Object, ObjectKind, Store};
+use crate::sys::{fdpass, loopdev, process};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+/// How often disks are looked after: freed space goes back to the host.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How long a command waits for another one that attaches or detaches the same.
+const TRANSIT: Duration = Duration::from_secs(30);
+
+/// Most conversations at one time: each is a thread.
+const MAX_CONVERSATIONS: usize = 256;
+
+/// Where an attachment stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Being attached by a command.
+    Opening,
+    /// Attached.
+    Ready,
+    /// Being detached by a command.
+    Closing,
+}
+
+struct Entry {
+    attached: Attached,
+    block_size: u64,
+    ino: u64,
+    dev: u64,
+    disk: Option<Arc<CowDisk>>,
+    phase: Phase,
+}
+
+struct Server {
+    store: Store,
+    files: Arc<Files>,
+    session: Session,
+    table: Mutex<BTreeMap<String, Entry>>,
+    /// Told whenever an attachment or a detachment may have come to its end.
+    settled: Condvar,
+    /// The run directory, which may be moved with the store.
+    run_dir: File,
+    started: Instant,
+    keeper: i32,
+    conversations: Mutex<usize>,
+    end: Mutex<Sender<()>>,
+}
+
+/// Becomes the server: the descriptors come over standard input.
+pub fn run(store: Store) -> Result<()> {
+    log::begin(&store.run_dir(), false)?;
+    let ended = serve(store);
+    if let Err(e) = &ended {
+        tracing::error!("the server ends: {e:?}");
+    }
+    ended
+}
+
+fn serve(store: Store) -> Result<()> {
+    // Before any thread starts, as all of them serve I/O that the kernel may need to free memory.
+    if !process::set_io_flusher() {
+        tracing::info!("not allowed to be an I/O flusher (needs CAP_SYS_RESOURCE)");
+    }
+    let _ = process::set_oom_score_adj(-900);
+    process::raise_open_files_limit();
+    keeper::signals(false);
+    let line = UnixStream::from(
+        rustix::io::dup(std::io::stdin())
+            .map_err(|e| Error::io("open", "the line to the keeper", &e.into()))?,
+    );
+    let (_, fds) = fdpass::receive(&line, &mut [0; 1])
+        .map_err(|e| Error::io("hear from", "the keeper", &e))?;
+    let [fuse, listener]: [OwnedFd; 2] = fds
+        .try_into()
+        .map_err(|_| Error::new(Kind::Invalid, "the keeper sent no descriptors"))?;
+    let listener = UnixListener::from(listener);
+    let files = Arc::new(Files::new());
+    let session = Session::start(fuse, files.clone(), Init::Fresh, Options::default())?;
+    let run_dir =
+        File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
+    let (end, ended) = channel();
+    let server = Arc::new(Server {
+        store,
+        files,
+        session,
+        table: Mutex::default(),
+        settled: Condvar::new(),
+        run_dir,
+        started: Instant::now(),
+        keeper: rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get()),
+        conversations: Mutex::new(0),
+        end: Mutex::new(end.clone()),
+    });
+    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(work)
+            .map(|_| ())
+            .map_err(|e| Error::io("start", "a thread", &e))
+    };
+    let keeper = rustix::process::getppid();
+    // A terminal or a service manager signals keeper and server at once. To end here would take the disks away from under their
+    // filesystems before the keeper has unmounted them: so the keeper decides.
+    spawn(
+        "signals",
+        Box::new(move || {
+            loop {
+                if matches!(super::keeper::wait_signal(), libc::SIGTERM | libc::SIGINT)
+                    // Not whoever adopted us, should the keeper be gone.
+                    && let Some(parent) = rustix::process::getppid()
+                    && Some(parent) == keeper
+                {
+                    let _ = rustix::process::kill_process(parent, rustix::process::Signal::TERM);
+                }
+            }
+        }),
+    )?;
+    let acceptor = server.clone();
+    spawn("control", Box::new(move || accept(&acceptor, &listener)))?;
+    (&line)
+        .write_all(b"r")
+        .map_err(|e| Error::io("talk to", "the keeper", &e))?;
+    // The keeper says when to end. Its death is our end as well: nobody else would take the mount away.
+    spawn(
+        "keeper",
+        Box::new(move || {
+            if !matches!((&line).read(&mut [0; 1]), Ok(1)) {
+                tracing::warn!("the keeper is gone");
+            }
+            let _ = end.send(());
+        }),
+    )?;
+    housekeep(&server, &ended);
+    server.shut_down();
+    Ok(())
+}
+
+/// Looks after the disks until the end is asked for.
+fn housekeep(server: &Server, ended: &Receiver<()>) {
+    while ended.recv_timeout(HOUSEKEEPING).is_err() {
+        if let Some(why) = server.session.ended() {
+            tracing::error!("the mount is gone: {why:?}");
+            return;
+        }
+        let disks: Vec<(String, Arc<CowDisk>)> = {
+            let table = server.table.lock();
+            table
+                .iter()
+                .filter_map(|(n, e)| Some((n.clone(), e.disk.clone()?)))
+                .collect()
+        };
+        for (name, disk) in disks {
+            match disk.maintain() {
+                Err(e) if e.kind() == Kind::Poisoned => {}
+                Err(e) => tracing::warn!(disk = name, "{e}"),
+                Ok(()) => {}
+            }
+        }
+    }
+}
+
+fn accept(server: &Arc<Server>, listener: &UnixListener) {
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                // Out of descriptors, most likely: others may free some.
+                tracing::warn!("cannot accept a conversation: {e}");
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        {
+            let mut n = server.conversations.lock();
+            if *n >= MAX_CONVERSATIONS {
+                continue;
+            }
+            *n += 1;
+        }
+        let server2 = server.clone();
+        let thread = std::thread::Builder::new()
+            .name("conversation".into())
+            .spawn(move || {
+                let mut begun = Vec::new();
+                converse(&server2, stream, &mut begun);
+                for name in begun {
+                    server2.broken_off(&name);
+                }
+                server2.settled.notify_all();
+                *server2.conversations.lock() -= 1;
+            });
+        if let Err(e) = thread {
+            tracing::warn!("cannot start a thread: {e}");
+            *server.conversations.lock() -= 1;
+        }
+    }
+}
+
+/// Answers requests until the other side leaves. `begun`: what it began and did not end.
+fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
+    let Ok(mut writer) = stream.try_clone() else {
+        return;
+    };
+    let mut reader = BufReader::new(stream);
+    loop {
+        let request = match receive(&mut reader) {
+            Ok(Some(request)) => request,
+            Ok(None) => return,
+            Err(e) => {
+                let _ = send(&mut writer, &failure(&e));
+                return;
+            }
+        };
+        let said = server
+            .answer(&request, begun)
+            .unwrap_or_else(|e| failure(&e));
+        server.settled.notify_all();
+        if send(&mut writer, &said).is_err() {
+            return;
+        }
+    }
+}
+
+impl Server {
+    fn answer(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+        match text(request, "op")? {
+            "hello" => {
+                let version = number(request, "version")?;
+                if version != protocol::VERSION {
+                    return Err(Error::new(
+                        Kind::Version,
+                        format!(
+                            "the daemon speaks version {} of the protocol, not {version}",
+                            protocol::VERSION
+                        ),
+                    )
+                    .hint("stop the daemon that an older or newer forkdisk started"));
+                }
+                Ok(json!({"store": self.store.id().to_string()}))
+            }
+            "status" => Ok(json!({"status": self.status()})),
+            "attached" => {
+                let table = self.table.lock();
+                let all: Vec<Value> = table
+                    .values()
+                    .filter(|e| e.phase != Phase::Opening)
+                    .map(|e| self.shown(&e.attached)["attached"].take())
+                    .collect();
+                Ok(json!({"attached": all}))
+            }
+            "attach" => self.attach(request, begun),
+            "attach-done" => {
+                let name = text(request, "name")?;
+                let mut table = self.table.lock();
+                let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
+                entry.attached.device = Some(text(request, "device")?.to_string());
+                entry.dev = number(request, "dev")?;
+                entry.phase = Phase::Ready;
+                begun.retain(|b| b != name);
+                tracing::info!(disk = name, device = entry.attached.device, "attached");
+                Ok(self.shown(&entry.attached))
+            }
+            "attach-undo" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                self.close(name)?;
+                Ok(json!({}))
+            }
+            "detach" => self.detach(text(request, "target")?, begun),
+            "detach-undo" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                if let Some(entry) = self.table.lock().get_mut(name) {
+                    entry.phase = Phase::Ready;
+                }
+                Ok(json!({}))
+            }
+            "detach-done" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                self.close(name)?;
+                tracing::info!(disk = name, "detached");
+                Ok(json!({}))
+            }
+            "snapshot" => {
+                let (disk, name) = (text(request, "disk")?, text(request, "name")?);
+                let running = self.running(disk)?;
+                let message = request.get("message").and_then(Value::as_str);
+                let object = self.store.snapshot_running(&running, disk, name, message)?;
+                self.refresh(disk);
+                Ok(json!({"object": object_json(&object)}))
+            }
+            "create" => {
+                let from = text(request, "from")?;
+                let names = request
+                    .get("names")
+                    .and_then(Value::as_array)
+                    .cloned()
+                    .unwrap_or_default();
+                let names: Vec<String> = names
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .map(String::from)
+                    .collect();
+                let running = self.running(from)?;
+                let size = request.get("size").and_then(Value::as_u64);
+                let objects = self
+                    .store
+                    .create_from_running(&running, from, &names, size)?;
+                self.refresh(from);
+                Ok(json!({"objects": objects.iter().map(object_json).collect::<Vec<_>>()}))
+            }
+            "stop" => {
+                let table = self.table.lock();
+                if !table.is_empty() {
+                    let names: Vec<&str> = table.keys().take(8).map(String::as_str).collect();
+                    let more = if table.len() > names.len() {
+                        ", ..."
+                    } else {
+                        ""
+                    };
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("attached: {}{more}", names.join(", ")),
+                    )
+                    .hint(
+                        "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
+                    ));
+                }
+                let _ = self.end.lock().send(());
+                Ok(json!({"keeper_pid": self.keeper}))
+            }
+            other => Err(Error::new(
+                Kind::Invalid,
+                format!("the daemon knows no request `{other}`"),
+            )
+            .hint("command and daemon may be of different versions: restart the daemon")),
+        }
+    }
+
+    fn attach(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+        let via = protocol::via_of(text(request, "via")?)?;
+        let block_size = number(request, "block_size")?;
+        let object = self.store.resolve(text(request, "reference")?)?;
+        let read_only = flag(request, "read_only") || object.kind != ObjectKind::Disk;
+        {
+            let same = |e: &Entry| {
+                e.attached.name == object.name
+                    || (e.attached.id == object.id && object.kind != ObjectKind::Disk)
+            };
+            let mut table = self.table.lock();
+            self.settle(&mut table, same, begun)?;
+            if let Some(entry) = table.values_mut().find(|e| same(e)) {
+                if entry.attached.id != object.id && object.kind != ObjectKind::Disk {
+                    // Renamed or removed behind our back: its file stands in the way.
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("something else is attached under the name {}", object.name),
+                    )
+                    .hint(format!("`forkdisk detach {}` first", object.name)));
+                }
+                share(entry, &object, read_only, via, block_size)?;
+                let mut said = self.shown(&entry.attached);
+                said["fresh"] = false.into();
+                return Ok(said);
+            }
+            let attached = Attached {
+                name: object.name.clone(),
+                id: object.id,
+                kind: object.kind,
+                read_only,
+                via,
+                device: None,
+                file: self.mount().join(&object.name),
+                count: 1,
+                size: object.size,
+            };
+            let entry = Entry {
+                attached,
+                block_size,
+                ino: 0,
+                dev: 0,
+                disk: None,
+                phase: Phase::Opening,
+            };
+            table.insert(object.name.clone(), entry);
+        }
+        let opened = self.store.open_cow(&object, !read_only).and_then(|disk| {
+            let ino = self.files.add(&object.name, disk.clone())?;
+            Ok((disk, ino))
+        });
+        let mut table = self.table.lock();
+        let (disk, ino) = match opened {
+            Ok(opened) => opened,
+            Err(e) => {
+                table.remove(&object.name);
+                return Err(e);
+            }
+        };
+        let entry = table
+            .get_mut(&object.name)
+            .ok_or_else(|| not_attached(&object.name))?;
+        entry.attached.size = crate::disk::Disk::size(&*disk);
+        entry.disk = Some(disk);
+        entry.ino = ino;
+        if via == Via::File {
+            entry.phase = Phase::Ready;
+            tracing::info!(disk = object.name, "attached as a file");
+        } else {
+            begun.push(object.name.clone());
+        }
+        let mut said = self.shown(&entry.attached);
+        said["fresh"] = true.into();
+        Ok(said)
+    }
+
+    fn detach(&self, target: &str, begun: &mut Vec<String>) -> Result<Value> {
+        let by_id = self.store.resolve(target).ok().map(|o| (o.kind, o.id));
+        let mount = self.mount();
+        let meant = |e: &Entry| {
+            let a = &e.attached;
+            a.name == target
+                || a.device.as_deref() == Some(target)
+                || mount.join(&a.name) == Path::new(target)
+                || by_id == Some((a.kind, a.id))
+        };
+        let mut table = self.table.lock();
+        self.settle(&mut table, meant, begun)?;
+        let entry = table.values_mut().find(|e| meant(e));
+        let entry = entry.ok_or_else(|| not_attached(target))?;
+        let name = entry.attached.name.clone();
+        if entry.attached.count > 1 {
+            entry.attached.count -= 1;
+            let mut said = self.shown(&entry.attached);
+            said["last"] = false.into();
+            return Ok(said);
+        }
+        if entry.attached.via == Via::File {
+            let opens = self
+                .files
+                .get(entry.ino)
+                .and_then(|f| f.info())
+                .map_or(0, |i| i.opens);
+            if opens > 0 {
+                let file = mount.join(&name);
+                let file = file.display();
+                return Err(
+                    Error::new(Kind::Busy, format!("{file} is open {opens} times"))
+                        .hint(format!("`fuser -v {file}` names who has it open")),
+                );
+            }
+        }
+        entry.phase = Phase::Closing;
+        begun.push(name);
+        let mut said = self.shown(&entry.attached);
+        said["last"] = true.into();
+        said["dev"] = entry.dev.into();
+        said["ino"] = entry.ino.into();
+        Ok(said)
+    }
+
+    /// Takes an attachment away: the file, then the disk. Returns when all is durable.
+    fn close(&self, name: &str) -> Result<()> {
+        let (ino, disk) = {
+            let mut table = self.table.lock();
+            let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
+            entry.phase = Phase::Closing;
+            (entry.ino, entry.disk.take())
+        };
+        // Waits for requests under way.
+        let removed = if ino != 0 {
+            self.files.remove(ino).map(|_| ())
+        } else {
+            Ok(())
+        };
+        let closed = disk.as_ref().map_or(Ok(()), |d| d.close());
+        // The lock of the layer file goes with the last handle, before anyone can see the name free.
+        drop(disk);
+        self.table.lock().remove(name);
+        match closed {
+            Err(e) if e.kind() == Kind::NoSpace => {
+                // All is flushed; only the tidying found no room. The next opening does it.
+                tracing::warn!(disk = name, "closed without a checkpoint: {e}");
+                removed
+            }
+            Err(e) => Err(e.context(format!(
+                "{name} was detached, but could not be closed cleanly"
+            ))),
+            Ok(()) => removed,
+        }
+    }
+
+    /// A conversation ended in the middle of attaching or detaching: the kernel tells how far it came.
+    fn broken_off(&self, name: &str) {
+        let file = {
+            let table = self.table.lock();
+            match table.get(name) {
+                Some(entry) if entry.phase != Phase::Ready => self.mount().join(name),
+                _ => return,
+            }
+        };
+        let device = loop_devices_over(&self.mount())
+            .into_iter()
+            .find(|d| loopdev::backing_file(d).is_some_and(|f| f == file));
+        let Some(device) = device else {
+            tracing::warn!(disk = name, "a command broke off: the disk is closed");
+            if let Err(e) = self.close(name) {
+                tracing::warn!(disk = name, "{e}");
+            }
+            return;
+        };
+        tracing::warn!(disk = name, device = %device.display(), "a command broke off: the disk stays attached");
+        let dev = loopdev::status(&device).ok().flatten().map_or(0, |s| s.dev);
+        if let Some(entry) = self.table.lock().get_mut(name) {
+            entry.attached.device = Some(device.display().to_string());
+            entry.dev = dev;
+            entry.phase = Phase::Ready;
+        }
+    }
+
+    /// The mount of the served files, where it is now.
+    fn mount(&self) -> PathBuf {
+        place_of(&self.run_dir).join(MOUNT)
+    }
+    /// An attachment as it stands in an answer.
+    fn shown(&self, a: &Attached) -> Value {
+        let file = self.mount().join(&a.name);
+        answer(&Attached { file, ..a.clone() })
+    }
+    /// Waits until what is meant is neither being attached nor being detached by others.
+    fn settle(
+        &self,
+        table: &mut MutexGuard<'_, BTreeMap<String, Entry>>,
+        meant: impl Fn(&Entry) -> bool,
+        begun: &[String],
+    ) -> Result<()> {
+        let deadline = Instant::now() + TRANSIT;
+        loop {
+            let entry = table.values().find(|e| meant(e) && e.phase != Phase::Ready);
+            let Some(entry) = entry else {
+                return Ok(());
+            };
+            let name = entry.attached.name.clone();
+            if begun.contains(&name) || self.settled.wait_until(table, deadline).timed_out() {
+                return Err(in_transit(&name));
+            }
+        }
+    }
+
+    fn running(&self, disk: &str) -> Result<Arc<CowDisk>> {
+        let table = self.table.lock();
+        let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
+        if entry.phase == Phase::Closing || entry.attached.read_only {
+            return Err(in_transit(disk));
+        }
+        entry.disk.clone().ok_or_else(|| in_transit(disk))
+    }
+
+    /// After its layer was sealed, a disk's name refers to another one.
+    fn refresh(&self, disk: &str) {
+        if let Ok(object) = self.store.resolve(disk)
+            && let Some(entry) = self.table.lock().get_mut(disk)
+        {
+            entry.attached.id = object.id;
+        }
+    }
+
+    fn status(&self) -> Value {
+        let run_dir = place_of(&self.run_dir);
+        let (threads, peak) = self.session.threads();
+        let total = self.files.total();
+        json!({
+            "keeper_pid": self.keeper,
+            "server_pid": std::process::id(),
+            "socket": run_dir.join(SOCKET),
+            "mount": run_dir.join(MOUNT),
+            "log": run_dir.join(LOG),
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptime_seconds": self.started.elapsed().as_secs(),
+            "attached": self.table.lock().len(),
+            "threads": threads,
+            "peak_threads": peak,
+            "requests": total,
+            "can_take_over": self.session.negotiated().can_resend(),
+        })
+    }
+
+    /// The end: everything that is still attached is flushed and closed.
+    fn shut_down(&self) {
+        self.session.stop();
+        let names: Vec<String> = self.table.lock().keys().cloned().collect();
+        for name in names {
+            tracing::warn!(
+                disk = name,
+                "still attached at the end: its device gives I/O errors from now on"
+            );
+            if let Err(e) = self.close(&name) {
+                tracing::error!(disk = name, "{e:?}");
+            }
+        }
+    }
+}
+
+/// One more user of what is attached read-only already.
+fn share(
+    entry: &mut Entry,
+    object: &Object,
+    read_only: bool,
+    via: Via,
+    block_size: u64,
+) -> Result<()> {
+    let a = &mut entry.attached;
+    let place = a
+        .device
+        .clone()
+        .unwrap_or_else(|| a.file.display().to_string());
+    if !(a.read_only && read_only) {
+        return Err(Error::new(
+            Kind::Busy,
+            format!("{} is attached already, as {place}", object.name),
+        )
+        .hint(format!(
+            "use {place}, or `forkdisk detach {}` first",
+            object.name
+        )));
+    }
+    if a.via != via || (via == Via::Loop && entry.block_size != block_size) {
+        return Err(Error::new(
+            Kind::Busy,
+            format!(
+                "{} is attached already, in another way, as {place}",
+                object.name
+            ),
+        )
+        .hint("attach it in the same way to share it"));
+    }
+    a.count += 1;
+    Ok(())
+}
+
+fn not_attached(name: &str) -> Error {
+    Error::new(Kind::NotFound, format!("{name} is not attached"))
+        .hint("`forkdisk ls attached` lists what is")
+}
+
+fn in_transit(name: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!("{name} is just being attached or detached"),
+    )
+    .hint("try again in a moment")
+}

@@ -1,0 +1,417 @@
+//! What only the committing thread does: commit records, checkpoints, runs, free lists (FORMAT.md, section 4).
+//!
+//! Always true: whoever runs this holds `commit`. A failed sync poisons the layer and is never tried again.
+
+use super::{CHECKPOINT_SLOTS, Commit, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State};
+use crate::error::{Error, Kind, Result};
+use crate::format::{
+    self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef,
+    Superblock, commit_slots, encode_commit,
+};
+use crate::io::File;
+use crate::map::run::{Builder, Run, max_len};
+use crate::map::{Items, Memtable, merge};
+use crate::units::{REGION_BLOCKS, Region, Slot, blocks};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+impl Layer {
+    /// Makes all that was published before the call durable: one commit record, one sync. Flushes that come while one is
+    /// under way join the next.
+    pub fn flush(&self) -> Result<()> {
+        let target = self.epoch.load(SeqCst);
+        let mut group = self.group.lock();
+        loop {
+            self.check_poison()?;
+            if group.durable >= target {
+                return Ok(());
+            }
+            if !group.running {
+                break;
+            }
+            self.joined.wait(&mut group);
+        }
+        group.running = true;
+        drop(group);
+        let done = self.commit_epoch();
+        let mut group = self.group.lock();
+        group.running = false;
+        if let Ok(epoch) = &done {
+            group.durable = group.durable.max(*epoch);
+        }
+        self.joined.notify_all();
+        drop(group);
+        done?;
+        // After the acknowledgement of the others, who need not wait for it.
+        if self.space.lock().journal_head > CHECKPOINT_SLOTS {
+            match self.checkpoint_now() {
+                // The journal still has room: nothing is lost, and writers will be told in time.
+                Err(e) if e.kind() == Kind::NoSpace => {
+                    tracing::warn!(layer = %self.id, "checkpoint put off: {e}")
+                }
+                other => other?,
+            }
+        }
+        let demand = self.demand.load(Relaxed);
+        self.give_to_host((4 * HOT_SLOTS).max(2 * demand), HOT_SLOTS.max(demand))
+    }
+
+    /// Closes the epoch and commits it; returns its number.
+    fn commit_epoch(&self) -> Result<u64> {
+        let mut commit = self.commit.lock();
+        let c = &mut *commit;
+        self.check_poison()?;
+        let (log, epoch) = {
+            let _gate = self.gate.write();
+            let epoch = self.epoch.fetch_add(1, SeqCst);
+            let log = std::mem::take(&mut *self.log.lock());
+            let mut space = self.space.lock();
+            space.entries -= log.reserved;
+            space.committing = commit_slots(log.reserved);
+            (log, epoch)
+        };
+        if log.entries.is_empty() {
+            self.space.lock().committing = 0;
+            c.epoch = epoch;
+            return Ok(epoch);
+        }
+        let mut changes = Memtable::new();
+        for entry in &log.entries {
+            let (lba, count, pointer) = entry.get();
+            changes.apply(lba, count, pointer);
+        }
+        let entries = changes.entries();
+        let slots = commit_slots(entries.len() as u64);
+        debug_assert!(
+            c.head + slots <= JOURNAL_SLOTS,
+            "the journal space was reserved"
+        );
+        let demand = self
+            .taken
+            .swap(0, Relaxed)
+            .max(self.demand.load(Relaxed) / 8 * 7);
+        self.demand.store(demand.min(HOT_MAX), Relaxed);
+        self.busy.store(true, Relaxed);
+        let generation = c.superblock.generation.get();
+        encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
+        self.file
+            .write_at(&c.buffer, Slot(JOURNAL_START + c.head).at())
+            .and_then(|()| self.file.sync())
+            .map_err(|e| self.poison(e))?;
+        c.buffer.shrink_to(1 << 20);
+        c.second_pending = false;
+        c.head += slots;
+        c.next_commit += 1;
+        c.epoch = epoch;
+        c.data_blocks += log.data_delta;
+        c.zero_blocks += log.zero_delta;
+        for entry in &entries {
+            let (lba, count, pointer) = entry.get();
+            c.memtable.apply(lba, count, pointer);
+            if let Pointer::Data { slot, .. } = pointer {
+                use_slot(&mut c.free, &mut c.high, slot.0);
+            }
+        }
+        for &(start, len) in &log.freed {
+            c.free.insert(start, len);
+        }
+        let now = self.quiesce.now();
+        let mut space = self.space.lock();
+        space.journal_head = c.head;
+        space.committing = 0;
+        space.retire(now, log.freed);
+        Ok(epoch)
+    }
+
+    /// Writes a checkpoint of what is committed, so that the journal is empty.
+    pub fn checkpoint_now(&self) -> Result<()> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        if commit.head == 0 {
+            return Ok(());
+        }
+        self.checkpoint(&mut commit, State::Writable)
+    }
+
+    /// FORMAT.md, "Checkpoint". An error before the superblock is touched (no space for the run) leaves all as it was; a failed
+    /// sync or superblock write poisons.
+    pub(super) fn checkpoint(&self, c: &mut Commit, state: State) -> Result<()> {
+        let mut runs: Vec<Arc<MappedRun>> = self.runs.read().to_vec();
+        let mut replaced: Vec<(u32, u32)> = Vec::new();
+        let mut new_extent = None;
+        if !c.memtable.is_empty() {
+            let merged = self.runs_to_merge(&runs, c.memtable.applied());
+            let (reference, extent) = self.write_run(c, &runs[..merged])?;
+            for run in runs.drain(..merged) {
+                replaced.push((run.reference().slot.get(), run.reference().slots.get()));
+            }
+            if let Some(reference) = reference {
+                let mapping = self.file.map(
+                    Slot(reference.slot.get()).at(),
+                    reference.len.get() as usize,
+                );
+                let run = mapping.and_then(|m| Run::open(m, reference, &self.id));
+                match run {
+                    Ok(run) => runs.insert(0, Arc::new(run)),
+                    Err(e) => {
+                        self.space.lock().hot.insert(extent.0, extent.1);
+                        return Err(e);
+                    }
+                }
+                new_extent = Some(extent);
+            }
+        }
+        let mut next = c.superblock;
+        // What is free once this superblock counts.
+        let mut free = c.free.clone();
+        let mut high = c.high;
+        if let Some((start, len)) = new_extent {
+            for slot in start..start + len {
+                use_slot(&mut free, &mut high, slot);
+            }
+        }
+        let old_list = (next.free_slot.get(), next.free_slots.get());
+        if old_list.0 != 0 {
+            replaced.push(old_list);
+        }
+        for &(start, len) in &replaced {
+            free.insert(start, len);
+        }
+        let mut forgotten = c.forgotten + free.limit();
+        let undo = |e: Error| {
+            if let Some((start, len)) = new_extent {
+                self.space.lock().hot.insert(start, len);
+            }
+            e
+        };
+        let list = self
+            .write_free_list(&mut next, &mut free, &mut high, &mut forgotten)
+            .map_err(undo)?;
+        next.sequence = U64::new(next.sequence.get() + 1);
+        next.state = U32::new(state.number());
+        next.next_commit = U64::new(c.next_commit);
+        next.data_blocks = U64::new(c.data_blocks.max(0) as u64);
+        next.zero_blocks = U64::new(c.zero_blocks.max(0) as u64);
+        next.high_water = U64::new(high);
+        next.forgotten = U64::new(forgotten);
+        next.run_count = U32::new(runs.len() as u32);
+        next.runs = [RunRef::new_zeroed(); MAX_RUNS];
+        for (entry, run) in next.runs.iter_mut().zip(&runs) {
+            *entry = *run.reference();
+        }
+        // The new run, and copy 2 of the last change, before copy 1 is touched. Where neither was written there is nothing to wait for.
+        let wrote = new_extent.is_some() || list.is_some() || c.second_pending;
+        if wrote {
+            self.file.sync().map_err(|e| self.poison(e))?;
+            c.second_pending = false;
+        }
+        let bytes = next.encode().to_vec();
+        self.file
+            .write_at(&bytes, Slot(1).at())
+            .and_then(|()| self.file.sync())
+            .and_then(|()| self.file.write_at(&bytes, Slot(2).at()))
+            .map_err(|e| self.poison(e))?;
+        c.second_pending = true;
+        c.superblock = next;
+        c.free = free;
+        c.high = high;
+        c.forgotten = forgotten;
+        c.memtable = Memtable::new();
+        c.head = 0;
+        *self.runs.write() = Arc::new(runs);
+        self.zeroed.write().forget_up_to(c.epoch);
+        self.checkpointed.fetch_max(c.epoch, SeqCst);
+        let now = self.quiesce.now();
+        let mut space = self.space.lock();
+        space.journal_head = 0;
+        space.retire(now, replaced);
+        Ok(())
+    }
+
+    /// How many of the newest runs go into the new one: afterwards each run is more than twice as large as all newer ones together,
+    /// so that there are few, and each entry is rewritten a logarithmic number of times.
+    fn runs_to_merge(&self, runs: &[Arc<MappedRun>], new: u64) -> usize {
+        let weight = |r: &MappedRun| {
+            let reference = r.reference();
+            reference.pointers.get() + u64::from(reference.regions.get()) + r.zero_ranges()
+        };
+        let mut total = new.max(1);
+        let mut count = 0;
+        for run in runs {
+            if weight(run) > 2 * total && runs.len() - count < MAX_RUNS {
+                break;
+            }
+            total += weight(run);
+            count += 1;
+        }
+        count
+    }
+
+    /// Writes the memtable merged with `runs` as a new run; returns its reference and the slots it occupies.
+    fn write_run(
+        &self,
+        c: &Commit,
+        runs: &[Arc<MappedRun>],
+    ) -> Result<(Option<RunRef>, (u32, u32))> {
+        let (mut regions, mut pointers, mut ranges) = (0u64, 0u64, 0u64);
+        for item in c.memtable.items() {
+            match item? {
+                crate::map::Item::Region(_, map) => {
+                    regions += 1;
+                    pointers += map.len() as u64;
+                }
+                crate::map::Item::Zeros(..) => ranges += 1,
+            }
+        }
+        for run in runs {
+            let r = run.reference();
+            regions += u64::from(r.regions.get());
+            // Stored zeros are pointers too; of a filled region there are none.
+            pointers += r.pointers.get()
+                + r.zeros
+                    .get()
+                    .min(u64::from(r.regions.get()) * REGION_BLOCKS as u64);
+            ranges += run.zero_ranges();
+        }
+        let slots = blocks(max_len(regions, pointers, ranges));
+        let slots = u32::try_from(slots)
+            .map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
+        let (start, hot) = {
+            let mut space = self.space.lock();
+            space.settle(&self.quiesce);
+            space.contiguous(slots)?
+        };
+        let give_back = |from: u32| {
+            let mut space = self.space.lock();
+            let rest = start + slots - from;
+            if hot {
+                space.hot.insert(from, rest);
+            } else if u64::from(start) + u64::from(slots) == space.high {
+                // The tail of the file goes back to its end.
+                space.high = u64::from(from);
+            } else {
+                space.cold.insert(from, rest);
+            }
+        };
+        let mut at = Slot(start).at();
+        let mut builder = Builder::new(|bytes: &[u8]| {
+            self.file.write_at(bytes, at)?;
+            at += bytes.len() as u64;
+            Ok(())
+        });
+        let mut sources: Vec<Items<'_>> = vec![c.memtable.items()];
+        sources.extend(runs.iter().map(|r| r.items(Region(0))));
+        let written = merge(sources)
+            .try_for_each(|item| builder.push(&item?))
+            .and_then(|()| builder.finish(&self.id, c.next_commit - 1));
+        match written {
+            Ok(Some(mut reference)) => {
+                reference.slot = U32::new(start);
+                let used = reference.slots.get();
+                debug_assert!(used <= slots);
+                if used < slots {
+                    give_back(start + used);
+                }
+                Ok((Some(reference), (start, used)))
+            }
+            Ok(None) => {
+                give_back(start);
+                Ok((None, (start, 0)))
+            }
+            Err(e) => {
+                self.unused(start, slots);
+                Err(e.layer(self.id))
+            }
+        }
+    }
+
+    /// Puts the free list into the superblock, or beside it. Returns the slots it took.
+    fn write_free_list(
+        &self,
+        next: &mut Superblock,
+        free: &mut FreeSet,
+        high: &mut u64,
+        forgotten: &mut u64,
+    ) -> Result<Option<(u32, u32)>> {
+        next.free_slot = U32::new(0);
+        next.free_slots = U32::new(0);
+        next.free_inline = [FreeExtent::new_zeroed(); INLINE_FREE];
+        let mut own = None;
+        if free.extents() > INLINE_FREE {
+            // One more than needed: taking the slots may cut an extent in two.
+            let bytes = (free.extents() + 2) as u64 * size_of::<FreeExtent>() as u64;
+            let slots = blocks(bytes) as u32;
+            let (start, _) = self.space.lock().contiguous(slots)?;
+            for slot in start..start + slots {
+                use_slot(free, high, slot);
+            }
+            *forgotten += free.limit();
+            next.free_slot = U32::new(start);
+            next.free_slots = U32::new(slots);
+            own = Some((start, slots));
+        }
+        let list: Vec<FreeExtent> = free
+            .iter()
+            .map(|(s, l)| FreeExtent {
+                slot: U32::new(s),
+                slots: U32::new(l),
+            })
+            .collect();
+        next.free_count = U32::new(list.len() as u32);
+        next.free_crc = U32::new(format::crc(list.as_bytes()));
+        match own {
+            None => next.free_inline[..list.len()].copy_from_slice(&list),
+            Some((start, slots)) => {
+                if let Err(e) = self.file.write_at(list.as_bytes(), Slot(start).at()) {
+                    self.unused(start, slots);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(own)
+    }
+}
+
+/// Takes a slot that a commit names out of the free ones below the high-water mark, raising the mark if need be.
+pub(super) fn use_slot(free: &mut FreeSet, high: &mut u64, slot: u32) {
+    if u64::from(slot) >= *high {
+        free.insert(*high as u32, slot - *high as u32);
+        *high = u64::from(slot) + 1;
+    } else {
+        free.remove(slot, 1);
+    }
+}
+
+/// Reads the free list that a superblock names.
+pub(in crate::layer) fn read_free_list(
+    file: &dyn File,
+    superblock: &Superblock,
+) -> Result<FreeSet> {
+    let count = superblock.free_count.get() as usize;
+    let bytes = if superblock.free_slot.get() == 0 {
+        superblock.free_inline[..count].as_bytes().to_vec()
+    } else {
+        let mut bytes = vec![0; count * size_of::<FreeExtent>()];
+        file.read_at(&mut bytes, Slot(superblock.free_slot.get()).at())?;
+        bytes
+    };
+    let at = Slot(superblock.free_slot.get().max(1)).at();
+    let bad = |what: &str| Error::new(Kind::Corrupt, format!("free list: {what}")).offset(at);
+    if format::crc(&bytes) != superblock.free_crc.get() {
+        return Err(bad("checksum mismatch"));
+    }
+    let list = <[FreeExtent]>::ref_from_bytes(&bytes).map_err(|_| bad("it is cut"))?;
+    let mut free = FreeSet::default();
+    let mut last = u64::from(format::DATA_START);
+    for extent in list {
+        let (start, len) = (u64::from(extent.slot.get()), u64::from(extent.slots.get()));
+        if start < last || len == 0 || start + len > superblock.high_water.get() {
+            return Err(bad("its extents are out of order"));
+        }
+        free.insert(extent.slot.get(), extent.slots.get());
+        last = start + len;
+    }
+    Ok(free)
+}

@@ -1,0 +1,135 @@
+//! Daemons that were killed: what they left is found, used up or taken away, and nothing that was flushed is lost.
+
+use crate::rig::*;
+use std::fs;
+
+/// Two disks attached, one of them mounted, with data that was synced.
+fn in_use() -> (World, std::path::PathBuf) {
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base", "--count", "3"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d-1"]);
+    w.ok(["attach", "d-2", "--mount", s(&m)]);
+    fs::write(m.join("f"), noise(1, 3 << 20)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    (w, m)
+}
+
+/// After the death: everything can be looked at, attached again, and the dead devices go.
+fn goes_on(w: &World, m: &std::path::Path) {
+    w.ok(["ls"]);
+    w.ok(["tree"]);
+    let dead = w.loops();
+    let n = w.mkdir("n");
+    w.ok(["attach", "d-2", "--mount", s(&n)]);
+    assert!(
+        fs::read(n.join("f")).unwrap() == noise(1, 3 << 20),
+        "synced data is lost"
+    );
+    let device = w.ok(["attach", "d-1"]);
+    w.ok(["attach", "d-3"]);
+    tool("e2fsck", ["-fn", &device]);
+    // The dead mount is still there, for its users to see; by name the living one is meant.
+    assert!(w.mounts().contains(&m.to_path_buf()));
+    w.ok(["detach", "d-2"]);
+    assert!(!w.mounts().contains(&n));
+    // By its mount point the dead one.
+    w.ok(["detach", s(m)]);
+    assert!(!w.mounts().contains(&m.to_path_buf()));
+    w.ok(["detach", "d-1", "d-3"]);
+    w.finish();
+    assert_eq!(w.loops(), [""; 0], "{dead:?}");
+}
+
+#[test]
+fn the_server_is_killed() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    kill_and_wait(server);
+    eventually("the keeper ends or serves anew", || {
+        !alive(keeper) || w.run(["daemon", "status"]).code == 0
+    });
+    goes_on(&w, &m);
+}
+
+#[test]
+fn keeper_and_server_are_killed() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    kill(keeper, "STOP");
+    kill_and_wait(server);
+    kill_and_wait(keeper);
+    assert!(w.store.join("run/control.sock").exists(), "a stale socket");
+    let out = w.run(["daemon", "status"]);
+    assert_eq!(out.code, 1, "{out:?}");
+    goes_on(&w, &m);
+}
+
+#[test]
+fn the_keeper_is_killed() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    kill_and_wait(keeper);
+    eventually("the server follows", || !alive(server));
+    goes_on(&w, &m);
+}
+
+#[test]
+fn without_a_daemon_the_dead_devices_go_with_detach() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    kill(keeper, "STOP");
+    kill_and_wait(server);
+    kill_and_wait(keeper);
+    w.ok(["detach", "d-1"]);
+    w.ok(["detach", s(&m)]);
+    assert_eq!(w.loops(), [""; 0]);
+    assert!(!w.mounts().contains(&m));
+    w.fails_here(12, &["detach", "d-1"]);
+    w.ok(["attach", "d-2", "--mount", s(&m)]);
+    assert!(fs::read(m.join("f")).unwrap() == noise(1, 3 << 20));
+    w.ok(["detach", "d-2"]);
+    w.finish();
+}
+
+/// What `detach` called durable is: whatever dies right after it.
+#[test]
+fn detached_is_durable() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    for round in 0..3 {
+        w.ok(["attach", "d", "--mount", s(&m)]);
+        if round > 0 {
+            assert!(fs::read(m.join("f")).unwrap() == noise(round - 1, 5 << 20));
+        }
+        fs::write(m.join("f"), noise(round, 5 << 20)).unwrap();
+        let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+        w.ok(["detach", s(&m)]);
+        kill(keeper, "STOP");
+        kill_and_wait(server);
+        kill_and_wait(keeper);
+        let check = w.run(["check"]);
+        assert_eq!(check.code, 0, "{check:?}");
+        assert_eq!(w.json(["info", "d"])["state"], "clean");
+    }
+    w.ok(["attach", "d", "--ro", "--mount", s(&m)]);
+    assert!(fs::read(m.join("f")).unwrap() == noise(2, 5 << 20));
+    w.ok(["detach", "d"]);
+    w.finish();
+}

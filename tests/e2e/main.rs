@@ -1,0 +1,19 @@
+//! The real binary, as a user runs it, on real loop devices and filesystems. Needs root; without it each
+//! test says so and passes. Whatever a test makes is its own: a store in a temporary directory, whose daemon,
+//! devices and mounts are taken away at the end, however it ends.
+#![allow(missing_docs, reason = "a test")]
+
+mod attach;
+mod busy;
+mod daemon;
+mod damage;
+mod dead;
+mod figures;
+mod flow;
+mod import;
+mod names;
+mod places;
+mod races;
+mod rig;
+mod space;
+mod users;
