@@ -298,7 +298,7 @@ impl CowDisk {
                 Pointer::Zero
             } else {
                 if let Err(e) = layer.write_slots(&taken, &block) {
-                    layer.give_back(taken);
+                    layer.not_written(taken);
                     return Err(e);
                 }
                 let slot = Slot(taken.extents.first().map_or(0, |e| e.0));
@@ -349,10 +349,21 @@ impl CowDisk {
             layer.write_slots(&taken, &dense)
         };
         if let Err(e) = written {
-            layer.give_back(taken);
+            layer.not_written(taken);
             return Err(e);
         }
         layer.publish(lba, &pointers, taken)
+    }
+}
+
+/// Does `f`, and once more if the host disk was full and the layer could give something back.
+fn with_room(layer: &Layer, f: impl Fn() -> Result<()>) -> Result<()> {
+    match f() {
+        Err(e) if e.kind() == Kind::NoSpace => {
+            layer.make_room()?;
+            f()
+        }
+        other => other,
     }
 }
 
@@ -422,11 +433,13 @@ impl Disk for CowDisk {
             let offset = (at % BLOCK) as usize;
             let n = if offset != 0 || rest.len() < BLOCK_SIZE {
                 let n = (BLOCK_SIZE - offset).min(rest.len());
-                self.write_part(&top, layer, Lba::of(at), offset, n, Some(&rest[..n]))?;
+                with_room(layer, || {
+                    self.write_part(&top, layer, Lba::of(at), offset, n, Some(&rest[..n]))
+                })?;
                 n
             } else {
                 let n = (rest.len() / BLOCK_SIZE).min(PIECE) * BLOCK_SIZE;
-                self.write_whole(layer, Lba::of(at), &rest[..n])?;
+                with_room(layer, || self.write_whole(layer, Lba::of(at), &rest[..n]))?;
                 n
             };
             at += n as u64;
@@ -448,11 +461,13 @@ impl Disk for CowDisk {
             let offset = at % BLOCK;
             if offset != 0 || end - at < BLOCK {
                 let n = (BLOCK - offset).min(end - at);
-                self.write_part(&top, layer, Lba::of(at), offset as usize, n as usize, None)?;
+                with_room(layer, || {
+                    self.write_part(&top, layer, Lba::of(at), offset as usize, n as usize, None)
+                })?;
                 at += n;
             } else {
                 let n = (end - at) / BLOCK;
-                layer.zero(Lba::of(at), n)?;
+                with_room(layer, || layer.zero(Lba::of(at), n))?;
                 at += n * BLOCK;
             }
         }

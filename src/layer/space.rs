@@ -12,6 +12,9 @@ pub struct FreeSet {
     total: u64,
 }
 
+/// Free slots with host blocks that no data is put into: the run that empties the journal needs them on a full disk.
+pub const SPARE: u64 = 8;
+
 /// How many extents a search for neighbouring slots looks at before it gives up.
 const SEARCH: usize = 64;
 
@@ -151,27 +154,36 @@ impl Space {
             }
         }
     }
-    /// `n` slots side by side.
-    pub fn contiguous(&mut self, n: u32) -> Result<u32> {
-        if let Some(start) = self.hot.take(n).or_else(|| self.cold.take(n)) {
-            return Ok(start);
+    /// `n` slots side by side; says whether they have host blocks.
+    pub fn contiguous(&mut self, n: u32) -> Result<(u32, bool)> {
+        let hot = self.hot.take(n).map(|start| (start, true));
+        hot.or_else(|| self.fresh(n).map(|start| (start, false)))
+            .ok_or_else(Self::full)
+    }
+    /// `n` slots side by side without host blocks.
+    pub fn fresh(&mut self, n: u32) -> Option<u32> {
+        if let Some(start) = self.cold.take(n) {
+            return Some(start);
         }
-        if self.high + u64::from(n) <= u64::from(SLOT_ZERO) {
-            let start = self.high as u32;
+        let start = self.high;
+        (start + u64::from(n) <= u64::from(SLOT_ZERO)).then(|| {
             self.high += u64::from(n);
-            return Ok(start);
-        }
-        Err(Self::full())
+            start as u32
+        })
     }
     /// `n` slots, side by side where that is cheap.
     pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Vec<(u32, u32)>> {
         self.settle(quiesce);
-        if n == 1
-            && let Some(one) = self.hot.take_some(1).or_else(|| self.cold.take_some(1))
-        {
-            return Ok(vec![one]);
+        // The last ones with host blocks are for emptying the journal.
+        let hot = self.hot.total() >= SPARE + u64::from(n);
+        let mut found = None;
+        if n == 1 {
+            let one = if hot { self.hot.take_some(1) } else { None };
+            found = one.or_else(|| self.cold.take_some(1)).map(|(s, _)| s);
+        } else if hot {
+            found = self.hot.take(n);
         }
-        if let Ok(start) = self.contiguous(n) {
+        if let Some(start) = found.or_else(|| self.fresh(n)) {
             return Ok(vec![(start, n)]);
         }
         // The file is at its largest: gather what is left.

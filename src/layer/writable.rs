@@ -8,15 +8,16 @@
 //! - `commit` is held by the one thread that writes journal, runs and superblock.
 //!
 //! Order of locks: `commit`, `gate`, a shard of `table`, `log`, `space`. None is held over data I/O; `commit` is held over the I/O
-//! of a commit. The latter is in [`commit`].
+//! of a commit. The latter is in `commit.rs`.
 
 mod commit;
+mod host;
 
 pub(super) use commit::read_free_list;
 
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
-use super::space::{FreeSet, Space};
+use super::space::{FreeSet, SPARE, Space};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -24,7 +25,7 @@ use crate::format::{
 };
 use crate::io::File;
 use crate::map::{Memtable, Ranges, RegionMap, WORDS};
-use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
+use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use commit::use_slot;
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashMap;
@@ -146,7 +147,8 @@ pub struct Layer {
     can_punch: AtomicBool,
 }
 
-/// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`] or back by [`Layer::give_back`].
+/// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
+/// [`Layer::not_written`].
 pub struct Taken {
     /// The extents, in order.
     pub extents: Vec<(u32, u32)>,
@@ -457,6 +459,7 @@ impl Layer {
         }
     }
 
+<<<<<<< HEAD
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
     fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
         if end <= space.journal_reserved {
@@ -483,6 +486,8 @@ impl Layer {
         Ok(())
     }
 
+=======
+>>>>>>> 28981ad26fb486d77398c74aaad933ed31cd8a03
     /// Writes block data into taken slots. `data` is as long as the extents.
     pub fn write_slots(&self, taken: &Taken, data: &[u8]) -> Result<()> {
         let mut rest = data;
@@ -496,15 +501,6 @@ impl Layer {
             rest = later;
         }
         Ok(())
-    }
-
-    /// Gives slots back that were never published.
-    pub fn give_back(&self, taken: Taken) {
-        let mut space = self.space.lock();
-        space.entries -= taken.entries;
-        for (start, len) in taken.extents {
-            space.hot.insert(start, len);
-        }
     }
 
     /// Publishes pointers for blocks from `lba` on.
@@ -765,58 +761,6 @@ impl Layer {
         self.zeroed.write().insert(r, r + 1, epoch);
         table.remove(&r);
         Ok(())
-    }
-
-    // ---- space ----------------------------------------------------------------------------------------------
-
-    fn punch(&self, start: u32, len: u32) -> Result<()> {
-        if !self.can_punch.load(SeqCst) {
-            return Ok(());
-        }
-        match self.file.punch(Slot(start).at(), u64::from(len) * BLOCK) {
-            Err(e) if e.kind() == Kind::Unsupported => {
-                tracing::warn!(layer = %self.id, "the host filesystem cannot punch holes: freed space stays allocated");
-                self.can_punch.store(false, SeqCst);
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    /// If more than `above` free slots have host blocks, punches some out of the host file until at most `keep` have.
-    fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
-        let mut limit = above;
-        loop {
-            let extent = {
-                let mut space = self.space.lock();
-                space.settle(&self.quiesce);
-                if space.hot.total() <= limit {
-                    return Ok(());
-                }
-                space.hot.take_some(u32::MAX)
-            };
-            limit = keep;
-            let Some((start, len)) = extent else {
-                return Ok(());
-            };
-            let done = self.punch(start, len);
-            self.space.lock().cold.insert(start, len);
-            done?;
-        }
-    }
-
-    /// Work that can wait: begins to write back what is dirty, and gives freed space back to the host. For a housekeeping thread,
-    /// about once a second.
-    pub fn maintain(&self) -> Result<()> {
-        self.check_poison()?;
-        if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
-            // All of the file; what is clean costs nothing.
-            self.file.start_writeback(0, self.file.len()?);
-        }
-        // A disk that has become quiet gives its pool back within a minute.
-        let demand = self.demand.load(Relaxed);
-        self.demand.store(demand - demand.div_ceil(16), Relaxed);
-        self.give_to_host(HOT_SLOTS.max(demand), HOT_SLOTS.max(demand))
     }
 
     /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a

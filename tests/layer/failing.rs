@@ -385,3 +385,85 @@ fn gc_leaves_an_import_alone() {
 fn open_read(store: &Store, name: &str) -> Result<Arc<dyn Disk>> {
     store.open_disk(&store.resolve(name)?, false)
 }
+
+/// The host disk is full, and nobody but the disk itself gives space back: its discards must get through, and make room for its writes.
+#[test]
+fn discards_on_a_full_disk_make_room() {
+    let made = SimDisk::new(1);
+    drop(store_with(&made, &[1; 300 * 4096]));
+    for level in [0, 1, 5, 15, 16, 17, 40, 100, 200] {
+        let sim = made.kill();
+        let store = again(&sim, 2);
+        let disk = open(&store, "d").expect("d");
+        // A layer with nothing to give up could not make room: the map of its discards needs a block, too.
+        disk.write(&[2; 20 * 4096], 0).expect("write");
+        sim.set_capacity(Some(sim.used() + level * B));
+        // Many small flushes: the journal grows, too.
+        let mut full = 0;
+        for n in 0..300 {
+            match disk.write(&[3; 4096], n % 250 * B) {
+                Ok(()) => {}
+                Err(e) => {
+                    no_space(&e);
+                    full += 1;
+                }
+            }
+            disk.flush().expect("flush");
+        }
+        assert!(full > 0, "level {level} was never full");
+        for n in 0..250 {
+            disk.discard(n * B, B)
+                .unwrap_or_else(|e| panic!("level {level}: discard {n}: {e:?}"));
+            if n % 3 == 0 {
+                disk.flush().expect("flush");
+            }
+        }
+        disk.flush().expect("flush");
+        disk.write(&[4; 4096], 9 * B)
+            .unwrap_or_else(|e| panic!("level {level}: there is room again: {e:?}"));
+        disk.close()
+            .unwrap_or_else(|e| panic!("level {level}: {e:?}"));
+        drop(disk);
+        let disk = open(&store, "d").expect("d");
+        assert_eq!(block(&*disk, 9)[0], 4);
+        assert_eq!(block(&*disk, 10)[0], 0);
+    }
+}
+
+/// A disk on which nobody flushes flushes by itself before its commit outgrows the journal, and empties the journal before it is full.
+#[test]
+fn the_journal_never_overflows() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 4096]));
+    let (store, counting) = counted(&sim);
+    fork(&store, "image", "wide", Some(1 << 30));
+    let disk = open(&store, "wide").expect("wide");
+    let before = counting.counts();
+    // Every second block, so that no two of the changes are one entry.
+    for region in 0..512u64 {
+        for n in 0..256u64 {
+            disk.discard((region * 512 + 2 * n) * B, B)
+                .expect("discard");
+        }
+    }
+    for region in 0..512u64 {
+        disk.discard((region * 512 + 1) * B, 510 * B)
+            .expect("discard");
+    }
+    assert!(
+        (counting.counts() - before).syncs > 0,
+        "it flushed by itself"
+    );
+    for n in 0..2500u64 {
+        disk.write(&[(n % 200) as u8 + 1; 4096], n % 7 * B)
+            .expect("write");
+        disk.flush().expect("flush");
+    }
+    let left = again(&sim.crash_with(Policy::AllDropped), 3);
+    let disk = open(&left, "wide").expect("wide");
+    for n in 2493..2500u64 {
+        assert_eq!(block(&*disk, n % 7)[0], (n % 200) as u8 + 1);
+    }
+    assert_eq!(disk.private_blocks().0, 7);
+    assert_eq!(disk.private_blocks().1, (1 << 18) - 7 - 512);
+}

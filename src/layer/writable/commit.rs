@@ -278,18 +278,21 @@ impl Layer {
         let slots = blocks(max_len(regions, pointers, ranges));
         let slots = u32::try_from(slots)
             .map_err(|_| Error::new(Kind::NoSpace, "the block map is too large"))?;
-        let start = {
+        let (start, hot) = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
             space.contiguous(slots)?
         };
         let give_back = |from: u32| {
             let mut space = self.space.lock();
-            // The tail of the file goes back to its end; of other slots nobody remembers whether the host has blocks for them.
-            if u64::from(start) + u64::from(slots) == space.high {
+            let rest = start + slots - from;
+            if hot {
+                space.hot.insert(from, rest);
+            } else if u64::from(start) + u64::from(slots) == space.high {
+                // The tail of the file goes back to its end.
                 space.high = u64::from(from);
             } else {
-                space.hot.insert(from, start + slots - from);
+                space.cold.insert(from, rest);
             }
         };
         let mut at = Slot(start).at();
@@ -318,7 +321,7 @@ impl Layer {
                 Ok((None, (start, 0)))
             }
             Err(e) => {
-                self.space.lock().hot.insert(start, slots);
+                self.unused(start, slots);
                 Err(e.layer(self.id))
             }
         }
@@ -340,7 +343,7 @@ impl Layer {
             // One more than needed: taking the slots may cut an extent in two.
             let bytes = (free.extents() + 2) as u64 * size_of::<FreeExtent>() as u64;
             let slots = blocks(bytes) as u32;
-            let start = self.space.lock().contiguous(slots)?;
+            let (start, _) = self.space.lock().contiguous(slots)?;
             for slot in start..start + slots {
                 use_slot(free, high, slot);
             }
@@ -362,7 +365,7 @@ impl Layer {
             None => next.free_inline[..list.len()].copy_from_slice(&list),
             Some((start, slots)) => {
                 if let Err(e) = self.file.write_at(list.as_bytes(), Slot(start).at()) {
-                    self.space.lock().hot.insert(start, slots);
+                    self.unused(start, slots);
                     return Err(e);
                 }
             }

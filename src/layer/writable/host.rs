@@ -1,0 +1,175 @@
+//! What the layer takes from the host disk and gives back to it (FORMAT.md, section 4).
+//!
+//! Always true: what a flush will write is reserved before the data it is about is accepted, and [`SPARE`] slots are kept for the run that
+//! empties the journal, so that a full host disk fails writes and nothing else.
+
+use super::{HOT_SLOTS, Layer, RESERVE_STEP, SPARE, Space, Taken};
+use crate::error::{Kind, Result};
+use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
+use crate::units::{BLOCK, BLOCK_SIZE, Slot};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+impl Layer {
+    /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
+    pub(super) fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
+        if end <= space.journal_reserved {
+            return Ok(());
+        }
+        if space.journal_reserved == 0 {
+            self.reserve_spare(space);
+        }
+        let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
+        let done = match self.reserve(space.journal_reserved, step) {
+            Err(e) if e.kind() == Kind::NoSpace && step > end => {
+                self.reserve(space.journal_reserved, end).map(|()| end)
+            }
+            other => other.map(|()| step),
+        };
+        space.journal_reserved = done?;
+        Ok(())
+    }
+
+    /// Host space for the run that empties the journal: on a full disk nothing could be freed without it. Where there is none, there is none.
+    fn reserve_spare(&self, space: &mut Space) {
+        let missing = SPARE.saturating_sub(space.hot.total()) as u32;
+        let Some(start) = space.fresh(missing).filter(|_| missing > 0) else {
+            return;
+        };
+        let (at, bytes) = (Slot(start).at(), u64::from(missing) * BLOCK);
+        // Within the file's length, or a host filesystem might keep the space when the file is cut.
+        let done = self.file.len().and_then(|len| {
+            if len < at + bytes {
+                self.file.set_len(at + bytes)?;
+            }
+            self.file.allocate(at, bytes)
+        });
+        match done {
+            Ok(()) => space.hot.insert(start, missing),
+            Err(e) => {
+                tracing::debug!(layer = %self.id, "no space kept for the checkpoint: {e}");
+                let _ = self.punch(start, missing);
+                space.cold.insert(start, missing);
+            }
+        }
+    }
+
+    /// Reserves journal slots `from..to`, all or none.
+    fn reserve(&self, from: u32, to: u32) -> Result<()> {
+        let (at, slots) = (Slot(JOURNAL_START + from).at(), to - from);
+        let done = match self.file.allocate(at, u64::from(slots) * BLOCK) {
+            // The filesystem cannot reserve: writing zeros takes the space as well.
+            Err(e) if e.kind() == Kind::Unsupported => self
+                .file
+                .write_at(&vec![0; slots as usize * BLOCK_SIZE], at),
+            other => other,
+        };
+        if done.is_err() {
+            // It may be done in part; on a full disk every block counts.
+            let _ = self.punch(JOURNAL_START + from, slots);
+        }
+        done
+    }
+
+    /// Gives slots back that were written and never published.
+    pub(super) fn give_back(&self, taken: Taken) {
+        let mut space = self.space.lock();
+        space.entries -= taken.entries;
+        for (start, len) in taken.extents {
+            space.hot.insert(start, len);
+        }
+    }
+
+    /// Gives slots back that could not be written.
+    pub fn not_written(&self, taken: Taken) {
+        self.space.lock().entries -= taken.entries;
+        for (start, len) in taken.extents {
+            self.unused(start, len);
+        }
+    }
+
+    /// Makes slots free that were written in part or not at all, without host blocks: on a full disk every block counts.
+    pub(super) fn unused(&self, start: u32, len: u32) {
+        // Whether it can be done changes nothing but the space it takes.
+        let _ = self.punch(start, len);
+        self.space.lock().cold.insert(start, len);
+    }
+
+    pub(super) fn punch(&self, start: u32, len: u32) -> Result<()> {
+        if !self.can_punch.load(SeqCst) {
+            return Ok(());
+        }
+        match self.file.punch(Slot(start).at(), u64::from(len) * BLOCK) {
+            Err(e) if e.kind() == Kind::Unsupported => {
+                tracing::warn!(layer = %self.id, "the host filesystem cannot punch holes: freed space stays allocated");
+                self.can_punch.store(false, SeqCst);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// If more than `above` free slots have host blocks, punches some out of the host file until at most `keep` have.
+    pub(super) fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
+        let mut limit = above;
+        loop {
+            let extent = {
+                let mut space = self.space.lock();
+                space.settle(&self.quiesce);
+                let total = space.hot.total();
+                if total <= limit {
+                    return Ok(());
+                }
+                let most = total.saturating_sub(keep).min(u64::from(u32::MAX));
+                space.hot.take_some(most as u32)
+            };
+            limit = keep;
+            let Some((start, len)) = extent else {
+                return Ok(());
+            };
+            let done = self.punch(start, len);
+            self.space.lock().cold.insert(start, len);
+            done?;
+        }
+    }
+
+    /// Work that can wait: begins to write back what is dirty, and gives freed space back to the host. For a housekeeping thread,
+    /// about once a second.
+    pub fn maintain(&self) -> Result<()> {
+        self.check_poison()?;
+        if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
+            // All of the file; what is clean costs nothing.
+            self.file.start_writeback(0, self.file.len()?);
+        }
+        // A disk that has become quiet gives its pool back within a minute.
+        let demand = self.demand.load(Relaxed);
+        self.demand.store(demand - demand.div_ceil(16), Relaxed);
+        self.give_to_host(HOT_SLOTS.max(demand), HOT_SLOTS.max(demand))
+    }
+
+    /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
+    /// counts only once they are committed.
+    pub fn make_room(&self) -> Result<()> {
+        self.flush()?;
+        match self.checkpoint_now() {
+            Err(e) if e.kind() == Kind::NoSpace => {}
+            other => other?,
+        }
+        {
+            // Nobody writes to the journal meanwhile.
+            let mut commit = self.commit.lock();
+            if commit.second_pending {
+                // Copy 2 may still need what stands there.
+                self.file.sync().map_err(|e| self.poison(e))?;
+                commit.second_pending = false;
+            }
+            let mut space = self.space.lock();
+            let needed = commit.head + commit_slots(space.entries);
+            let keep = needed.next_multiple_of(RESERVE_STEP);
+            if keep < space.journal_reserved {
+                self.punch(JOURNAL_START + keep, space.journal_reserved - keep)?;
+                space.journal_reserved = keep;
+            }
+        }
+        self.give_to_host(SPARE, SPARE)
+    }
+}
