@@ -459,35 +459,6 @@ impl Layer {
         }
     }
 
-<<<<<<< HEAD
-    /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
-    fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
-        if end <= space.journal_reserved {
-            return Ok(());
-        }
-        let to = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
-        let from = space.journal_reserved;
-        match self.file.allocate(
-            Slot(JOURNAL_START + from).at(),
-            u64::from(to - from) * BLOCK,
-        ) {
-            // Enough for one record that is seldom so large.
-            Ok(()) if to - from > RESERVE_STEP => {}
-            // Of space that is only reserved, each commit would make the filesystem note that it is written now, with a commit of its own. And
-            // where the filesystem cannot reserve, zeros take the space as well.
-            Err(e) if e.kind() != Kind::Unsupported => return Err(e),
-            _ => {
-                let zeros = vec![0; (to - from) as usize * BLOCK_SIZE];
-                self.file
-                    .write_at(&zeros, Slot(JOURNAL_START + from).at())?;
-            }
-        }
-        space.journal_reserved = to;
-        Ok(())
-    }
-
-=======
->>>>>>> 28981ad26fb486d77398c74aaad933ed31cd8a03
     /// Writes block data into taken slots. `data` is as long as the extents.
     pub fn write_slots(&self, taken: &Taken, data: &[u8]) -> Result<()> {
         let mut rest = data;

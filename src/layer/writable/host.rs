@@ -57,11 +57,14 @@ impl Layer {
     fn reserve(&self, from: u32, to: u32) -> Result<()> {
         let (at, slots) = (Slot(JOURNAL_START + from).at(), to - from);
         let done = match self.file.allocate(at, u64::from(slots) * BLOCK) {
-            // The filesystem cannot reserve: writing zeros takes the space as well.
-            Err(e) if e.kind() == Kind::Unsupported => self
+            // Enough for one record that is seldom so large.
+            Ok(()) if slots > RESERVE_STEP => Ok(()),
+            Err(e) if e.kind() != Kind::Unsupported => Err(e),
+            // Of space that is only reserved, each commit would make the filesystem note that it is written now, with a commit of its own.
+            // And where the filesystem cannot reserve, zeros take the space as well.
+            _ => self
                 .file
                 .write_at(&vec![0; slots as usize * BLOCK_SIZE], at),
-            other => other,
         };
         if done.is_err() {
             // It may be done in part; on a full disk every block counts.
