@@ -190,6 +190,8 @@ pub fn command() -> clap::Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // A chain of 1,000 layers is 1,000 open files; the usual limit is lower than what we may have.
+    crate::sys::process::raise_open_files_limit();
     let args: Vec<OsString> = std::env::args_os().collect();
     let parsed = command()
         .try_get_matches_from(&args)

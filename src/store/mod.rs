@@ -11,6 +11,7 @@
 mod import;
 pub mod names;
 mod objects;
+mod refer;
 pub mod types;
 mod usage;
 

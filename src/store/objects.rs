@@ -25,8 +25,12 @@ impl Store {
         let parent = match source.kind {
             ObjectKind::Base => Below::Base(source.id),
             ObjectKind::Image | ObjectKind::Snapshot => Below::Layer(source.id),
-            // Its layer becomes the common parent; the disk goes on above it.
-            ObjectKind::Disk => Below::Layer(self.seal_at_rest(&source, None)?),
+            ObjectKind::Disk => match self.unchanged(&source)? {
+                // Nothing to seal: forks of an idle disk must not make its chain longer each time.
+                Some(parent) => parent,
+                // Its layer becomes the common parent; the disk goes on above it.
+                None => Below::Layer(self.seal_at_rest(&source, None)?),
+            },
         };
         self.create_on(disks, parent, size, from)
     }
@@ -42,8 +46,18 @@ impl Store {
         let source = self.resolve_locked(from)?;
         self.check_new(disks)?;
         let size = disk_size(&source, size)?;
+        // Nothing was written since it was made or sealed last: what it shows is its parent.
+        if let (Some(parent), (0, 0)) = (source.parent, running.private_blocks()) {
+            return self.create_on(disks, parent, size, from);
+        }
         self.seal_running(&source, running, None)?;
         self.create_on(disks, Below::Layer(source.id), size, from)
+    }
+    /// What a disk at rest stands on, if its own layer has nothing.
+    fn unchanged(&self, disk: &Object) -> Result<Option<Below>> {
+        drop(self.open_exclusive(disk)?);
+        let (_, counts, _) = self.layer_counts(disk.id)?;
+        Ok(disk.parent.filter(|_| counts == (0, 0)))
     }
     fn check_new(&self, disks: &[String]) -> Result<()> {
         let mut seen = HashSet::new();
@@ -394,57 +408,65 @@ impl Store {
             };
             wanted.insert(object.name.clone(), object);
         }
-        let mut going = wanted.clone();
-        for object in wanted.values() {
-            let target = object_target(object);
-            // Another name of the same thing keeps it alive, so nothing that stands on it is concerned.
-            let other_name = objects
-                .iter()
-                .any(|o| object_target(o) == target && !wanted.contains_key(&o.name));
-            let own = |o: &Object| {
-                object.kind == ObjectKind::Disk && o.name.starts_with(&format!("{}@", object.name))
-            };
-            let users: Vec<&Object> = objects
-                .iter()
-                .filter(|o| !wanted.contains_key(&o.name))
-                .filter(|o| {
-                    own(o)
-                        || (!other_name
-                            && object_target(o) != target
-                            && graph.stands_on(object_target(o), target))
-                })
-                .collect();
-            if !users.is_empty() && !recursive {
-                let mut list: Vec<&str> = users.iter().take(8).map(|o| o.name.as_str()).collect();
-                if users.len() > list.len() {
-                    list.push("...");
-                }
-                return Err(Error::new(
-                    Kind::Busy,
-                    format!("{} is in use by {}", object.name, list.join(", ")),
-                )
-                .hint(format!(
-                    "`forkdisk rm -r {} -n` shows all that would go",
-                    object.name
-                )));
-            }
-            for user in users {
-                going.insert(user.name.clone(), user.clone());
-                // A disk goes with its snapshots.
-                for o in objects
-                    .iter()
-                    .filter(|o| o.name.starts_with(&format!("{}@", user.name)))
-                {
-                    going.insert(o.name.clone(), o.clone());
-                }
+        // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
+        let kept: HashSet<Below> = objects
+            .iter()
+            .filter(|o| !wanted.contains_key(&o.name))
+            .map(object_target)
+            .collect();
+        let dying: HashMap<Below, &str> = wanted
+            .values()
+            .map(|o| (object_target(o), o.name.as_str()))
+            .filter(|(target, _)| !kept.contains(target))
+            .collect();
+        let mut users: BTreeMap<&str, Vec<&Object>> = BTreeMap::new();
+        for object in objects.iter().filter(|o| !wanted.contains_key(&o.name)) {
+            let disk = object.name.split_once('@').map(|(disk, _)| disk);
+            let of = disk
+                .and_then(|d| wanted.get_key_value(d))
+                .map(|(name, _)| name.as_str());
+            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
+                users.entry(needed).or_default().push(object);
             }
         }
+        if let Some((needed, users)) = users.first_key_value().filter(|_| !recursive) {
+            let mut list: Vec<&str> = users.iter().take(8).map(|o| o.name.as_str()).collect();
+            if users.len() > list.len() {
+                list.push("...");
+            }
+            return Err(Error::new(
+                Kind::Busy,
+                format!("{needed} is in use by {}", list.join(", ")),
+            )
+            .hint(format!(
+                "`forkdisk rm -r {needed} -n` shows all that would go"
+            )));
+        }
+        let mut going = wanted.clone();
+        going.extend(
+            users
+                .values()
+                .flatten()
+                .map(|o| (o.name.clone(), (*o).clone())),
+        );
+        // A disk goes with its snapshots.
+        let with_disks: Vec<&Object> = objects
+            .iter()
+            .filter(|o| {
+                o.name
+                    .split_once('@')
+                    .is_some_and(|(disk, _)| going.contains_key(disk))
+            })
+            .collect();
+        going.extend(with_disks.into_iter().map(|o| (o.name.clone(), o.clone())));
+        let kept: HashSet<Below> = objects
+            .iter()
+            .filter(|o| !going.contains_key(&o.name))
+            .map(object_target)
+            .collect();
         for object in going.values() {
             // What keeps another name may stay open by it.
-            let stays = |o: &Object| {
-                object_target(o) == object_target(object) && !going.contains_key(&o.name)
-            };
-            if !objects.iter().any(stays) {
+            if !kept.contains(&object_target(object)) {
                 self.check_idle(object)?;
             }
         }
@@ -529,26 +551,24 @@ impl Store {
             }
         }
         // Someone may have forked from it since the plan was made.
-        for object in &plan.names {
-            let target = object_target(object);
-            for (below, names) in &graph.names {
-                let stays = names.iter().find(|n| !gone.contains(n.as_str()));
-                let same = *below == target;
-                let still = graph
-                    .names
-                    .get(&target)
-                    .is_some_and(|n| n.iter().any(|n| !gone.contains(n.as_str())));
-                if let Some(name) = stays
-                    && !same
-                    && !still
-                    && graph.stands_on(*below, target)
-                {
-                    return Err(Error::new(
-                        Kind::Busy,
-                        format!("{} is in use by {name}", object.name),
-                    )
-                    .hint("look at it again, then repeat the command"));
-                }
+        let stays = |below: &Below| {
+            let names = graph.names.get(below)?;
+            names.iter().find(|n| !gone.contains(n.as_str()))
+        };
+        let dying: HashMap<Below, &str> = plan
+            .names
+            .iter()
+            .map(|o| (object_target(o), o.name.as_str()))
+            .filter(|(target, _)| stays(target).is_none())
+            .collect();
+        for below in graph.names.keys() {
+            if let Some(name) = stays(below)
+                && let Some(needed) = graph.first_below(*below, &dying)
+            {
+                return Err(
+                    Error::new(Kind::Busy, format!("{needed} is in use by {name}"))
+                        .hint("look at it again, then repeat the command"),
+                );
             }
         }
         for object in &plan.names {
@@ -835,17 +855,21 @@ pub(super) struct Graph {
 }
 
 impl Graph {
-    /// Does `upper` stand on `lower`, directly or not (or are they the same)?
-    pub fn stands_on(&self, upper: Below, lower: Below) -> bool {
+    /// Walks down from `upper` to the first of `wanted` and returns what is said of it.
+    pub fn first_below<'w>(
+        &self,
+        upper: Below,
+        wanted: &HashMap<Below, &'w str>,
+    ) -> Option<&'w str> {
         let mut at = Some(upper);
         for _ in 0..=MAX_DEPTH + 1 {
-            match at {
-                Some(b) if b == lower => return true,
-                Some(b) => at = self.nodes.get(&b).and_then(|n| n.parent),
-                None => return false,
+            let below = at?;
+            if let Some(found) = wanted.get(&below) {
+                return Some(found);
             }
+            at = self.nodes.get(&below).and_then(|n| n.parent);
         }
-        false
+        None
     }
     pub fn depth(&self, below: Below) -> u32 {
         self.nodes.get(&below).map_or(0, |n| n.depth)

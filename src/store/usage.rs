@@ -1,6 +1,7 @@
 //! What objects cost and what they share.
 
 use super::objects::{Graph, object_target};
+use super::refer::Refer;
 use super::{
     BaseInfo, Below, Damage, Details, Found, Object, ObjectKind, Store, Usage, layer_file,
     parent_of,
@@ -10,6 +11,7 @@ use crate::format::MAX_DEPTH;
 use crate::io::Access;
 use crate::layer::read_header;
 use crate::units::{BLOCK, Id};
+use std::os::unix::fs::MetadataExt;
 
 impl Store {
     /// What the chain of an object consists of: its own layer first, the base last.
@@ -51,8 +53,10 @@ impl Store {
     /// Host bytes that the data of a base occupy, wherever it is.
     fn base_data(&self, id: Id) -> Result<u64> {
         let meta = self.base_meta(id)?;
-        if meta.link.is_some() {
-            return Ok(meta.len);
+        if let Some(link) = &meta.link {
+            let found =
+                std::fs::metadata(&link.path).map_err(|e| Error::io("look at", &link.path, &e))?;
+            return Ok((found.blocks() * 512).min(meta.len.next_multiple_of(BLOCK)));
         }
         let dir = self.bases.subdir(&id.to_string())?;
         Ok(dir
@@ -63,15 +67,16 @@ impl Store {
     /// Space of one object.
     pub fn usage(&self, object: &Object) -> Result<Usage> {
         let _lock = self.lock(false)?;
-        self.usage_in(object, &self.graph()?)
+        self.usage_in(object, &self.graph()?, &mut Refer::default())
     }
     /// Space of several objects, with one look at the store.
     pub fn usages(&self, objects: Vec<Object>) -> Result<Found<(Object, Usage)>> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
         let mut found = Found::default();
+        let mut refer = Refer::default();
         for object in objects {
-            match self.usage_in(&object, &graph) {
+            match self.usage_in(&object, &graph, &mut refer) {
                 Ok(usage) => found.sound.push((object, usage)),
                 Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
                     let name = object.name;
@@ -82,7 +87,7 @@ impl Store {
         }
         Ok(found)
     }
-    fn usage_in(&self, object: &Object, graph: &Graph) -> Result<Usage> {
+    fn usage_in(&self, object: &Object, graph: &Graph, refer: &mut Refer) -> Result<Usage> {
         let chain = self.chain_of(object)?;
         let mut usage = Usage {
             size: object.size,
@@ -100,22 +105,16 @@ impl Store {
                     names == 0 && children == 1
                 };
             let allocated = graph.nodes.get(below).map_or(0, |n| n.allocated);
-            let data = match *below {
-                Below::Layer(id) => self.layer_counts(id)?.1.0 * BLOCK,
-                Below::Base(id) => self.base_data(id)?,
-            };
-            usage.refer += data;
             if alone {
                 usage.exclusive += allocated;
             } else {
-                usage.shared += if matches!(below, Below::Base(_)) {
-                    data
-                } else {
-                    allocated
+                usage.shared += match *below {
+                    Below::Base(id) => self.base_data(id)?,
+                    Below::Layer(_) => allocated,
                 };
             }
         }
-        usage.refer = usage.refer.min(usage.size);
+        usage.refer = refer.blocks(self, &chain)? * BLOCK;
         Ok(usage)
     }
     /// All about one object.
@@ -146,7 +145,7 @@ impl Store {
             } else {
                 state
             },
-            usage: self.usage_in(object, &graph)?,
+            usage: self.usage_in(object, &graph, &mut Refer::default())?,
             chain,
         })
     }
