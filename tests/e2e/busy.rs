@@ -53,6 +53,19 @@ fn a_busy_mount_stays() {
         "{told}"
     );
     w.end_children();
+    // Something else over the same directory, which is not ours to unmount.
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    tool("mount", ["-t", "tmpfs", "foreign", s(&m)]);
+    fs::write(m.join("foreign"), "x").unwrap();
+    for target in ["d", s(&m)] {
+        let told = w.fails_here(11, &["detach", target]);
+        assert!(told.contains("something else is mounted over"), "{told}");
+        assert!(m.join("foreign").exists());
+    }
+    tool("umount", [s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("g")).unwrap(), "still usable");
+    tool("umount", [s(&m)]);
     // One busy, one not: none is touched.
     w.ok(["create", "e", "--from", "base"]);
     let n = w.mkdir("n");
