@@ -107,6 +107,18 @@ fn what_is_attached_is_attached_once() {
     w.fails(12, &["detach", "d"]);
     w.fails(12, &["attach", "nothing"]);
     w.fails(12, &["attach", "d@nothing"]);
+    // Its old layer belongs to nobody by name: it is the fork's parent, by its id.
+    let parents = |doc: &serde_json::Value| doc["parent"].as_str().unwrap().to_string();
+    let made = w.json(["create", "f", "--from", "d", "--json"]);
+    assert_ne!(parents(&made), "d");
+    assert_eq!(made["parent"], w.json(["info", "f"])["parent"]);
+    w.ok(["rm", "f"]);
+    w.ok(["attach", "d", "--ro"]);
+    for args in [&["snapshot", "d@t"][..], &["create", "e", "--from", "d"]] {
+        let told = w.fails_here(11, args);
+        assert!(told.contains("attached read-only"), "{told}");
+    }
+    w.ok(["detach", "d"]);
     // A base or snapshot that is attached.
     w.ok(["snapshot", "d@s"]);
     w.ok(["attach", "d@s"]);
