@@ -237,8 +237,36 @@ pub fn device_at(dir: &Path) -> Result<Option<PathBuf>> {
 
 /// Unmounts a directory; `Busy` names who uses it.
 pub fn unmount(dir: &Path) -> Result<()> {
+    unmount_if(dir, || Ok(()))
+}
+
+/// Unmounts the device from a directory; `Busy` names who uses it. What else is mounted there stays.
+pub fn unmount_device(device: &Path, dir: &Path) -> Result<()> {
+    unmount_if(dir, || may_unmount(device, dir))
+}
+
+/// Fails if unmounting the directory would unmount something else than the device: the kernel takes what is on
+/// top, whatever it is.
+pub fn may_unmount(device: &Path, dir: &Path) -> Result<()> {
+    let rdev = loopdev::rdev(device)?;
+    match mounts::at(dir)? {
+        Some(top) if !top.is_of(device, rdev) => Err(Error::new(
+            Kind::Busy,
+            format!("something else is mounted over {}", dir.display()),
+        )
+        .path(dir)
+        .hint(format!(
+            "`umount {}` takes it away; then try again",
+            dir.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn unmount_if(dir: &Path, may: impl Fn() -> Result<()>) -> Result<()> {
     let deadline = Instant::now() + GRACE;
     loop {
+        may()?;
         match mounts::unmount(dir) {
             Err(e) if e.kind() == Kind::Busy => {
                 let dir = std::path::absolute(dir)

@@ -15,15 +15,19 @@ pub struct Base {
     file: Arc<dyn File>,
     len: u64,
     sums: Option<Mapping>,
+    /// Its lock says that the base is in use.
+    _held: Arc<dyn File>,
 }
 
 impl Base {
     /// Opens a base whose image is `len` bytes long; `sums` is its file of checksums, if there is one.
+    /// `held` stays open as long as the base is, and with it the lock that it carries.
     pub fn open(
         id: Id,
         file: Arc<dyn File>,
         len: u64,
         sums: Option<Arc<dyn File>>,
+        held: Arc<dyn File>,
     ) -> Result<Base> {
         let found = file.len()?;
         if found != len {
@@ -56,6 +60,7 @@ impl Base {
             file,
             len,
             sums,
+            _held: held,
         })
     }
     /// Its id.

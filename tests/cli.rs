@@ -59,6 +59,21 @@ fn sizes_are_read_and_shown() {
 }
 
 #[test]
+fn the_word_of_a_group_is_no_command() {
+    for (args, command) in [
+        (["store", "init"], "init"),
+        (["image", "import"], "import"),
+        (["disk", "create"], "create"),
+    ] {
+        let output = forkdisk(&args);
+        assert_eq!(output.status.code(), Some(2));
+        let said = text(&output.stderr);
+        let hint = format!("  hint: write `forkdisk {command}`\n");
+        assert!(said.ends_with(&hint), "{said}");
+    }
+}
+
+#[test]
 fn usage_errors_exit_with_2_and_a_hint() {
     for args in [
         &[][..],

@@ -163,8 +163,11 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
 /// Takes back an attachment that could not be finished.
 fn undo(daemon: &mut Client, attached: &Attached, mount: Option<&Path>) {
     let mounted = mounts_of(attached).unwrap_or_default();
-    if let Some(dir) = mount.filter(|dir| mounted.iter().any(|m| m == dir)) {
-        let _ = attach::unmount(dir);
+    let device = attached.device.as_deref().map(Path::new);
+    if let (Some(dir), Some(device)) = (mount, device)
+        && mounted.iter().any(|m| m == dir)
+    {
+        let _ = attach::unmount_device(device, dir);
     }
     if let Err(e) = daemon.detach(handle(attached)) {
         tracing::warn!("{} stays attached: {e}", attached.name);
@@ -410,6 +413,13 @@ fn going(count: u32, mounts: &[PathBuf], named: Option<PathBuf>) -> Vec<PathBuf>
 /// Unmounts all, or none: a mount point that is busy is found before any other is touched.
 fn unmount_all(attached: &Attached, mounts: &[PathBuf]) -> Result<(), Stop> {
     let busy = |e: Error| e.context(format!("cannot detach {}", attached.name));
+    // What has no device has no mounts.
+    let Some(device) = attached.device.as_deref().map(Path::new) else {
+        return Ok(());
+    };
+    for dir in mounts {
+        attach::may_unmount(device, dir).map_err(busy)?;
+    }
     // The newest first: it may stand on an older one.
     let mut order: Vec<&PathBuf> = mounts.iter().rev().collect();
     if order.len() > 1 {
@@ -426,7 +436,7 @@ fn unmount_all(attached: &Attached, mounts: &[PathBuf]) -> Result<(), Stop> {
         }
     }
     for dir in order {
-        attach::unmount(dir).map_err(busy)?;
+        attach::unmount_device(device, dir).map_err(busy)?;
     }
     Ok(())
 }

@@ -85,7 +85,11 @@ impl Create {
             _ => store.create(&names, &self.from, size)?,
         };
         if ui.json {
-            let known = Names::from_objects([&from]);
+            // The layer of a disk was sealed for it, and the disk's name went on to another.
+            let known = match from.kind {
+                ObjectKind::Disk => Names::of(&store)?,
+                _ => Names::from_objects([&from]),
+            };
             let objects: Vec<_> = made.iter().map(|o| ObjectDoc::new(o, &known)).collect();
             return ui.document(CreateDoc {
                 dry_run: false,

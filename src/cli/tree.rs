@@ -226,7 +226,7 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
 }
 
 /// A key that orders `web-2` before `web-10`.
-fn natural(name: &str) -> Vec<(String, u64)> {
+fn natural(name: &str) -> Vec<(String, Option<u64>)> {
     let mut key = Vec::new();
     let mut rest = name;
     while !rest.is_empty() {
@@ -238,7 +238,9 @@ fn natural(name: &str) -> Vec<(String, u64)> {
             .find(|c: char| !c.is_ascii_digit())
             .unwrap_or(tail.len());
         let (digits, tail) = tail.split_at(digits);
-        key.push((word.to_string(), digits.parse().unwrap_or(u64::MAX)));
+        // No number comes before any.
+        let number = (!digits.is_empty()).then(|| digits.parse().unwrap_or(u64::MAX));
+        key.push((word.to_string(), number));
         rest = tail;
     }
     key
@@ -304,11 +306,15 @@ mod tests {
 
     #[test]
     fn numbers_in_names_are_counted() {
-        let mut names = ["web-10", "web-2", "db", "web-2@b", "web-2@a", "web"];
+        let mut names = [
+            "web-10", "web-2", "h2", "h", "db", "web-2@b", "web-2@a", "web",
+        ];
         names.sort_by_cached_key(|name| natural(name));
         assert_eq!(
             names,
-            ["db", "web", "web-2", "web-2@a", "web-2@b", "web-10"]
+            [
+                "db", "h", "h2", "web", "web-2", "web-2@a", "web-2@b", "web-10"
+            ]
         );
     }
 }

@@ -576,8 +576,15 @@ impl Server {
     fn running(&self, disk: &str) -> Result<Arc<CowDisk>> {
         let table = self.table.lock();
         let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
-        if entry.phase == Phase::Closing || entry.attached.read_only {
+        if entry.phase == Phase::Closing {
             return Err(in_transit(disk));
+        }
+        if entry.attached.read_only {
+            return Err(
+                Error::new(Kind::Busy, format!("`{disk}` is attached read-only")).hint(format!(
+                    "to snapshot it, `forkdisk detach {disk}` first, or attach it for writing"
+                )),
+            );
         }
         entry.disk.clone().ok_or_else(|| in_transit(disk))
     }

@@ -136,10 +136,11 @@ impl Store {
         match self
             .bases
             .subdir(&id.to_string())
-            .and_then(|d| d.open("image", Access::Read))
+            .and_then(|d| d.open("meta", Access::Read))
         {
-            Ok(image) => image.lock(true),
-            // A linked base has no image here; a damaged one may lack it.
+            // Not the image: a linked base has none here.
+            Ok(meta) => meta.lock(true),
+            // A damaged base may lack it, and then nobody can open it.
             Err(e) if e.kind() == Kind::NotFound => Ok(()),
             Err(e) => Err(e),
         }
@@ -247,13 +248,11 @@ impl Store {
 /// Opens the image of a base, and its sums.
 pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
     let dir = store.bases.subdir(&meta.id.to_string())?;
+    // As long as anyone has it open it is not removed.
+    let held = dir.open("meta", Access::Read)?;
+    held.lock(false)?;
     let image: Arc<dyn File> = match &meta.link {
-        None => {
-            let image = dir.open("image", Access::Read)?;
-            // As long as anyone has it open it is not removed.
-            image.lock(false)?;
-            image
-        }
+        None => dir.open("image", Access::Read)?,
         Some(link) => open_link(meta.id, link)?,
     };
     let sums = match dir.open("sums", Access::Read) {
@@ -261,7 +260,7 @@ pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
         Err(e) if e.kind() == Kind::NotFound => None,
         Err(e) => return Err(e),
     };
-    Base::open(meta.id, image, meta.len, sums)
+    Base::open(meta.id, image, meta.len, sums, held)
 }
 
 /// Opens a linked image if it is what it was.

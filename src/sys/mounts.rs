@@ -164,7 +164,7 @@ pub fn mount(device: &Path, dir: &Path, options: &Options) -> Result<Mounted> {
         (Some(fs_type), _) => vec![fs_type.clone()],
         (None, Content::Filesystem(types)) => types.iter().map(|t| (*t).to_string()).collect(),
         (None, Content::Other(what)) => {
-            return Err(Error::new(Kind::Invalid, format!("{} holds {what}, not a filesystem", device.display()))
+            return Err(Error::new(Kind::Unsupported, format!("{} holds {what}, not a filesystem", device.display()))
                 .hint("attach without --mount and set up what is inside with its own tools (partx, cryptsetup, vgchange)"));
         }
         (None, Content::Unknown) => known_filesystems()?,
@@ -195,7 +195,7 @@ pub fn mount(device: &Path, dir: &Path, options: &Options) -> Result<Mounted> {
             }
         }
     }
-    let error = Error::io("mount", device, &last.into()).with_kind(Kind::Invalid);
+    let error = Error::io("mount", device, &last.into()).with_kind(Kind::Unsupported);
     Err(match content {
         Content::Unknown if options.fs_type.is_none() => error.hint(
             "no filesystem was recognised on it: make one first, for instance with mkfs.ext4",

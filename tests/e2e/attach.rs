@@ -218,7 +218,7 @@ fn what_cannot_be_mounted_does_not_stay_attached() {
     let file = w.file("file", b"x");
     w.fails_here(2, &["attach", "d", "--mount", s(&file)]);
     assert_eq!(w.attached(), [""; 0]);
-    let told = w.fails_here(2, &["attach", "b", "--mount", s(&m)]);
+    let told = w.fails_here(1, &["attach", "b", "--mount", s(&m)]);
     assert!(told.contains("mkfs"), "{told}");
     assert_eq!((w.attached(), w.loops()), (vec![], vec![]), "undone");
     w.fails_here(2, &["attach", "d", "--via", "file", "--mount", s(&m)]);

@@ -53,6 +53,19 @@ fn a_busy_mount_stays() {
         "{told}"
     );
     w.end_children();
+    // Something else over the same directory, which is not ours to unmount.
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    tool("mount", ["-t", "tmpfs", "foreign", s(&m)]);
+    fs::write(m.join("foreign"), "x").unwrap();
+    for target in ["d", s(&m)] {
+        let told = w.fails_here(11, &["detach", target]);
+        assert!(told.contains("something else is mounted over"), "{told}");
+        assert!(m.join("foreign").exists());
+    }
+    tool("umount", [s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("g")).unwrap(), "still usable");
+    tool("umount", [s(&m)]);
     // One busy, one not: none is touched.
     w.ok(["create", "e", "--from", "base"]);
     let n = w.mkdir("n");
@@ -94,6 +107,18 @@ fn what_is_attached_is_attached_once() {
     w.fails(12, &["detach", "d"]);
     w.fails(12, &["attach", "nothing"]);
     w.fails(12, &["attach", "d@nothing"]);
+    // Its old layer belongs to nobody by name: it is the fork's parent, by its id.
+    let parents = |doc: &serde_json::Value| doc["parent"].as_str().unwrap().to_string();
+    let made = w.json(["create", "f", "--from", "d", "--json"]);
+    assert_ne!(parents(&made), "d");
+    assert_eq!(made["parent"], w.json(["info", "f"])["parent"]);
+    w.ok(["rm", "f"]);
+    w.ok(["attach", "d", "--ro"]);
+    for args in [&["snapshot", "d@t"][..], &["create", "e", "--from", "d"]] {
+        let told = w.fails_here(11, args);
+        assert!(told.contains("attached read-only"), "{told}");
+    }
+    w.ok(["detach", "d"]);
     // A base or snapshot that is attached.
     w.ok(["snapshot", "d@s"]);
     w.ok(["attach", "d@s"]);

@@ -102,6 +102,12 @@ fn a_linked_image_must_stay_what_it_is() {
     w.ok(["create", "d", "--from", "linked"]);
     w.ok(["attach", "d"]);
     w.ok(["detach", "d"]);
+    // In use as any other base, though its file is elsewhere.
+    w.ok(["attach", "linked"]);
+    w.ok(["create", "idle", "--from", "linked"]);
+    w.fails_here(11, &["rm", "-r", "--yes", "linked"]);
+    w.ok(["rm", "idle"]);
+    w.ok(["detach", "linked"]);
     let back = || {
         fs::write(&image, &content).unwrap();
     };

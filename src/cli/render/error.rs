@@ -89,9 +89,18 @@ pub fn from_clap(error: &clap::Error, command: Option<&str>) -> Error {
         return Error::new(Kind::Invalid, "a command is missing").hint(hint);
     }
     let mut hints = tips;
-    if error.kind() == ErrorKind::InvalidSubcommand && command.is_none() {
-        usage = None;
-        hints.push("`forkdisk help` lists the commands".into());
+    if error.kind() == ErrorKind::InvalidSubcommand {
+        match (grouping_word(error), command) {
+            (Some(_), Some(command)) => {
+                usage = None;
+                hints = vec![format!("write `forkdisk {command}`")];
+            }
+            (_, None) => {
+                usage = None;
+                hints.push("`forkdisk help` lists the commands".into());
+            }
+            _ => {}
+        }
     }
     if let Some(usage) = usage {
         hints.push(format!("usage: {usage}"));
@@ -102,6 +111,16 @@ pub fn from_clap(error: &clap::Error, command: Option<&str>) -> Error {
     }
     let hint = hints.join("; ");
     Error::new(Kind::Invalid, message).hint(hint)
+}
+
+/// The word of a group of commands (`forkdisk store init`) that was taken for a command.
+fn grouping_word(error: &clap::Error) -> Option<&str> {
+    match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(word)) => ["store", "image", "disk"]
+            .into_iter()
+            .find(|group| *group == word),
+        _ => None,
+    }
 }
 
 /// The argument that clap took for an option, where it may have been meant as a name.
