@@ -37,8 +37,8 @@ use zerocopy::little_endian::{U32, U64};
 const SHARDS: usize = 64;
 /// Clean regions kept in a shard: with [`SHARDS`] at most 8,192 regions, 16 GiB of disk, at most 34 MiB of memory.
 const SHARD_REGIONS: usize = 128;
-/// Free slots that always keep their host blocks, so that the next writes find written blocks: 4 MiB.
-const HOT_SLOTS: u64 = 1024;
+/// Free slots that always keep their host blocks, so that the next writes find written blocks: 2 MiB.
+const HOT_SLOTS: u64 = 512;
 /// Free slots that keep their host blocks at most, however much is written between two commits: 1 GiB.
 const HOT_MAX: u64 = 1 << 18;
 /// A write of this many bytes side by side begins to be written back at once, so that a flush finds little left to do.

@@ -54,8 +54,17 @@ impl Refer {
         if let Some(known) = self.bases.get(&id) {
             return Ok(known.clone());
         }
-        let base = store.base(id)?;
         let mut blocks: Vec<(u64, u64)> = Vec::new();
+        let base = match store.base(id) {
+            Ok(base) => base,
+            // It cannot be read, so nothing of it can be shown to be a hole: looking goes on.
+            Err(e) if e.kind() == Kind::Corrupt => {
+                let all = Arc::new(vec![(0, crate::units::blocks(store.base_meta(id)?.len))]);
+                self.bases.insert(id, all.clone());
+                return Ok(all);
+            }
+            Err(e) => return Err(e),
+        };
         for (at, len) in base.file().data_ranges(0, base.len())? {
             let (start, end) = (at / BLOCK, (at + len).div_ceil(BLOCK));
             match blocks.last_mut() {
@@ -89,7 +98,11 @@ fn difference(store: &Store, id: Id, below: Below, data: &[(u64, u64)]) -> Resul
             if layer.counts() == (0, 0) {
                 return Ok((0, 0));
             }
-            count(&layer, &*store.chain(below)?, data)
+            match store.chain(below) {
+                Ok(chain) => count(&layer, &chain, data),
+                Err(e) if e.kind() == Kind::Corrupt => Ok((layer.counts().0, 0)),
+                Err(e) => Err(e),
+            }
         })();
         match seen {
             // Its writer may have put a checkpoint in between.

@@ -54,9 +54,11 @@ impl Store {
     fn base_data(&self, id: Id) -> Result<u64> {
         let meta = self.base_meta(id)?;
         if let Some(link) = &meta.link {
-            let found =
-                std::fs::metadata(&link.path).map_err(|e| Error::io("look at", &link.path, &e))?;
-            return Ok((found.blocks() * 512).min(meta.len.next_multiple_of(BLOCK)));
+            let len = meta.len.next_multiple_of(BLOCK);
+            // Gone or changed: looking goes on all the same.
+            return Ok(
+                std::fs::metadata(&link.path).map_or(len, |found| (found.blocks() * 512).min(len))
+            );
         }
         let dir = self.bases.subdir(&id.to_string())?;
         Ok(dir

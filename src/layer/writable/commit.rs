@@ -88,10 +88,14 @@ impl Layer {
             c.head + slots <= JOURNAL_SLOTS,
             "the journal space was reserved"
         );
-        let demand = self
-            .taken
-            .swap(0, Relaxed)
-            .max(self.demand.load(Relaxed) / 8 * 7);
+        // As many freed slots are worth keeping as are taken between two commits; none for a disk that shrinks.
+        let taken = self.taken.swap(0, Relaxed);
+        let freed: u64 = log.freed.iter().map(|&(_, len)| u64::from(len)).sum();
+        let demand = if freed > taken {
+            taken
+        } else {
+            taken.max(self.demand.load(Relaxed) / 8 * 7)
+        };
         self.demand.store(demand.min(HOT_MAX), Relaxed);
         self.busy.store(true, Relaxed);
         let generation = c.superblock.generation.get();

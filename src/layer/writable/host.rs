@@ -143,9 +143,11 @@ impl Layer {
             // All of the file; what is clean costs nothing.
             self.file.start_writeback(0, self.file.len()?);
         }
-        // A disk that has become quiet gives its pool back within a minute.
+        // A disk that has become quiet gives its pool back within seconds.
         let demand = self.demand.load(Relaxed);
-        self.demand.store(demand - demand.div_ceil(16), Relaxed);
+        if self.taken.load(Relaxed) == 0 {
+            self.demand.store(demand / 2, Relaxed);
+        }
         self.give_to_host(HOT_SLOTS.max(demand), HOT_SLOTS.max(demand))
     }
 
