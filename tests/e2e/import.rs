@@ -231,9 +231,7 @@ fn a_full_disk_keeps_what_was_there() {
     assert_eq!(out.code, 1, "{out:?}");
     assert!(out.stderr.contains("No space left"), "{out:?}");
     assert!(read_direct(device.as_ref(), 0, 8 << 20) == noise(3, 8 << 20));
-    // What needs space fails, and says so; what needs none works.
-    let out = w.run(["snapshot", "d@s"]);
-    assert!(out.code == 14 || out.code == 0, "{out:?}");
+    // What needs no space works.
     w.ok(["ls"]);
     tool(
         "blkdiscard",
