@@ -64,14 +64,12 @@ pub struct Cli {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Global options")]
 struct Globals {
-    /// The store [default: /var/lib/forkdisk as root, else $XDG_DATA_HOME/forkdisk]
+    /// The store [env: FORKDISK_STORE] [default: /var/lib/forkdisk as root, else $XDG_DATA_HOME/forkdisk]
     #[arg(
         short = 'S',
         long,
         global = true,
         value_name = "DIR",
-        env = "FORKDISK_STORE",
-        hide_env_values = true,
         value_hint = clap::ValueHint::DirPath
     )]
     store: Option<PathBuf>,
@@ -218,7 +216,11 @@ fn run(cli: Cli) -> ExitCode {
     if !background {
         start_logging(quiet, verbose);
     }
-    let named = store.filter(|path| !path.as_os_str().is_empty());
+    // Not left to clap, for which an empty variable is a mistake.
+    let by_env = || std::env::var_os("FORKDISK_STORE").map(PathBuf::from);
+    let named = store
+        .or_else(by_env)
+        .filter(|path| !path.as_os_str().is_empty());
     let path = named.unwrap_or_else(context::default_store);
     let context = Context {
         ui: Ui::new(json, quiet, yes, units, color, progress),

@@ -118,6 +118,9 @@ impl Store {
             Err(e) if e.kind() == Kind::NoStore => {}
             Err(e) => return Err(e),
         }
+        if path.metadata().is_ok_and(|m| !m.is_dir()) {
+            return Err(no_directory(path));
+        }
         let dir = OsDir::create(path)?;
         Store::init_on(Arc::new(dir), path, Env::os())
     }
@@ -125,6 +128,7 @@ impl Store {
     pub fn open(path: &Path) -> Result<Store> {
         let dir = OsDir::open(path).map_err(|e| match e.kind() {
             Kind::NotFound => no_store(path),
+            _ if path.metadata().is_ok_and(|m| !m.is_dir()) => no_directory(path),
             _ => e,
         })?;
         Store::open_on(Arc::new(dir), path, Env::os())
@@ -607,6 +611,12 @@ fn no_store(path: &Path) -> Error {
         format!("there is no store at {}", path.display()),
     )
     .hint("`forkdisk import` or `forkdisk init` makes one; --store names another")
+}
+
+fn no_directory(path: &Path) -> Error {
+    let shown = path.display();
+    Error::new(Kind::NoStore, format!("{shown} is a file, and no store"))
+        .hint("a store is a directory: name one with -S DIR or FORKDISK_STORE")
 }
 
 fn in_use(e: &Error, what: &str) -> Error {

@@ -54,6 +54,19 @@ fn odd_places() {
         .env("FORKDISK_STORE", &w.store)
         .args(["ls", "-H", "-o", "name"]);
     assert_eq!(finish(command).stdout, "base\n");
+    // A file is no store, and an empty variable names none.
+    let file = w.file("a file", b"x");
+    for command in ["ls", "init"] {
+        let out = finish(w.command_on(&file, [command]));
+        assert_eq!(out.code, 10, "{out:?}");
+        assert!(out.stderr.contains("a store is a directory"), "{out:?}");
+    }
+    let mut command = w.command(["ls", "-H", "-o", "name"]);
+    command.env("FORKDISK_STORE", "");
+    assert_eq!(finish(command).stdout, "base\n");
+    let mut command = std::process::Command::new(BIN);
+    command.env("FORKDISK_STORE", "").args(["help"]);
+    assert_eq!(finish(command).code, 0);
 }
 
 #[test]
