@@ -48,6 +48,8 @@ struct Check<'a> {
     report: CheckReport,
     headers: HashMap<Id, (Header, u32)>,
     names: BTreeMap<String, Below>,
+    /// Layer files without a readable header, and why.
+    unreadable: Vec<(Id, String)>,
 }
 
 /// Checks the whole store, or what `reference` stands on.
@@ -66,6 +68,7 @@ pub fn check(
         report: CheckReport::default(),
         headers: HashMap::new(),
         names: BTreeMap::new(),
+        unreadable: Vec::new(),
     };
     c.names()?;
     let layers = c.layer_files()?;
@@ -73,6 +76,14 @@ pub fn check(
         c.header(*id);
     }
     let only: Option<HashSet<Id>> = wanted.map(|o| c.chain(o.id));
+    if let Some(only) = &only {
+        // What was found so far concerns names and files that this object does not stand on.
+        c.report = CheckReport {
+            checked: layers.iter().filter(|id| only.contains(id)).count() as u64,
+            ..CheckReport::default()
+        };
+    }
+    c.unreadable(only.as_ref());
     let total = layers.len() as u64;
     for (done, id) in layers.iter().enumerate() {
         if !progress.update(done as u64, total) {
@@ -145,7 +156,7 @@ impl Check<'_> {
                 Some(_) => self.corrupt(format!("layers/{name}"), "not a regular file"),
                 None => self.leak(
                     format!("layers/{name}"),
-                    "a foreign file: nothing of the store refers to it",
+                    "a foreign file: nothing of the store refers to it, and `gc` leaves it alone",
                 ),
             }
         }
@@ -173,7 +184,26 @@ impl Check<'_> {
             Ok(both) => {
                 self.headers.insert(id, both);
             }
-            Err(e) => self.corrupt(self.called(id), e.to_string()),
+            Err(e) => self.unreadable.push((id, e.to_string())),
+        }
+    }
+    /// A layer whose header cannot be read is damage if anything needs it; else an interrupted creation.
+    fn unreadable(&mut self, only: Option<&HashSet<Id>>) {
+        for (id, message) in std::mem::take(&mut self.unreadable) {
+            let below = Below::Layer(id);
+            let needed = self.names.values().any(|b| *b == below)
+                || self.headers.values().any(|(h, _)| parent_of(h) == below);
+            if only.is_some_and(|o| !o.contains(&id)) {
+                continue;
+            }
+            if needed {
+                self.corrupt(self.called(id), message);
+            } else {
+                self.leak(
+                    self.called(id),
+                    format!("{message}; nothing refers to it: `forkdisk gc` removes it"),
+                );
+            }
         }
     }
     fn chain(&self, top: Id) -> HashSet<Id> {
@@ -462,7 +492,7 @@ impl Check<'_> {
             return;
         }
         for id in layers {
-            if !needed.contains(&Below::Layer(*id)) {
+            if !needed.contains(&Below::Layer(*id)) && self.headers.contains_key(id) {
                 self.leak(
                     format!("layer {id}"),
                     "nothing refers to it; `forkdisk gc` removes it",

@@ -408,57 +408,29 @@ impl Store {
             };
             wanted.insert(object.name.clone(), object);
         }
-        // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
-        let kept: HashSet<Below> = objects
-            .iter()
-            .filter(|o| !wanted.contains_key(&o.name))
-            .map(object_target)
-            .collect();
-        let dying: HashMap<Below, &str> = wanted
-            .values()
-            .map(|o| (object_target(o), o.name.as_str()))
-            .filter(|(target, _)| !kept.contains(target))
-            .collect();
-        let mut users: BTreeMap<&str, Vec<&Object>> = BTreeMap::new();
-        for object in objects.iter().filter(|o| !wanted.contains_key(&o.name)) {
-            let disk = object.name.split_once('@').map(|(disk, _)| disk);
-            let of = disk
-                .and_then(|d| wanted.get_key_value(d))
-                .map(|(name, _)| name.as_str());
-            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
-                users.entry(needed).or_default().push(object);
+        let mut going = wanted;
+        // Until nothing stands on anything that goes: what goes may itself be needed.
+        loop {
+            let users = self.users_of(&going, &objects, &graph);
+            let Some((needed, first)) = users.first_key_value() else {
+                break;
+            };
+            if !recursive {
+                let mut list: Vec<&str> = first.iter().take(8).map(|o| o.name.as_str()).collect();
+                if first.len() > list.len() {
+                    list.push("...");
+                }
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!("{needed} is in use by {}", list.join(", ")),
+                )
+                .hint(format!(
+                    "`forkdisk rm -r {needed} -n` shows all that would go"
+                )));
             }
+            let more: Vec<Object> = users.into_values().flatten().cloned().collect();
+            going.extend(more.into_iter().map(|o| (o.name.clone(), o)));
         }
-        if let Some((needed, users)) = users.first_key_value().filter(|_| !recursive) {
-            let mut list: Vec<&str> = users.iter().take(8).map(|o| o.name.as_str()).collect();
-            if users.len() > list.len() {
-                list.push("...");
-            }
-            return Err(Error::new(
-                Kind::Busy,
-                format!("{needed} is in use by {}", list.join(", ")),
-            )
-            .hint(format!(
-                "`forkdisk rm -r {needed} -n` shows all that would go"
-            )));
-        }
-        let mut going = wanted.clone();
-        going.extend(
-            users
-                .values()
-                .flatten()
-                .map(|o| (o.name.clone(), (*o).clone())),
-        );
-        // A disk goes with its snapshots.
-        let with_disks: Vec<&Object> = objects
-            .iter()
-            .filter(|o| {
-                o.name
-                    .split_once('@')
-                    .is_some_and(|(disk, _)| going.contains_key(disk))
-            })
-            .collect();
-        going.extend(with_disks.into_iter().map(|o| (o.name.clone(), o.clone())));
         let kept: HashSet<Below> = objects
             .iter()
             .filter(|o| !going.contains_key(&o.name))
@@ -504,6 +476,34 @@ impl Store {
             created: record.map_or(0, |r| r.created),
             message: None,
         })
+    }
+    /// What needs something that is going: by its name, those that stand on it; and a disk's snapshots, which go with it.
+    fn users_of<'o>(
+        &self,
+        going: &BTreeMap<String, Object>,
+        objects: &'o [Object],
+        graph: &Graph,
+    ) -> BTreeMap<String, Vec<&'o Object>> {
+        // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
+        let kept: HashSet<Below> = objects
+            .iter()
+            .filter(|o| !going.contains_key(&o.name))
+            .map(object_target)
+            .collect();
+        let dying: HashMap<Below, &str> = going
+            .values()
+            .map(|o| (object_target(o), o.name.as_str()))
+            .filter(|(target, _)| !kept.contains(target))
+            .collect();
+        let mut users: BTreeMap<String, Vec<&Object>> = BTreeMap::new();
+        for object in objects.iter().filter(|o| !going.contains_key(&o.name)) {
+            let disk = object.name.split_once('@').map(|(disk, _)| disk);
+            let of = disk.filter(|d| going.contains_key(*d));
+            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
+                users.entry(needed.to_string()).or_default().push(object);
+            }
+        }
+        users
     }
     /// Fails if an object is attached.
     fn check_idle(&self, object: &Object) -> Result<()> {
