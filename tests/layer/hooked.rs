@@ -1,4 +1,4 @@
-//! A directory whose files call back before they read: what another thread could do at the worst moment, done on purpose.
+//! A directory whose files call back before they read or sync: what another thread could do at the worst moment, done on purpose.
 
 use forkdisk::error::Result;
 use forkdisk::io::{Access, Dir, EntryKind, File, Mapping};
@@ -6,8 +6,10 @@ use parking_lot::Mutex;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Called once, before the next read at or behind an offset of a layer file.
+/// Called once, before the next read at or behind an offset of a layer file; before the next sync of one, where the offset is `SYNC`.
 type Hook = Arc<Mutex<Option<(u64, Box<dyn FnOnce() + Send>)>>>;
+
+const SYNC: u64 = u64::MAX;
 
 #[derive(Clone)]
 pub struct Hooked {
@@ -30,6 +32,9 @@ impl Hooked {
     }
     pub fn before_read(&self, from: u64, f: impl FnOnce() + Send + 'static) {
         *self.hook.lock() = Some((from, Box::new(f)));
+    }
+    pub fn before_sync(&self, f: impl FnOnce() + Send + 'static) {
+        self.before_read(SYNC, f);
     }
     pub fn was_called(&self) -> bool {
         self.hook.lock().is_none()
@@ -82,22 +87,29 @@ impl Dir for Hooked {
     }
 }
 
-impl File for HookedFile {
-    fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
-        let due = {
+impl HookedFile {
+    fn call(&self, due: impl Fn(u64) -> bool) {
+        let f = {
             let mut hook = self.hook.lock();
-            let due = self.layer && hook.as_ref().is_some_and(|(from, _)| at >= *from);
+            let due = self.layer && hook.as_ref().is_some_and(|(from, _)| due(*from));
             if due { hook.take() } else { None }
         };
-        if let Some((_, f)) = due {
+        if let Some((_, f)) = f {
             f();
         }
+    }
+}
+
+impl File for HookedFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        self.call(|from| at >= from);
         self.inner.read_at(buf, at)
     }
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
         self.inner.write_at(buf, at)
     }
     fn sync(&self) -> Result<()> {
+        self.call(|from| from == SYNC);
         self.inner.sync()
     }
     fn len(&self) -> Result<u64> {

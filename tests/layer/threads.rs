@@ -353,3 +353,38 @@ fn a_partial_write_does_not_undo_what_was_written_meanwhile() {
     let found = block(&*disk, 0);
     assert_eq!((found[0], found[2000], found[3500]), (4, 2, 3));
 }
+
+/// While a commit is being synced others write. What they write must not go where the commit before still stands: the power may go in that
+/// very sync.
+#[test]
+fn what_a_commit_replaces_is_not_reused_before_it_is_durable() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 60 * 4096]));
+    sim.set_garbage_pages(true);
+    let hooked = Hooked::new(sim.root());
+    let root = Arc::new(hooked.clone());
+    let store = Store::open_on(root, Path::new("/sim"), env(2 << 20)).expect("a store");
+    let disk = open(&store, "d").expect("d");
+    disk.write(&[2; 20 * 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    disk.write(&[3; 20 * 4096], 0).expect("write");
+    let (other, power) = (disk.clone(), sim.clone());
+    hooked.before_sync(move || {
+        for n in 0..40 {
+            other.write(&[4; 4096], (20 + n) * B).expect("write");
+        }
+        power.cut_at(power.ops());
+    });
+    disk.flush().expect_err("the power goes in the sync");
+    assert!(hooked.was_called());
+    for seed in 0..300 {
+        let left = again(&sim.crash(seed), 3);
+        let disk = open(&left, "d").unwrap_or_else(|e| panic!("seed {seed}: {e:?}"));
+        let first = block(&*disk, 0)[0];
+        assert!(first == 2 || first == 3, "seed {seed}: {first}");
+        for n in 0..60 {
+            let expected = if n < 20 { first } else { 1 };
+            assert_eq!(block(&*disk, n), [expected; 4096], "seed {seed}: block {n}");
+        }
+    }
+}
