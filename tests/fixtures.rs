@@ -2,7 +2,7 @@
 //!
 //! A fixture is a text: `= PATH LENGTH` begins a file, `OFFSET HEX` are bytes of it, `OFFSET *N HEX` are N repetitions of eight bytes;
 //! all else is zeros, and holes. It is written once, by the version it is named after, and never again:
-//! `FORKDISK_FIXTURE=FILE cargo test --test fixtures -- --ignored` makes one for a new version.
+//! `FORKDISK_FIXTURE=FILE cargo test --test fixtures` makes one for a new version.
 #![allow(missing_docs, reason = "a test")]
 
 use forkdisk::disk::{CowDisk, Disk};
@@ -319,11 +319,13 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[test]
-#[ignore = "makes a fixture, for a new format version"]
-fn make() {
-    let to = std::env::var_os("FORKDISK_FIXTURE").expect("FORKDISK_FIXTURE names the new file");
-    assert!(!Path::new(&to).exists(), "a fixture is never written again");
+fn a_fixture_can_be_made() {
     let dir = tempfile::tempdir().expect("a directory");
+    let aside = tempfile::tempdir().expect("a directory");
+    // For a new format version FORKDISK_FIXTURE names the file to keep.
+    let to = std::env::var_os("FORKDISK_FIXTURE")
+        .unwrap_or_else(|| aside.path().join("made.store").into_os_string());
+    assert!(!Path::new(&to).exists(), "a fixture is never written again");
     let next = AtomicU64::new(1);
     let env = Env {
         id: Arc::new(move || {
@@ -350,5 +352,6 @@ fn make() {
     history(&mut maker);
     let mut text = String::new();
     pack(dir.path(), dir.path(), &mut text);
-    fs::write(to, text).expect("written");
+    fs::write(&to, text).expect("written");
+    assert!(fs::metadata(&to).expect("there").len() > 1000);
 }

@@ -209,14 +209,6 @@ fn filesystems_live_on_it() {
     let _lock = mounts_lock(false);
     let rig = Rig::new();
     for (fs_type, block_size) in [("ext4", 512), ("ext4", 4096), ("xfs", 512), ("btrfs", 4096)] {
-        if Command::new(format!("mkfs.{fs_type}"))
-            .arg("-V")
-            .output()
-            .is_err()
-        {
-            eprintln!("no mkfs.{fs_type} here");
-            continue;
-        }
         let name = format!("{fs_type}-{block_size}");
         let disk = Arc::new(MemDisk::new(512 * MIB));
         let dev = rig.attach(
@@ -229,7 +221,7 @@ fn filesystems_live_on_it() {
         );
         let at = tempfile::tempdir().unwrap();
         let e = attach::mount(dev.device(), at.path(), &MountOptions::default()).unwrap_err();
-        assert_eq!(e.kind(), Kind::Invalid, "{e:?}");
+        assert_eq!(e.kind(), Kind::Unsupported, "{e:?}");
         let force = if fs_type == "ext4" { "-F" } else { "-f" };
         run(&format!("mkfs.{fs_type}"), &["-q", force, dev.path()]);
         let mounted = attach::mount(dev.device(), at.path(), &MountOptions::default()).unwrap();
