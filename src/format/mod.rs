@@ -307,6 +307,23 @@ record! {
     }
 }
 record! {
+    /// Head of one area of a volatile log; in memory, never on a disk.
+    VolatileHeader = "Volatile area" {
+        /// [`VOLATILE_MAGIC`].
+        magic: [u8; 8],
+        /// Id of the layer.
+        layer: [u8; 16],
+        /// The superblock's generation.
+        generation: U64,
+        /// Sequence of the commit that the entries will become.
+        sequence: U64,
+        /// Not 0: a sync failed, and nothing must be acknowledged any more.
+        poisoned: U64,
+        /// Number of entries.
+        count: U64,
+    }
+}
+record! {
     /// First slot of a base's `sums`.
     SumsHeader = "Sums header" {
         /// [`SUMS_MAGIC`].
@@ -358,6 +375,11 @@ pub const LAYOUTS: &[(&str, &[Field], usize)] = &[
         CommitEntry::FIELDS,
         size_of::<CommitEntry>(),
     ),
+    (
+        VolatileHeader::TITLE,
+        VolatileHeader::FIELDS,
+        size_of::<VolatileHeader>(),
+    ),
 ];
 
 /// Magic of a layer file.
@@ -368,6 +390,8 @@ pub const SUPER_MAGIC: [u8; 8] = *b"FDSUPER1";
 pub const RUN_MAGIC: [u8; 8] = *b"FDRUN001";
 /// Magic of a commit record.
 pub const COMMIT_MAGIC: [u8; 8] = *b"FDCOMMIT";
+/// Magic of an area of a volatile log.
+pub const VOLATILE_MAGIC: [u8; 8] = *b"FDVOLA01";
 /// Magic of a sums file.
 pub const SUMS_MAGIC: [u8; 8] = *b"FDSUMS01";
 

@@ -6,6 +6,7 @@
 pub mod quiesce;
 pub mod recover;
 pub mod space;
+pub mod volatile;
 pub mod writable;
 
 pub use writable::Layer;

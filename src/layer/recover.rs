@@ -137,8 +137,12 @@ pub struct Replay {
     pub data_blocks: u64,
     /// See `data_blocks`.
     pub zero_blocks: u64,
-    /// Slots that the commits freed, in order with `used`: an entry of `Change`.
+    /// Slots that the commits took into use and freed, in order.
     pub changes: Vec<Change>,
+    /// Where in `changes` those of the last commit begin.
+    pub last_changes: usize,
+    /// Journal slots that the commits occupy.
+    pub head: u32,
     /// A last commit that was dropped because its data is not whole: its sequence.
     pub dropped: Option<u64>,
     /// Number of commits found.
@@ -154,8 +158,27 @@ pub enum Change {
     Freed(Slot),
 }
 
+/// What came before: did the machine go down, or at most the process?
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum After {
+    /// The last commit may lack data: it is checked.
+    Crash,
+    /// All that was written is found, whether or not it is on the disk.
+    Death,
+}
+
 /// Follows the journal of a layer that was not closed cleanly.
 pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>]) -> Result<Replay> {
+    replay_after(After::Crash, file, superblock, runs)
+}
+
+/// Follows the journal, knowing what came before.
+pub fn replay_after(
+    after: After,
+    file: &dyn File,
+    superblock: &Superblock,
+    runs: &[Arc<MappedRun>],
+) -> Result<Replay> {
     let id = Id(superblock.layer);
     let journal = read_journal(file, file.len()?)?;
     let generation = superblock.generation.get();
@@ -192,11 +215,14 @@ pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>])
         }
     }
     let mut dropped = None;
-    if let Some(last) = records.last()
+    let mut head = (at / BLOCK_SIZE) as u32;
+    if after == After::Crash
+        && let Some(last) = records.last()
         && !data_whole(file, last)?
     {
         expected -= 1;
         dropped = Some(expected);
+        head -= format::commit_slots(last.len() as u64);
         records.pop();
     }
     let mut replay = Replay {
@@ -205,6 +231,8 @@ pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>])
         data_blocks: superblock.data_blocks.get(),
         zero_blocks: superblock.zero_blocks.get(),
         changes: Vec::new(),
+        last_changes: 0,
+        head,
         dropped,
         commits: records.len() as u64,
     };
@@ -213,6 +241,7 @@ pub fn replay(file: &dyn File, superblock: &Superblock, runs: &[Arc<MappedRun>])
         regions: HashMap::new(),
     };
     for record in records {
+        replay.last_changes = replay.changes.len();
         for entry in record {
             replay
                 .apply(entry, &mut below)
@@ -249,8 +278,56 @@ impl Below<'_> {
 }
 
 impl Replay {
+    /// Applies changes that are in no commit, on top of those that are; returns them, without what the commits say already: a
+    /// predecessor may have died before it forgot what it had just committed.
+    pub fn unflushed(
+        &mut self,
+        entries: impl Iterator<Item = CommitEntry>,
+        runs: &[Arc<MappedRun>],
+    ) -> Result<Memtable> {
+        let mut found = Memtable::new();
+        for entry in entries {
+            let (lba, count, pointer) = entry.get();
+            found.apply(lba, count, pointer);
+        }
+        let mut below = Below {
+            runs,
+            regions: HashMap::new(),
+        };
+        let mut fresh = Memtable::new();
+        for entry in found.entries() {
+            let (lba, count, pointer) = entry.get();
+            if count == 1 && self.pointer(lba, &mut below)? == pointer {
+                continue;
+            }
+            fresh.apply(lba, count, pointer);
+            self.apply(&entry, &mut below)?;
+        }
+        Ok(fresh)
+    }
+    /// What the changes, and the runs below them, say of a block.
+    fn pointer(&self, lba: Lba, below: &mut Below<'_>) -> Result<Pointer> {
+        match self.memtable.get(lba) {
+            Pointer::Absent if below.may_touch(lba.region().0, lba.region().0 + 1) => {
+                Ok(below.region(lba.region())?.get(lba.index()))
+            }
+            known => Ok(known),
+        }
+    }
     fn apply(&mut self, entry: &CommitEntry, below: &mut Below<'_>) -> Result<()> {
         let (lba, count, pointer) = entry.get();
+        if count == 1 {
+            let old = self.pointer(lba, below)?;
+            self.count(old, pointer, 1);
+            if let Pointer::Data { slot, .. } = old {
+                self.changes.push(Change::Freed(slot));
+            }
+            if let Pointer::Data { slot, .. } = pointer {
+                self.changes.push(Change::Used(slot));
+            }
+            self.memtable.apply(lba, count, pointer);
+            return Ok(());
+        }
         let end = u64::from(lba.0) + u64::from(count);
         let mut at = u64::from(lba.0);
         while at < end {
@@ -279,9 +356,6 @@ impl Replay {
                 }
             }
             at += n;
-        }
-        if let Pointer::Data { slot, .. } = pointer {
-            self.changes.push(Change::Used(slot));
         }
         self.memtable.apply(lba, count, pointer);
         Ok(())

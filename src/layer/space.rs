@@ -112,6 +112,8 @@ pub struct Space {
     pub hot: FreeSet,
     /// Free, without host blocks.
     pub cold: FreeSet,
+    /// Free, and not given back to the host yet by the process before us: not in use before that is done.
+    pub inherited: Vec<(u32, u32)>,
     /// Unpublished in that epoch; readers may still know them.
     waiting: VecDeque<(u64, Vec<(u32, u32)>)>,
     /// Journal entries that accepted and running writes of the open epoch may need.
@@ -122,6 +124,8 @@ pub struct Space {
     pub committing: u32,
     /// Journal slots that have host space.
     pub journal_reserved: u32,
+    /// [`SPARE`] slots were kept, as far as there was room.
+    pub spare: bool,
 }
 
 impl Space {

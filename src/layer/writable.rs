@@ -3,7 +3,7 @@
 //! Always true:
 //! - a slot is written once between two times of being free: nobody ever sees half of an overwrite;
 //! - a pointer is published after its data stands in the file, under the lock of its region's shard;
-//! - everything published since the last close of an epoch is in `log`, in publishing order for each block;
+//! - everything published since the last close of an epoch is in the volatile log, in publishing order for each block;
 //! - a slot that a durable commit names is free at the earliest when a later commit that does not is durable;
 //! - `commit` is held by the one thread that writes journal, runs and superblock.
 //!
@@ -12,12 +12,14 @@
 
 mod commit;
 mod host;
+mod resume;
 
 pub(super) use commit::read_free_list;
 
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::space::{FreeSet, SPARE, Space};
+use super::volatile::{self, VolatileLog};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -25,6 +27,7 @@ use crate::format::{
 };
 use crate::io::File;
 use crate::map::{Memtable, Ranges, RegionMap, WORDS};
+use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use commit::use_slot;
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -60,9 +63,14 @@ struct Resident {
 }
 
 /// What was published since the last close.
-#[derive(Default)]
 struct Log {
-    entries: Vec<CommitEntry>,
+    entries: VolatileLog,
+    counted: Counted,
+}
+
+/// What goes with the entries of a log.
+#[derive(Default)]
+struct Counted {
     /// Slots of earlier commits that these entries replace.
     freed: Vec<(u32, u32)>,
     data_delta: i64,
@@ -76,6 +84,8 @@ struct Commit {
     superblock: Superblock,
     /// Copy 2 was written but not synced yet.
     second_pending: bool,
+    /// After a takeover, until the first sync: slots that the last commit found freed. It may be in the page cache only.
+    owed: Option<Vec<(u32, u32)>>,
     next_commit: u64,
     /// Journal slots in use.
     head: u32,
@@ -129,6 +139,12 @@ pub struct Layer {
     /// Epochs up to this one are in runs.
     checkpointed: AtomicU64,
     log: Mutex<Log>,
+    /// The memory of the log.
+    volatile: Arc<SharedMemory>,
+    /// Entries of the log that writes under way may need.
+    expected: AtomicU64,
+    /// Entries in the log.
+    logged: AtomicU64,
     space: Mutex<Space>,
     quiesce: Quiesce,
     commit: Mutex<Commit>,
@@ -154,14 +170,40 @@ pub struct Taken {
     pub extents: Vec<(u32, u32)>,
     /// Journal entries reserved.
     entries: u64,
+    /// Entries of the volatile log reserved.
+    logged: u64,
+}
+
+/// What a layer begins with.
+struct Beginning {
+    superblock: Superblock,
+    runs: Vec<Arc<MappedRun>>,
+    opened: Opened,
+    memtable: Memtable,
+    free: FreeSet,
+    high: u64,
+    next_commit: u64,
+    head: u32,
+    data: u64,
+    zero: u64,
+    space: Space,
+    log: VolatileLog,
+    volatile: Arc<SharedMemory>,
 }
 
 impl Layer {
     /// Opens a layer for writing, recovering it if it was not closed cleanly. The caller has locked the file. A sealed layer is
     /// refused with [`Kind::ReadOnly`].
     pub fn open(file: Arc<dyn File>) -> Result<Layer> {
+        Layer::open_on(file, volatile::private()?)
+    }
+
+    /// [`Layer::open`] with [`volatile::LEN`] bytes of memory for the volatile log, from which [`Layer::resume`] can go on. What stood there is
+    /// forgotten.
+    pub fn open_on(file: Arc<dyn File>, memory: Arc<SharedMemory>) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
+        volatile::clear(&memory);
         recover::settle(&*file, &header)?;
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
@@ -201,38 +243,71 @@ impl Layer {
         for (start, len) in free.iter() {
             space.cold.insert(start, len);
         }
-        let layer = Layer {
-            id,
+        let generation = superblock.generation.get() + 1;
+        let layer = Layer::assemble(
+            file,
             header,
-            size: superblock.size.get(),
-            opened,
-            table: (0..SHARDS).map(|_| RwLock::default()).collect(),
-            zeroed: RwLock::default(),
-            runs: RwLock::new(Arc::new(runs)),
-            gate: RwLock::new(()),
-            epoch: AtomicU64::new(1),
-            checkpointed: AtomicU64::new(0),
-            log: Mutex::default(),
-            space: Mutex::new(space),
-            quiesce: Quiesce::default(),
-            commit: Mutex::new(Commit {
-                second_pending: false,
-                next_commit,
-                head: 0,
+            Beginning {
+                superblock,
+                runs,
+                opened,
                 memtable,
                 free,
                 high,
-                forgotten: superblock.forgotten.get(),
-                data_blocks: data as i64,
-                zero_blocks: zero as i64,
+                next_commit,
+                // Nothing of the journal is appended to: it is emptied first.
+                head: 0,
+                data,
+                zero,
+                space,
+                log: VolatileLog::new(memory.clone(), &id, generation, next_commit),
+                volatile: memory,
+            },
+        );
+        layer.begin(state, found.second_differs)?;
+        Ok(layer)
+    }
+
+    fn assemble(file: Arc<dyn File>, header: Header, b: Beginning) -> Layer {
+        Layer {
+            id: Id(header.layer),
+            header,
+            size: b.superblock.size.get(),
+            opened: b.opened,
+            table: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            zeroed: RwLock::default(),
+            runs: RwLock::new(Arc::new(b.runs)),
+            gate: RwLock::new(()),
+            epoch: AtomicU64::new(1),
+            checkpointed: AtomicU64::new(0),
+            expected: AtomicU64::new(0),
+            logged: AtomicU64::new(b.log.count()),
+            log: Mutex::new(Log {
+                entries: b.log,
+                counted: Counted::default(),
+            }),
+            volatile: b.volatile,
+            space: Mutex::new(b.space),
+            quiesce: Quiesce::default(),
+            commit: Mutex::new(Commit {
+                second_pending: false,
+                owed: None,
+                next_commit: b.next_commit,
+                head: b.head,
+                memtable: b.memtable,
+                free: b.free,
+                high: b.high,
+                forgotten: b.superblock.forgotten.get(),
+                data_blocks: b.data as i64,
+                zero_blocks: b.zero as i64,
                 epoch: 0,
                 buffer: Vec::new(),
-                superblock,
+                superblock: b.superblock,
             }),
             group: Mutex::default(),
             joined: Condvar::new(),
-            data_blocks: AtomicI64::new(data as i64),
-            zero_blocks: AtomicI64::new(zero as i64),
+            data_blocks: AtomicI64::new(b.data as i64),
+            zero_blocks: AtomicI64::new(b.zero as i64),
             taken: AtomicU64::new(0),
             demand: AtomicU64::new(0),
             busy: AtomicBool::new(false),
@@ -240,9 +315,7 @@ impl Layer {
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             file,
-        };
-        layer.begin(state, found.second_differs)?;
-        Ok(layer)
+        }
     }
 
     /// Makes what was found durable and starts a new generation.
@@ -288,6 +361,10 @@ impl Layer {
     /// Its file.
     pub fn file(&self) -> &Arc<dyn File> {
         &self.file
+    }
+    /// The memory of its volatile log.
+    pub fn volatile(&self) -> &Arc<SharedMemory> {
+        &self.volatile
     }
     /// Blocks with data of their own, and blocks it records as zeros, un-flushed ones included.
     pub fn counts(&self) -> (u64, u64) {
@@ -420,22 +497,36 @@ impl Layer {
             tracing::error!(layer = %self.id, "the disk stops accepting writes: {e}");
             *poison = Some(e.clone());
         }
+        // A successor must not accept what we refuse.
+        volatile::poison(&self.volatile);
         self.poisoned.store(true, SeqCst);
         e
     }
 
     /// Reserves journal space for `changes` map changes, and takes `slots` slots.
     pub fn take(&self, changes: u64, slots: u32) -> Result<Taken> {
+        self.take_for(changes, slots, changes)
+    }
+
+    /// [`Layer::take`] for `changes` map changes that may be logged as `logged` entries.
+    fn take_for(&self, changes: u64, slots: u32, logged: u64) -> Result<Taken> {
         self.check_poison()?;
         // A change can cut a zero range of the same epoch in two: two entries each.
         let entries = changes * 2;
         let mut tries = 0;
         loop {
-            let freed = self.log.lock().freed.len();
+            let freed = self.log.lock().counted.freed.len();
             let mut space = self.space.lock();
             let total = space.entries + entries;
             let end = space.journal_head + space.committing + commit_slots(total);
-            if total <= MAX_DIRTY && end <= JOURNAL_SLOTS && freed < MAX_FREED {
+            // In this order: what moves from one to the other meanwhile is counted twice, not left out.
+            let volatile = self.expected.load(SeqCst) + logged;
+            let volatile = volatile + self.logged.load(SeqCst);
+            if total <= MAX_DIRTY
+                && end <= JOURNAL_SLOTS
+                && freed < MAX_FREED
+                && volatile <= volatile::CAPACITY
+            {
                 self.reserve_journal(&mut space, end)?;
                 let extents = if slots > 0 {
                     space.alloc(slots, &self.quiesce)?
@@ -443,8 +534,13 @@ impl Layer {
                     Vec::new()
                 };
                 space.entries = total;
+                self.expected.fetch_add(logged, SeqCst);
                 self.taken.fetch_add(u64::from(slots), Relaxed);
-                return Ok(Taken { extents, entries });
+                return Ok(Taken {
+                    extents,
+                    entries,
+                    logged,
+                });
             }
             drop(space);
             // The journal is full: this is a flush that the disk itself starts. Other writers may fill it again meanwhile.
@@ -520,7 +616,8 @@ impl Layer {
             let done = self.publish_regions(lba, pointers, expected, &mut reusable);
             // After an error too: some regions may be in the log.
             if !matches!(done, Ok(false)) {
-                self.log.lock().reserved += taken.entries;
+                self.log.lock().counted.reserved += taken.entries;
+                self.expected.fetch_sub(taken.logged, SeqCst);
             }
             done
         };
@@ -585,17 +682,31 @@ impl Layer {
         let (word, bit) = (index / 64, 1u64 << (index % 64));
         let old_is_dirty = resident.dirty[word] & bit != 0;
         resident.dirty[word] |= bit;
-        self.replaced(old, old_is_dirty, log, reusable);
-        self.count(log, old, -1);
-        self.count(log, pointer, 1);
-        log.entries
-            .push(CommitEntry::new(region.lba(index), 1, pointer));
+        self.replaced(old, old_is_dirty, &mut log.counted, reusable);
+        self.count(&mut log.counted, old, -1);
+        self.count(&mut log.counted, pointer, 1);
+        self.append(log, CommitEntry::new(region.lba(index), 1, pointer));
+    }
+
+    fn append(&self, log: &mut Log, entry: CommitEntry) {
+        log.entries.push(entry);
+        self.logged.store(log.entries.count(), SeqCst);
     }
 
     /// A pointer lost its place: its slot becomes free, at once if no commit names it, else with the commit of this epoch.
-    fn replaced(&self, old: Pointer, dirty: bool, log: &mut Log, reusable: &mut Vec<(u32, u32)>) {
+    fn replaced(
+        &self,
+        old: Pointer,
+        dirty: bool,
+        counted: &mut Counted,
+        reusable: &mut Vec<(u32, u32)>,
+    ) {
         if let Pointer::Data { slot, .. } = old {
-            let list = if dirty { reusable } else { &mut log.freed };
+            let list = if dirty {
+                reusable
+            } else {
+                &mut counted.freed
+            };
             match list.last_mut() {
                 Some((start, len)) if *start + *len == slot.0 => *len += 1,
                 _ => list.push((slot.0, 1)),
@@ -603,14 +714,14 @@ impl Layer {
         }
     }
 
-    fn count(&self, log: &mut Log, pointer: Pointer, blocks: i64) {
+    fn count(&self, counted: &mut Counted, pointer: Pointer, blocks: i64) {
         match pointer {
             Pointer::Data { .. } => {
-                log.data_delta += blocks;
+                counted.data_delta += blocks;
                 self.data_blocks.fetch_add(blocks, SeqCst);
             }
             Pointer::Zero => {
-                log.zero_delta += blocks;
+                counted.zero_delta += blocks;
                 self.zero_blocks.fetch_add(blocks, SeqCst);
             }
             Pointer::Absent => {}
@@ -669,7 +780,7 @@ impl Layer {
                 in_runs.insert(item.start(), item.end(), 0);
             }
         }
-        let taken = self.take(1, 0)?;
+        let taken = self.take_for(1, 0, u64::from(regions))?;
         let mut reusable = Vec::new();
         let done = {
             let _gate = self.gate.read();
@@ -686,7 +797,8 @@ impl Layer {
                 };
                 self.zero_region(Region(r), known, epoch, &mut reusable)
             });
-            self.log.lock().reserved += taken.entries;
+            self.log.lock().counted.reserved += taken.entries;
+            self.expected.fetch_sub(taken.logged, SeqCst);
             done
         };
         self.retire(reusable);
@@ -712,21 +824,20 @@ impl Layer {
             let (data, zeros) = resident.map.counts();
             for (index, pointer) in resident.map.iter() {
                 let dirty = fresh && resident.dirty[index / 64] >> (index % 64) & 1 == 1;
-                self.replaced(pointer, dirty, &mut log, reusable);
+                self.replaced(pointer, dirty, &mut log.counted, reusable);
             }
-            log.data_delta -= data as i64;
-            log.zero_delta += all - zeros as i64;
+            log.counted.data_delta -= data as i64;
+            log.counted.zero_delta += all - zeros as i64;
             self.data_blocks.fetch_sub(data as i64, SeqCst);
             self.zero_blocks.fetch_add(all - zeros as i64, SeqCst);
         }
         {
             let mut log = self.log.lock();
             if !known {
-                self.count(&mut log, Pointer::Zero, all);
+                self.count(&mut log.counted, Pointer::Zero, all);
             }
             let entry = CommitEntry::new(region.first(), REGION_BLOCKS as u32, Pointer::Zero);
-            log.entries.push(entry);
-            merge_last_zero(&mut log.entries);
+            self.append(&mut log, entry);
         }
         // From here on the range in `zeroed` stands for the region: it takes no memory of its own.
         self.zeroed.write().insert(r, r + 1, epoch);
@@ -746,8 +857,7 @@ impl Layer {
         }
         // Copy 2 of that checkpoint, before anything it could be needed for is destroyed.
         if c.second_pending {
-            self.file.sync().map_err(|e| self.poison(e))?;
-            c.second_pending = false;
+            self.sync(c)?;
         }
         let (hot, reserved) = {
             let mut space = self.space.lock();
@@ -789,21 +899,5 @@ impl Layer {
         self.poisoned.store(true, SeqCst);
         *self.poison.lock() = Some(Error::new(Kind::Poisoned, "it was closed"));
         Ok(())
-    }
-}
-
-/// Joins the last two entries if both are zeros side by side.
-fn merge_last_zero(entries: &mut Vec<CommitEntry>) {
-    if let [.., a, b] = &entries[..] {
-        let ((a_lba, a_len, a_ptr), (b_lba, b_len, b_ptr)) = (a.get(), b.get());
-        if a_ptr == Pointer::Zero
-            && b_ptr == Pointer::Zero
-            && u64::from(a_lba.0) + u64::from(a_len) == u64::from(b_lba.0)
-            && let Some(len) = a_len.checked_add(b_len)
-        {
-            entries.pop();
-            entries.pop();
-            entries.push(CommitEntry::new(a_lba, len, Pointer::Zero));
-        }
     }
 }

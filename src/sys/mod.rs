@@ -11,4 +11,5 @@ pub mod loopdev;
 pub mod mounts;
 pub mod probe;
 pub mod process;
+pub mod shared;
 pub mod signals;

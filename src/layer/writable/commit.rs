@@ -2,7 +2,9 @@
 //!
 //! Always true: whoever runs this holds `commit`. A failed sync poisons the layer and is never tried again.
 
-use super::{CHECKPOINT_SLOTS, Commit, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State};
+use super::{
+    CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
+};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
     self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef,
@@ -63,25 +65,63 @@ impl Layer {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         self.check_poison()?;
-        let (log, epoch) = {
+        let (closed, counted, epoch) = {
             let _gate = self.gate.write();
             let epoch = self.epoch.fetch_add(1, SeqCst);
-            let log = std::mem::take(&mut *self.log.lock());
+            let mut log = self.log.lock();
+            let counted = std::mem::take(&mut log.counted);
+            // An area that holds nothing stays open.
+            let closed = (log.entries.count() > 0).then(|| {
+                let generation = c.superblock.generation.get();
+                log.entries.close(&self.id, generation, c.next_commit + 1)
+            });
+            self.logged.store(log.entries.count(), SeqCst);
             let mut space = self.space.lock();
-            space.entries -= log.reserved;
-            space.committing = commit_slots(log.reserved);
-            (log, epoch)
+            space.entries -= counted.reserved;
+            space.committing = commit_slots(counted.reserved);
+            (closed, counted, epoch)
         };
-        if log.entries.is_empty() {
+        let Some(closed) = closed else {
+            if c.owed.is_some() {
+                // What the process before us committed may be in the page cache only.
+                self.sync(c)?;
+            }
             self.space.lock().committing = 0;
             c.epoch = epoch;
             return Ok(epoch);
-        }
+        };
         let mut changes = Memtable::new();
-        for entry in &log.entries {
+        for entry in closed.entries(&self.volatile) {
             let (lba, count, pointer) = entry.get();
             changes.apply(lba, count, pointer);
         }
+        self.commit_changes(c, &changes, counted, epoch)?;
+        closed.forget(&self.volatile);
+        Ok(epoch)
+    }
+
+    /// Makes all that was written to the file durable.
+    pub(super) fn sync(&self, c: &mut Commit) -> Result<()> {
+        self.file.sync().map_err(|e| self.poison(e))?;
+        c.second_pending = false;
+        if let Some(freed) = c.owed.take() {
+            for &(start, len) in &freed {
+                c.free.insert(start, len);
+            }
+            let now = self.quiesce.now();
+            self.space.lock().retire(now, freed);
+        }
+        Ok(())
+    }
+
+    /// Writes one commit record and syncs.
+    pub(super) fn commit_changes(
+        &self,
+        c: &mut Commit,
+        changes: &Memtable,
+        counted: Counted,
+        epoch: u64,
+    ) -> Result<()> {
         let entries = changes.entries();
         let slots = commit_slots(entries.len() as u64);
         debug_assert!(
@@ -90,7 +130,7 @@ impl Layer {
         );
         // As many freed slots are worth keeping as are taken between two commits; none for a disk that shrinks.
         let taken = self.taken.swap(0, Relaxed);
-        let freed: u64 = log.freed.iter().map(|&(_, len)| u64::from(len)).sum();
+        let freed: u64 = counted.freed.iter().map(|&(_, len)| u64::from(len)).sum();
         let demand = if freed > taken {
             taken
         } else {
@@ -102,15 +142,14 @@ impl Layer {
         encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
         self.file
             .write_at(&c.buffer, Slot(JOURNAL_START + c.head).at())
-            .and_then(|()| self.file.sync())
             .map_err(|e| self.poison(e))?;
+        self.sync(c)?;
         c.buffer.shrink_to(1 << 20);
-        c.second_pending = false;
         c.head += slots;
         c.next_commit += 1;
         c.epoch = epoch;
-        c.data_blocks += log.data_delta;
-        c.zero_blocks += log.zero_delta;
+        c.data_blocks += counted.data_delta;
+        c.zero_blocks += counted.zero_delta;
         for entry in &entries {
             let (lba, count, pointer) = entry.get();
             c.memtable.apply(lba, count, pointer);
@@ -118,15 +157,15 @@ impl Layer {
                 use_slot(&mut c.free, &mut c.high, slot.0);
             }
         }
-        for &(start, len) in &log.freed {
+        for &(start, len) in &counted.freed {
             c.free.insert(start, len);
         }
         let now = self.quiesce.now();
         let mut space = self.space.lock();
         space.journal_head = c.head;
         space.committing = 0;
-        space.retire(now, log.freed);
-        Ok(epoch)
+        space.retire(now, counted.freed);
+        Ok(())
     }
 
     /// Writes a checkpoint of what is committed, so that the journal is empty.
@@ -142,6 +181,10 @@ impl Layer {
     /// FORMAT.md, "Checkpoint". An error before the superblock is touched (no space for the run) leaves all as it was; a failed
     /// sync or superblock write poisons.
     pub(super) fn checkpoint(&self, c: &mut Commit, state: State) -> Result<()> {
+        if c.owed.is_some() {
+            // What is in the page cache only must not be what the new superblock rests on; and the free slots must be all there.
+            self.sync(c)?;
+        }
         let mut runs: Vec<Arc<MappedRun>> = self.runs.read().to_vec();
         let mut replaced: Vec<(u32, u32)> = Vec::new();
         let mut new_extent = None;
@@ -208,8 +251,7 @@ impl Layer {
         // The new run, and copy 2 of the last change, before copy 1 is touched. Where neither was written there is nothing to wait for.
         let wrote = new_extent.is_some() || list.is_some() || c.second_pending;
         if wrote {
-            self.file.sync().map_err(|e| self.poison(e))?;
-            c.second_pending = false;
+            self.sync(c)?;
         }
         let bytes = next.encode().to_vec();
         self.file

@@ -15,8 +15,10 @@ impl Layer {
         if end <= space.journal_reserved {
             return Ok(());
         }
-        if space.journal_reserved == 0 {
+        // After a takeover nobody knows what was kept.
+        if space.journal_reserved == 0 || !space.spare {
             self.reserve_spare(space);
+            space.spare = true;
         }
         let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
         let done = match self.reserve(space.journal_reserved, step) {
@@ -77,6 +79,7 @@ impl Layer {
     pub(super) fn give_back(&self, taken: Taken) {
         let mut space = self.space.lock();
         space.entries -= taken.entries;
+        self.expected.fetch_sub(taken.logged, SeqCst);
         for (start, len) in taken.extents {
             space.hot.insert(start, len);
         }
@@ -85,6 +88,7 @@ impl Layer {
     /// Gives slots back that could not be written.
     pub fn not_written(&self, taken: Taken) {
         self.space.lock().entries -= taken.entries;
+        self.expected.fetch_sub(taken.logged, SeqCst);
         for (start, len) in taken.extents {
             self.unused(start, len);
         }
@@ -135,10 +139,23 @@ impl Layer {
         }
     }
 
+    /// Gives the host what a predecessor left allocated of free slots, and takes these slots into use.
+    fn punch_inherited(&self) -> Result<()> {
+        loop {
+            let Some((start, len)) = self.space.lock().inherited.pop() else {
+                return Ok(());
+            };
+            let done = self.punch(start, len);
+            self.space.lock().cold.insert(start, len);
+            done?;
+        }
+    }
+
     /// Work that can wait: begins to write back what is dirty, and gives freed space back to the host. For a housekeeping thread,
     /// about once a second.
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
+        self.punch_inherited()?;
         if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
             // All of the file; what is clean costs nothing.
             self.file.start_writeback(0, self.file.len()?);
@@ -154,6 +171,7 @@ impl Layer {
     /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
     /// counts only once they are committed.
     pub fn make_room(&self) -> Result<()> {
+        self.punch_inherited()?;
         self.flush()?;
         match self.checkpoint_now() {
             Err(e) if e.kind() == Kind::NoSpace => {}
@@ -164,8 +182,7 @@ impl Layer {
             let mut commit = self.commit.lock();
             if commit.second_pending {
                 // Copy 2 may still need what stands there.
-                self.file.sync().map_err(|e| self.poison(e))?;
-                commit.second_pending = false;
+                self.sync(&mut commit)?;
             }
             let mut space = self.space.lock();
             let needed = commit.head + commit_slots(space.entries);

@@ -1,0 +1,245 @@
+//! Going on where another process died (FORMAT.md, section 4, "Takeover").
+//!
+//! Always true: nothing that the dead process had published is lost, whether or not it was flushed; and if this process dies as well,
+//! at any point, the next one finds the same.
+
+use super::commit::{read_free_list, use_slot};
+use super::{Beginning, Counted, Layer, Opened, Resident, SHARDS, State};
+use crate::error::{Error, Kind, Result};
+use crate::format::{CommitEntry, JOURNAL_SLOTS, Pointer, commit_slots};
+use crate::io::File;
+use crate::layer::recover::{self, After, Change};
+use crate::layer::space::Space;
+use crate::layer::volatile::{self, Area, Found, VolatileLog};
+use crate::layer::{open_runs, read_header, region_of};
+use crate::map::{Item, Memtable, WORDS};
+use crate::sys::shared::SharedMemory;
+use crate::units::{Id, REGION_BLOCKS};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+/// The epoch of what was committed; that of what was not is the next.
+const COMMITTED: u64 = 1;
+
+impl Layer {
+    /// Opens a layer that the process which died had open with [`Layer::open_on`] and the same memory: also what was not flushed is there. The
+    /// caller has locked the file; every thread of the dead process is gone. [`Kind::Poisoned`] if what it had acknowledged cannot be
+    /// shown to be all there.
+    pub fn resume(file: Arc<dyn File>, memory: Arc<SharedMemory>) -> Result<Layer> {
+        let header = read_header(&*file)?;
+        let id = Id(header.layer);
+        let lost = |what: String| {
+            Error::new(Kind::Poisoned, what)
+                .layer(id)
+                .path(file.path())
+                .hint("detach the disk and attach it again: it comes back as of its last flush")
+        };
+        let (generation, areas) = match volatile::find(&memory, &id)? {
+            // It had not come far enough to accept anything.
+            Found::Nothing => return Layer::open_on(file, memory),
+            Found::Log { generation, areas } => (generation, areas),
+        };
+        let found = recover::superblock(&*file, &header)?;
+        let superblock = found.superblock;
+        if State::of(&superblock) != State::Writable || superblock.generation.get() != generation {
+            if areas.iter().all(|a| a.entries.is_empty()) {
+                return Layer::open_on(file, memory);
+            }
+            return Err(lost(
+                "un-flushed changes belong to another state of the layer".into(),
+            ));
+        }
+        let runs = open_runs(&*file, &id, superblock.run_refs())?;
+        let mut free =
+            read_free_list(&*file, &superblock).map_err(|e| e.layer(id).path(file.path()))?;
+        let mut high = superblock.high_water.get();
+        let mut replay = recover::replay_after(After::Death, &*file, &superblock, &runs)?;
+        let mut owed = Vec::new();
+        for (i, change) in replay.changes.iter().enumerate() {
+            match *change {
+                Change::Used(slot) => use_slot(&mut free, &mut high, slot.0),
+                Change::Freed(slot) if i >= replay.last_changes => owed.push((slot.0, 1)),
+                Change::Freed(slot) => free.insert(slot.0, 1),
+            }
+        }
+        let committed = replay.memtable.clone();
+        let (data, zero) = (replay.data_blocks, replay.zero_blocks);
+        let known = replay.changes.len();
+        // What a commit holds by now is in the journal.
+        let left: Vec<&Area> = areas
+            .iter()
+            .filter(|a| a.sequence >= replay.next_commit && !a.entries.is_empty())
+            .collect();
+        for entry in left.iter().flat_map(|a| &a.entries) {
+            check(entry, superblock.size.get(), file.len()?)
+                .map_err(|what| lost(format!("the volatile log cannot be right: {what}")))?;
+        }
+        let entries = left.iter().flat_map(|a| a.entries.iter().copied());
+        let fresh = replay.unflushed(entries, &runs)?;
+        let mut space = Space::new(high);
+        let mut unused = free.clone();
+        let mut counted = Counted {
+            data_delta: replay.data_blocks as i64 - data as i64,
+            zero_delta: replay.zero_blocks as i64 - zero as i64,
+            reserved: fresh.entries().len() as u64,
+            ..Counted::default()
+        };
+        for change in &replay.changes[known..] {
+            match *change {
+                Change::Used(slot) => use_slot(&mut unused, &mut space.high, slot.0),
+                Change::Freed(slot) => counted.freed.push((slot.0, 1)),
+            }
+        }
+        space.inherited = unused.iter().collect();
+        space.journal_head = replay.head;
+        space.entries = counted.reserved;
+        // Reserved by whoever accepted these entries.
+        space.journal_reserved = (replay.head + commit_slots(counted.reserved)).min(JOURNAL_SLOTS);
+        let at_once = left.len() > 1;
+        let log = match left[..] {
+            [only] if !fresh.is_empty() => VolatileLog::adopt(memory.clone(), only),
+            // Nothing is left, or two areas that stay as they are until one commit holds both.
+            _ if at_once => VolatileLog::adopt(memory.clone(), left[1]),
+            _ => VolatileLog::new(memory.clone(), &id, generation, replay.next_commit),
+        };
+        let opened = Opened {
+            recovered: true,
+            commits: replay.commits,
+            dropped: None,
+            damaged_copy: found.damaged_copy,
+        };
+        let layer = Layer::assemble(
+            file,
+            header,
+            Beginning {
+                superblock,
+                runs,
+                opened,
+                memtable: committed,
+                free,
+                high,
+                next_commit: replay.next_commit,
+                head: replay.head,
+                data,
+                zero,
+                space,
+                log,
+                volatile: memory,
+            },
+        );
+        layer.go_on(&replay.memtable, &fresh, owed, found.second_differs)?;
+        if at_once {
+            layer.commit_inherited(&fresh, counted)?;
+        } else {
+            layer.data_blocks.fetch_add(counted.data_delta, SeqCst);
+            layer.zero_blocks.fetch_add(counted.zero_delta, SeqCst);
+            layer.log.lock().counted = counted;
+        }
+        tracing::debug!(layer = %id, entries = fresh.applied(), "took over what was not flushed");
+        Ok(layer)
+    }
+
+    /// Puts what is in no run yet into the table, and the committing side in order.
+    fn go_on(
+        &self,
+        known: &Memtable,
+        fresh: &Memtable,
+        owed: Vec<(u32, u32)>,
+        second_differs: bool,
+    ) -> Result<()> {
+        let open = COMMITTED + 1;
+        let runs = self.runs.read().clone();
+        for item in known.items() {
+            match item? {
+                Item::Zeros(region, regions) => {
+                    self.zeroed
+                        .write()
+                        .insert(region.0, region.0 + regions, open);
+                }
+                Item::Region(region, mut map) => {
+                    let below = region_of(&runs, region)
+                        .map_err(|e| e.layer(self.id).path(self.file.path()))?;
+                    map.underlay(&below);
+                    let mut dirty = [0; WORDS];
+                    if let Some(new) = fresh.region(region) {
+                        for index in 0..REGION_BLOCKS {
+                            if new.get(index) != Pointer::Absent {
+                                dirty[index / 64] |= 1u64 << (index % 64);
+                            }
+                        }
+                    }
+                    let resident = Resident {
+                        map,
+                        changed: open,
+                        dirty,
+                    };
+                    self.table[region.0 as usize % SHARDS]
+                        .write()
+                        .insert(region.0, resident);
+                }
+            }
+        }
+        self.epoch.store(open, SeqCst);
+        let mut commit = self.commit.lock();
+        let c = &mut *commit;
+        c.epoch = COMMITTED;
+        c.owed = Some(owed);
+        // Nobody knows; it costs nothing to think so.
+        c.second_pending = true;
+        if second_differs {
+            // Copy 1 may be in the page cache only, and what copy 2 rests on is about to be overwritten.
+            self.sync(c)?;
+            let bytes = c.superblock.encode().to_vec();
+            self.file
+                .write_at(&bytes, crate::units::Slot(2).at())
+                .map_err(|e| self.poison(e))?;
+            self.sync(c)?;
+        }
+        Ok(())
+    }
+
+    /// The process died while it committed one epoch, and had accepted writes of the next: both become one commit.
+    fn commit_inherited(&self, fresh: &Memtable, counted: Counted) -> Result<()> {
+        let mut commit = self.commit.lock();
+        let c = &mut *commit;
+        {
+            let mut space = self.space.lock();
+            space.entries -= counted.reserved;
+            space.committing = commit_slots(counted.reserved);
+        }
+        self.data_blocks.fetch_add(counted.data_delta, SeqCst);
+        self.zero_blocks.fetch_add(counted.zero_delta, SeqCst);
+        let epoch = self.epoch.fetch_add(1, SeqCst);
+        if fresh.is_empty() {
+            self.sync(c)?;
+            self.space.lock().committing = 0;
+            c.epoch = epoch;
+        } else {
+            self.commit_changes(c, fresh, counted, epoch)?;
+        }
+        // Both areas are in the journal now.
+        let generation = c.superblock.generation.get();
+        self.log.lock().entries =
+            VolatileLog::new(self.volatile.clone(), &self.id, generation, c.next_commit);
+        self.logged.store(0, SeqCst);
+        Ok(())
+    }
+}
+
+/// Can this entry be right, in a disk of `size` bytes and a file of `len`?
+fn check(entry: &CommitEntry, size: u64, len: u64) -> std::result::Result<(), String> {
+    let (lba, count, pointer) = entry.get();
+    let end = (u64::from(lba.0) + u64::from(count)) * crate::units::BLOCK;
+    if count == 0 || end > size {
+        return Err(format!("{count} blocks from block {} on", lba.0));
+    }
+    match pointer {
+        Pointer::Absent => Err(format!("nothing for block {}", lba.0)),
+        Pointer::Data { slot, .. }
+            if slot.0 < crate::format::DATA_START || slot.at() + crate::units::BLOCK > len =>
+        {
+            Err(format!("slot {} for block {}", slot.0, lba.0))
+        }
+        _ => Ok(()),
+    }
+}
