@@ -8,6 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
 use crate::io::File;
 use crate::layer::{Layer, State};
+use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
 use parking_lot::RwLock;
 use std::sync::Arc;
@@ -125,12 +126,12 @@ impl CowDisk {
             .map_or(Ok(()), Layer::checkpoint_now)
     }
     /// Quiesces the disk, seals its layer and goes on in what `next` makes of the sealed file: a new layer and the chain below
-    /// it. `next` is called between the seal and the first request that goes on; if it fails, the disk accepts nothing more until it is
+    /// it, for which it gets the memory of the volatile log too. `next` is called between the seal and the first request that goes on; if it fails, the disk accepts nothing more until it is
     /// reopened (its contents are safe in the sealed layer).
     pub fn seal(
         &self,
         name: Option<&str>,
-        next: impl FnOnce(Arc<dyn File>) -> Result<(Layer, Arc<Chain>)>,
+        next: impl FnOnce(Arc<dyn File>, Arc<SharedMemory>) -> Result<(Layer, Arc<Chain>)>,
     ) -> Result<()> {
         // Most of the dirty data goes out while requests still run.
         self.flush()?;
@@ -139,7 +140,7 @@ impl CowDisk {
             return Err(read_only());
         };
         layer.close(State::Sealed, name)?;
-        let (layer, chain) = next(layer.file().clone())?;
+        let (layer, chain) = next(layer.file().clone(), layer.volatile().clone())?;
         *top = Top {
             layer: Some(layer),
             chain,

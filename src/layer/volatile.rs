@@ -94,7 +94,12 @@ pub struct Closed {
 
 impl VolatileLog {
     /// An empty log, for a layer that was just opened.
-    pub fn new(memory: Arc<SharedMemory>, layer: &Id, generation: u64, sequence: u64) -> VolatileLog {
+    pub fn new(
+        memory: Arc<SharedMemory>,
+        layer: &Id,
+        generation: u64,
+        sequence: u64,
+    ) -> VolatileLog {
         empty(&memory, 1, layer, generation, sequence);
         empty(&memory, 0, layer, generation, sequence);
         VolatileLog {
@@ -206,8 +211,11 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
         let ours = header.magic == VOLATILE_MAGIC && header.layer == layer.0;
         if !ours {
             if count > 0 {
-                return Err(refuse("the volatile log holds changes of something else".into())
-                    .hint("detach the disk and attach it again: it comes back as of its last flush"));
+                return Err(
+                    refuse("the volatile log holds changes of something else".into()).hint(
+                        "detach the disk and attach it again: it comes back as of its last flush",
+                    ),
+                );
             }
             foreign = true;
             continue;
@@ -217,7 +225,9 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
                 .hint("detach the disk and attach it again: it comes back as of its last flush"));
         }
         if count > CAPACITY {
-            return Err(refuse(format!("the volatile log holds {count} entries, more than it can")));
+            return Err(refuse(format!(
+                "the volatile log holds {count} entries, more than it can"
+            )));
         }
         if *generation.get_or_insert(header.generation.get()) != header.generation.get() {
             // Written one after the other, when there was nothing in them.
@@ -232,7 +242,9 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
     if foreign {
         return match areas.iter().all(|a| a.entries.is_empty()) {
             true => Ok(Found::Nothing),
-            false => Err(refuse("the areas of the volatile log do not belong together".into())),
+            false => Err(refuse(
+                "the areas of the volatile log do not belong together".into(),
+            )),
         };
     }
     areas.sort_by_key(|a| a.sequence);

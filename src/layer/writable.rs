@@ -702,11 +702,7 @@ impl Layer {
         reusable: &mut Vec<(u32, u32)>,
     ) {
         if let Pointer::Data { slot, .. } = old {
-            let list = if dirty {
-                reusable
-            } else {
-                &mut counted.freed
-            };
+            let list = if dirty { reusable } else { &mut counted.freed };
             match list.last_mut() {
                 Some((start, len)) if *start + *len == slot.0 => *len += 1,
                 _ => list.push((slot.0, 1)),

@@ -25,7 +25,8 @@ use crate::format::text::Record;
 use crate::format::{Header, MAX_DEPTH, VERSION};
 use crate::io::os::OsDir;
 use crate::io::{Access, Dir, EntryKind, File};
-use crate::layer::{Layer, ReadLayer, read_header};
+use crate::layer::{Layer, ReadLayer, read_header, volatile};
+use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, Id, blocks};
 use names::{NameRecord, read_name, read_record};
 use parking_lot::Mutex;
@@ -499,13 +500,7 @@ impl Store {
     /// [`Store::open_disk`], as the copy-on-write disk it is.
     pub fn open_cow(&self, object: &Object, writable: bool) -> Result<Arc<CowDisk>> {
         match object.kind {
-            ObjectKind::Disk if writable => {
-                let _lock = self.lock(true)?;
-                // It may have been renamed, snapshotted or removed since it was looked up.
-                let object = self.object(&object.name)?;
-                let (layer, chain) = self.open_top(&object)?;
-                Ok(Arc::new(CowDisk::writable(layer, chain)))
-            }
+            ObjectKind::Disk if writable => self.open_cow_on(object, volatile::private()?),
             ObjectKind::Disk => {
                 let file = self.layers.open(&layer_file(object.id), Access::Read)?;
                 file.lock(false)
@@ -537,9 +532,52 @@ impl Store {
             ))),
         }
     }
+    /// Opens a disk for writing, with memory ([`volatile::LEN`] bytes) from which [`Store::resume_cow`] can go on after the death of the process.
+    pub fn open_cow_on(&self, object: &Object, memory: Arc<SharedMemory>) -> Result<Arc<CowDisk>> {
+        let _lock = self.lock(true)?;
+        // It may have been renamed, snapshotted or removed since it was looked up.
+        let object = self.object(&object.name)?;
+        let (layer, chain) = self.open_top(&object, memory)?;
+        Ok(Arc::new(CowDisk::writable(layer, chain)))
+    }
+    /// Opens a disk that a dead process had open with [`Store::open_cow_on`] and the same memory, with all that it had accepted.
+    pub fn resume_cow(&self, name: &str, memory: Arc<SharedMemory>) -> Result<Arc<CowDisk>> {
+        // Without the lock of the names: the disk's users wait, and nobody renames or removes what is attached.
+        let object = self.object(name)?;
+        let file = self.open_exclusive(&object)?;
+        let header = read_header(&*file)?;
+        let sealed = crate::layer::recover::superblock(&*file, &header)?
+            .superblock
+            .state
+            .get()
+            == crate::format::STATE_SEALED;
+        let begun = match volatile::find(&memory, &object.id)? {
+            volatile::Found::Nothing => false,
+            volatile::Found::Log { areas, .. } => {
+                let empty = areas.iter().all(|a| a.entries.is_empty());
+                if sealed && !empty {
+                    return Err(Error::new(
+                        Kind::Poisoned,
+                        format!("disk `{name}` was sealed with changes that are not in it"),
+                    )
+                    .layer(object.id));
+                }
+                true
+            }
+        };
+        if sealed || !begun {
+            // It died in the midst of a snapshot, or before it accepted anything: then the names may not be durable either.
+            drop(file);
+            return self.open_cow_on(&object, memory);
+        }
+        let layer = Layer::resume(file, memory)
+            .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
+        let chain = self.chain(parent_of(&header))?;
+        Ok(Arc::new(CowDisk::writable(layer, chain)))
+    }
     /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
     /// completed by a new layer on top. The names lock is held.
-    fn open_top(&self, object: &Object) -> Result<(Layer, Arc<Chain>)> {
+    fn open_top(&self, object: &Object, memory: Arc<SharedMemory>) -> Result<(Layer, Arc<Chain>)> {
         let file = self.open_exclusive(object)?;
         let header = read_header(&*file)?;
         let sealed = || -> Result<bool> {
@@ -560,9 +598,9 @@ impl Store {
                 "a snapshot was interrupted; the disk goes on in a new layer"
             );
             let fresh = self.put_layer_on_top(object)?;
-            return self.open_top(&self.object_of(&object.name, fresh)?);
+            return self.open_top(&self.object_of(&object.name, fresh)?, memory);
         }
-        let layer = Layer::open(file)
+        let layer = Layer::open_on(file, memory)
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();

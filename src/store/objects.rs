@@ -10,7 +10,7 @@ use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Header, MAX_DEPTH, valid_size};
 use crate::io::{Access, EntryKind, File};
-use crate::layer::{self, Layer, ReadLayer, State, read_header};
+use crate::layer::{self, Layer, ReadLayer, State, read_header, volatile};
 use crate::units::{Id, MAX_DISK, round_up};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -298,7 +298,7 @@ impl Store {
     /// Seals the layer of a disk at rest and puts a new one on top. Returns the sealed layer.
     fn seal_at_rest(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Id> {
         // An interrupted snapshot may have left it sealed: then it is completed first, and sealed anew.
-        let (layer, _) = self.open_top(source)?;
+        let (layer, _) = self.open_top(source, volatile::private()?)?;
         let source = self.object(&source.name)?;
         let prepared = self.prepare(&source, snapshot)?;
         if let Err(e) = layer.close(State::Sealed, prepared.label.as_deref()) {
@@ -316,7 +316,7 @@ impl Store {
     ) -> Result<()> {
         let prepared = self.prepare(source, snapshot)?;
         let mut sealed_at = false;
-        let done = running.seal(prepared.label.as_deref(), |sealed| {
+        let done = running.seal(prepared.label.as_deref(), |sealed, memory| {
             sealed_at = true;
             self.install(&prepared)?;
             // From the writer's lock to a reader's, on the same open file.
@@ -329,7 +329,7 @@ impl Store {
                 .layers
                 .open(&layer_file(prepared.next), Access::Write)?;
             file.lock(true)?;
-            let layer = Layer::open(file)?;
+            let layer = Layer::open_on(file, memory)?;
             let chain: Arc<Chain> = self.chain(Below::Layer(sealed.id()))?;
             Ok((layer, chain))
         });

@@ -33,10 +33,7 @@ pub struct SharedMemory {
 impl SharedMemory {
     /// Zeros that end with this process. Takes memory only where it is touched.
     pub fn private(len: usize) -> io::Result<SharedMemory> {
-        let map: MmapMut = MmapOptions::new()
-            .len(len)
-            .no_reserve_swap()
-            .map_anon()?;
+        let map: MmapMut = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
         Ok(SharedMemory {
             map: map.into(),
             file: None,
@@ -58,7 +55,8 @@ impl SharedMemory {
     }
     fn check(&self, at: usize, len: usize, align: usize) {
         assert!(
-            at.is_multiple_of(align) && at.checked_add(len).is_some_and(|end| end <= self.map.len()),
+            at.is_multiple_of(align)
+                && at.checked_add(len).is_some_and(|end| end <= self.map.len()),
             "{len} bytes at {at} are outside of the shared memory"
         );
     }
@@ -77,7 +75,11 @@ impl SharedMemory {
         // SAFETY: the target is within the mapping (checked), which is writable, lives as long as `self` and whose file cannot shrink;
         // `bytes` is memory of ours and cannot overlap it.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.map.as_mut_ptr().add(at), bytes.len());
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.map.as_mut_ptr().add(at),
+                bytes.len(),
+            );
         }
     }
     /// One store of a number at a multiple of 8, after all stores before it.

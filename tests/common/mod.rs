@@ -5,6 +5,7 @@
 #![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
 
 pub mod audit;
+pub mod mortal;
 
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Error, Kind, Result};

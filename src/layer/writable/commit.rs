@@ -81,11 +81,11 @@ impl Layer {
             space.committing = commit_slots(counted.reserved);
             (closed, counted, epoch)
         };
+        if c.owed.is_some() {
+            // What the process before us committed last may be in the page cache only, and each commit is durable before the next one begins.
+            self.sync(c)?;
+        }
         let Some(closed) = closed else {
-            if c.owed.is_some() {
-                // What the process before us committed may be in the page cache only.
-                self.sync(c)?;
-            }
             self.space.lock().committing = 0;
             c.epoch = epoch;
             return Ok(epoch);

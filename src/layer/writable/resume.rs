@@ -15,6 +15,7 @@ use crate::layer::{open_runs, read_header, region_of};
 use crate::map::{Item, Memtable, WORDS};
 use crate::sys::shared::SharedMemory;
 use crate::units::{Id, REGION_BLOCKS};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -54,11 +55,11 @@ impl Layer {
             read_free_list(&*file, &superblock).map_err(|e| e.layer(id).path(file.path()))?;
         let mut high = superblock.high_water.get();
         let mut replay = recover::replay_after(After::Death, &*file, &superblock, &runs)?;
-        let mut owed = Vec::new();
+        let mut owed = BTreeSet::new();
         for (i, change) in replay.changes.iter().enumerate() {
             match *change {
                 Change::Used(slot) => use_slot(&mut free, &mut high, slot.0),
-                Change::Freed(slot) if i >= replay.last_changes => owed.push((slot.0, 1)),
+                Change::Freed(slot) if i >= replay.last_changes => drop(owed.insert(slot.0)),
                 Change::Freed(slot) => free.insert(slot.0, 1),
             }
         }
@@ -86,7 +87,11 @@ impl Layer {
         };
         for change in &replay.changes[known..] {
             match *change {
-                Change::Used(slot) => use_slot(&mut unused, &mut space.high, slot.0),
+                Change::Used(slot) => {
+                    use_slot(&mut unused, &mut space.high, slot.0);
+                    // The commit that freed it was durable: the dead process had used it again.
+                    owed.remove(&slot.0);
+                }
                 Change::Freed(slot) => counted.freed.push((slot.0, 1)),
             }
         }
@@ -127,6 +132,7 @@ impl Layer {
                 volatile: memory,
             },
         );
+        let owed = owed.into_iter().map(|slot| (slot, 1)).collect();
         layer.go_on(&replay.memtable, &fresh, owed, found.second_differs)?;
         if at_once {
             layer.commit_inherited(&fresh, counted)?;
@@ -210,8 +216,9 @@ impl Layer {
         self.data_blocks.fetch_add(counted.data_delta, SeqCst);
         self.zero_blocks.fetch_add(counted.zero_delta, SeqCst);
         let epoch = self.epoch.fetch_add(1, SeqCst);
+        // As in every first commit after a takeover.
+        self.sync(c)?;
         if fresh.is_empty() {
-            self.sync(c)?;
             self.space.lock().committing = 0;
             c.epoch = epoch;
         } else {

@@ -1,0 +1,364 @@
+//! The death of the process, again and again: what it had accepted is all there for the next one, flushed or not; and a power cut afterwards
+//! leaves a flush and nothing else.
+//!
+//! A history is random work on a few disks of one store. It dies at a random changing call (in the midst of writes, commits,
+//! checkpoints, seals, and of takeovers themselves), the next process takes over, does again what was under way as the kernel does, and goes on. After each takeover, each disk
+//! is exactly what was accepted. At the end the power goes.
+//!
+//! `FORKDISK_TAKEOVER_HISTORIES=N` runs more, `FORKDISK_TAKEOVER_SEED=S` that one alone.
+#![allow(missing_docs, reason = "a test")]
+
+mod common;
+use common::mortal::{Mortal, until_death};
+use common::{Rng, base_image, env};
+use forkdisk::disk::{CowDisk, Disk};
+use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::layer::volatile;
+use forkdisk::store::{ImportMode, ImportSource, Quiet, Store};
+use forkdisk::sys::shared::SharedMemory;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+const HISTORIES: u64 = 100;
+const BLOCK: usize = 4096;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, Vec<u8>),
+    Discard(u64, u64),
+    Flush,
+    Checkpoint,
+    Maintain,
+    Snapshot(String),
+    Fork(String),
+}
+
+struct Open {
+    disk: Option<Arc<CowDisk>>,
+    memory: Arc<SharedMemory>,
+    /// What was accepted.
+    now: Vec<u8>,
+    /// What a power cut may leave: the last acknowledged flush, and what later commits that nobody acknowledged may hold.
+    durable: Vec<Vec<u8>>,
+}
+
+struct World {
+    seed: u64,
+    sim: SimDisk,
+    mortal: Mortal,
+    store: Option<Store>,
+    disks: BTreeMap<String, Open>,
+    frozen: BTreeMap<String, Vec<u8>>,
+    lives: u64,
+    size: u64,
+}
+
+fn read(disk: &CowDisk, size: u64) -> Vec<u8> {
+    let mut bytes = vec![0; size as usize];
+    disk.read(&mut bytes, 0).expect("read");
+    bytes
+}
+
+/// For a message: the first block that differs.
+fn differ(a: &[u8], b: &[u8]) -> Option<usize> {
+    a.chunks(BLOCK)
+        .zip(b.chunks(BLOCK))
+        .position(|(a, b)| a != b)
+}
+
+impl World {
+    fn new(seed: u64, blocks: u64) -> World {
+        let size = blocks * BLOCK as u64;
+        let sim = SimDisk::new(seed);
+        let mortal = Mortal::new(sim.root());
+        let store = Store::init_on(Arc::new(mortal.clone()), Path::new("/sim"), env(seed)).unwrap();
+        let mut image = base_image(size as usize - 1000);
+        store
+            .import(
+                ImportSource::Reader(&mut &image[..]),
+                "image",
+                ImportMode::Copy,
+                &Quiet,
+            )
+            .unwrap();
+        image.resize(size as usize, 0);
+        let mut world = World {
+            seed,
+            sim,
+            mortal,
+            store: Some(store),
+            disks: BTreeMap::new(),
+            frozen: BTreeMap::from([("image".into(), image)]),
+            lives: 1,
+            size,
+        };
+        for name in ["a", "b"] {
+            let store = world.store.as_ref().unwrap();
+            store.create(&[name.to_string()], "image", None).unwrap();
+            world.attach(name, "image");
+        }
+        world
+    }
+    fn attach(&mut self, name: &str, from: &str) {
+        let memory = volatile::private().unwrap();
+        let store = self.store.as_ref().unwrap();
+        let object = store.resolve(name).unwrap();
+        let disk = store.open_cow_on(&object, memory.clone()).unwrap();
+        let now = self.frozen[from].clone();
+        let open = Open {
+            disk: Some(disk),
+            memory,
+            durable: vec![now.clone()],
+            now,
+        };
+        self.disks.insert(name.to_string(), open);
+    }
+    fn op(&self, rng: &mut Rng, n: u64) -> (String, Op) {
+        let names: Vec<&String> = self.disks.keys().collect();
+        let name = names[rng.below(names.len() as u64) as usize].clone();
+        let at = rng.below(self.size);
+        let op = match rng.below(40) {
+            0..=21 => {
+                let (at, len) = match rng.below(3) {
+                    0 => (at, 1 + rng.below(9000)),
+                    _ => (at / 4096 * 4096, 4096 * (1 + rng.below(6))),
+                };
+                let mut data = vec![0; len.min(self.size - at) as usize];
+                if rng.below(8) != 0 {
+                    data.chunks_mut(8)
+                        .for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
+                }
+                Op::Write(at, data)
+            }
+            22..=26 => {
+                let long = if rng.below(3) == 0 { self.size } else { 30_000 };
+                Op::Discard(at, (1 + rng.below(long)).min(self.size - at))
+            }
+            27..=34 => Op::Flush,
+            35 => Op::Checkpoint,
+            36..=37 => Op::Maintain,
+            38 => Op::Snapshot(format!("s{n}")),
+            _ => Op::Fork(format!("f{n}")),
+        };
+        (name, op)
+    }
+    /// Does it. Whoever survives has had it accepted.
+    fn run(&mut self, name: &str, op: &Op) {
+        let store = self.store.as_ref().unwrap();
+        let open = self.disks.get_mut(name).unwrap();
+        let disk = open.disk.clone().unwrap();
+        match op {
+            Op::Write(at, data) => {
+                disk.write(data, *at).unwrap();
+                open.now[*at as usize..*at as usize + data.len()].copy_from_slice(data);
+            }
+            Op::Discard(at, len) => {
+                disk.discard(*at, *len).unwrap();
+                open.now[*at as usize..(*at + *len) as usize].fill(0);
+            }
+            Op::Flush => {
+                open.durable.push(open.now.clone());
+                disk.flush().unwrap();
+                open.durable = vec![open.now.clone()];
+            }
+            Op::Checkpoint => disk.checkpoint().unwrap(),
+            Op::Maintain => disk.maintain().unwrap(),
+            Op::Snapshot(snap) => {
+                open.durable.push(open.now.clone());
+                let full = format!("{name}@{snap}");
+                match store.resolve(&full) {
+                    // The one who died had come so far.
+                    Ok(_) => {}
+                    Err(_) => drop(store.snapshot_running(&disk, name, snap, None).unwrap()),
+                }
+                open.durable = vec![open.now.clone()];
+                self.frozen.insert(full, open.now.clone());
+            }
+            Op::Fork(fork) => {
+                open.durable.push(open.now.clone());
+                if store.resolve(fork).is_err() {
+                    store
+                        .create_from_running(&disk, name, std::slice::from_ref(fork), None)
+                        .unwrap();
+                }
+                open.durable = vec![open.now.clone()];
+                self.frozen.insert(fork.clone(), open.now.clone());
+            }
+        }
+    }
+    /// The next process. It may die as well.
+    fn take_over(&mut self, rng: &mut Rng) {
+        loop {
+            self.store = None;
+            for open in self.disks.values_mut() {
+                open.disk = None;
+            }
+            self.sim = self.sim.kill();
+            self.mortal = Mortal::new(self.sim.root());
+            self.lives += 1;
+            if rng.below(3) == 0 {
+                self.mortal.die_after(rng.below(12), rng.next());
+            }
+            let seed = self.seed ^ (self.lives << 32);
+            let mortal = self.mortal.clone();
+            let disks = &mut self.disks;
+            let begun = until_death(|| {
+                let store = Store::open_on(Arc::new(mortal), Path::new("/sim"), env(seed)).unwrap();
+                for (name, open) in disks.iter_mut() {
+                    // What was accepted may become one commit at once.
+                    open.durable.push(open.now.clone());
+                    open.disk = Some(store.resume_cow(name, open.memory.clone()).unwrap());
+                }
+                store
+            });
+            if let Some(store) = begun {
+                self.store = Some(store);
+                self.mortal.live_on();
+                return;
+            }
+        }
+    }
+    /// Everything is as it was accepted; what was under way may be there, block by block.
+    fn compare(&mut self, under_way: Option<(&str, &Op)>, story: &str) {
+        for (name, open) in &mut self.disks {
+            let found = read(open.disk.as_ref().unwrap(), self.size);
+            let mut next = open.now.clone();
+            match under_way {
+                Some((n, Op::Write(at, data))) if n == name => {
+                    next[*at as usize..*at as usize + data.len()].copy_from_slice(data);
+                }
+                Some((n, Op::Discard(at, len))) if n == name => {
+                    next[*at as usize..(*at + *len) as usize].fill(0);
+                }
+                _ => {}
+            }
+            for (block, found) in found.chunks(BLOCK).enumerate() {
+                let range = block * BLOCK..(block + 1) * BLOCK;
+                assert!(
+                    found == &open.now[range.clone()] || found == &next[range],
+                    "{story}: block {block} of {name} is neither what was accepted nor what was under way"
+                );
+            }
+            if under_way.is_some() {
+                open.durable.push(found);
+            }
+        }
+    }
+    /// The power goes, and comes back.
+    fn power_cut(&mut self, policy: Policy, story: &str) {
+        let left = self.sim.crash_with(policy);
+        let store = Store::open_on(left.root(), Path::new("/sim"), env(self.seed ^ 99)).unwrap();
+        for (name, open) in &self.disks {
+            let disk = store
+                .open_cow(&store.resolve(name).unwrap(), true)
+                .unwrap_or_else(|e| panic!("{story}: {policy:?}: {e:?}"));
+            let found = read(&disk, self.size);
+            assert!(
+                open.durable.contains(&found),
+                "{story}: {policy:?}: {name} is no flush: first differences {:?}",
+                open.durable
+                    .iter()
+                    .map(|d| differ(d, &found))
+                    .collect::<Vec<_>>()
+            );
+        }
+        for (name, contents) in &self.frozen {
+            if name == "image" || store.resolve(name).is_ok() {
+                let object = store.resolve(name).unwrap();
+                let found = read(&store.open_cow(&object, false).unwrap(), self.size);
+                assert!(&found == contents, "{story}: {policy:?}: {name} changed");
+            }
+        }
+        // What torn writes leave in files that nothing refers to is another matter.
+        if !matches!(policy, Policy::Random(_)) {
+            let report = forkdisk::check::check(&store, None, &Quiet).unwrap();
+            assert!(
+                report.corruptions.is_empty(),
+                "{story}: {policy:?}: {report:?}"
+            );
+        }
+    }
+}
+
+fn history(seed: u64) -> u64 {
+    let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9) ^ 0x7A);
+    let blocks = [9, 37, 37, 600, 1200][rng.below(5) as usize];
+    let mut world = World::new(seed, blocks);
+    let mut deaths = 0;
+    let story = format!("history {seed} (FORKDISK_TAKEOVER_SEED={seed})");
+    let mut next_death = rng.below(40);
+    world.mortal.die_after(next_death, rng.next());
+    for n in 0..70 {
+        let (name, op) = world.op(&mut rng, n);
+        // The kernel sends what was under way again, until it is answered.
+        if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
+            eprintln!("operation {n}: {name} {op:.60?}");
+        }
+        while until_death(|| world.run(&name, &op)).is_none() {
+            deaths += 1;
+            if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
+                eprintln!("death {deaths} in operation {n}: {name} {op:.60?}");
+            }
+            world.take_over(&mut rng);
+            world.compare(
+                Some((&name, &op)),
+                &format!("{story}, death {deaths} in {op:.40?}"),
+            );
+            next_death = rng.below(40);
+            world.mortal.die_after(next_death, rng.next());
+        }
+        if rng.below(12) == 0 {
+            world.power_cut(
+                Policy::Random(rng.next()),
+                &format!("{story}, after operation {n}"),
+            );
+        }
+    }
+    world.mortal.live_on();
+    world.compare(None, &story);
+    for policy in [
+        Policy::AllDone,
+        Policy::AllDropped,
+        Policy::Random(rng.next()),
+        Policy::Random(rng.next()),
+    ] {
+        world.power_cut(policy, &story);
+    }
+    for open in world.disks.values_mut() {
+        open.disk.take().unwrap().close().unwrap();
+        open.durable = vec![open.now.clone()];
+    }
+    world.power_cut(Policy::AllDropped, &story);
+    deaths
+}
+
+#[test]
+fn the_next_process_finds_all_that_was_accepted() {
+    std::panic::set_hook(Box::new(|info| {
+        if !info.payload().is::<common::mortal::Dead>() {
+            eprintln!("{info}");
+        }
+    }));
+    let number = |name: &str| Some(std::env::var(name).ok()?.parse::<u64>().expect("a number"));
+    let seeds = match number("FORKDISK_TAKEOVER_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("FORKDISK_TAKEOVER_HISTORIES").unwrap_or(HISTORIES),
+    };
+    let count = seeds.end - seeds.start;
+    let deaths: u64 = std::thread::scope(|scope| {
+        let (first, last) = (seeds.start, seeds.end);
+        let threads: Vec<_> = (0..2)
+            .map(|t| scope.spawn(move || (first + t..last).step_by(2).map(history).sum::<u64>()))
+            .collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().expect("a history"))
+            .sum()
+    });
+    eprintln!("{count} histories, {deaths} deaths");
+    assert!(
+        count < HISTORIES || deaths > 5 * count,
+        "only {deaths} deaths"
+    );
+}
