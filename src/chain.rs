@@ -8,11 +8,11 @@ use crate::error::Result;
 use crate::format::Pointer;
 use crate::layer::ReadLayer;
 use crate::map::RegionMap;
+use crate::sync::RwLock;
+use crate::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use crate::units::{Lba, REGION_BLOCKS, Region, Slot};
-use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Where a block of a chain is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -21,5 +21,6 @@ pub mod layer;
 pub mod map;
 pub mod serve;
 pub mod store;
+pub mod sync;
 pub mod sys;
 pub mod units;

@@ -23,7 +23,7 @@ const FLOORS: &[&[&str]] = &[
     &["format"],
     &["io", "sys"],
     &["error"],
-    &["units"],
+    &["sync", "units"],
 ];
 
 /// Modules that may use less than what lies below them: who, what they may use, why.

@@ -8,10 +8,11 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
 use crate::io::File;
 use crate::layer::{Layer, State};
+use crate::sync::RwLock;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
-use parking_lot::RwLock;
 use std::sync::Arc;
+// Counters for people: no order depends on them.
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Blocks handled in one piece: bounds buffers and what one write reserves. 1 MiB, the largest request of the doors.

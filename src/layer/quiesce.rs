@@ -5,7 +5,8 @@
 //! step to `e + 2` for those of `e`, and whoever entered later cannot have seen it. The scheme is that of K. Fraser,
 //! "Practical lock-freedom" (2004), section 5.2.3, with two counters because only the present and the last epoch can have readers.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
+use crate::sync::thread_number;
 
 /// Readers spread over this many counters, so that they do not fight for one cache line.
 const STRIPES: usize = 8;
@@ -30,18 +31,10 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// A small number for each thread.
-fn stripe() -> usize {
-    use std::cell::Cell;
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static MINE: Cell<usize> = Cell::new(NEXT.fetch_add(1, SeqCst) % STRIPES));
-    MINE.with(Cell::get)
-}
-
 impl Quiesce {
     /// Begins a read.
     pub fn enter(&self) -> Guard<'_> {
-        let stripe = &self.stripes[stripe()];
+        let stripe = &self.stripes[thread_number() % STRIPES];
         loop {
             let epoch = self.epoch.load(SeqCst);
             let counter = &stripe.0[(epoch & 1) as usize];

@@ -27,13 +27,13 @@ use crate::format::{
 };
 use crate::io::File;
 use crate::map::{Memtable, Ranges, RegionMap, WORDS};
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use crate::sync::{Condvar, Mutex, RwLock};
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use commit::use_slot;
-use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use zerocopy::little_endian::{U32, U64};
 
 /// Shards of the table of resident regions.

@@ -13,9 +13,9 @@ use crate::format::{
 use crate::io::File;
 use crate::map::run::{Builder, Run, max_len};
 use crate::map::{Items, Memtable, merge};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{REGION_BLOCKS, Region, Slot, blocks};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 

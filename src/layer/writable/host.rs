@@ -6,8 +6,8 @@
 use super::{HOT_SLOTS, Layer, RESERVE_STEP, SPARE, Space, Taken};
 use crate::error::{Kind, Result};
 use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
+use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Slot};
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 impl Layer {
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
