@@ -1,4 +1,4 @@
-//! The daemon: `daemon run`, `daemon status`, `daemon stop`.
+//! The daemon: `daemon run`, `daemon status`, `daemon stop`, `daemon takeover`.
 
 use crate::{
     cli::{
@@ -11,6 +11,7 @@ use crate::{
         },
     },
     daemon::{self, Client},
+    error::{Error, Kind},
 };
 use clap::Subcommand;
 use serde_json::{Value, json};
@@ -26,7 +27,14 @@ pub(crate) enum Daemon {
     },
     /// Become the keeper, in the background
     #[command(hide = true)]
-    Keep,
+    Keep {
+        /// Go on as the keeper that this process was as another program
+        #[arg(long, value_name = "DESCRIPTORS")]
+        go_on: Option<String>,
+        /// The log goes to standard error too
+        #[arg(long)]
+        foreground: bool,
+    },
     /// Become the server of a keeper
     #[command(hide = true)]
     Serve,
@@ -35,12 +43,21 @@ pub(crate) enum Daemon {
     Status,
     /// Stop it cleanly
     Stop,
+    /// Let this program take over from the one that the daemon runs, without detaching anything
+    #[command(
+        after_help = "Attached disks stay attached and mounted; their users see a short pause. If this program cannot serve, the\n\
+            daemon goes on with the one it had."
+    )]
+    Takeover,
 }
 
 impl Daemon {
     /// Does this command set up its log by itself?
     pub(crate) fn logs_for_itself(&self) -> bool {
-        matches!(self, Daemon::Run { .. } | Daemon::Keep | Daemon::Serve)
+        matches!(
+            self,
+            Daemon::Run { .. } | Daemon::Keep { .. } | Daemon::Serve
+        )
     }
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
@@ -56,8 +73,37 @@ impl Daemon {
                 format!("would become the daemon of {shown}\n")
             }),
             Daemon::Run { foreground } => Ok(daemon::run(store, foreground)?),
-            Daemon::Keep => Ok(daemon::serve(store, "keep")?),
-            Daemon::Serve => Ok(daemon::serve(store, daemon::SERVE_COMMAND)?),
+            Daemon::Keep { go_on, foreground } => {
+                Ok(daemon::keep(store, go_on.as_deref(), foreground)?)
+            }
+            Daemon::Serve => Ok(daemon::serve(store)?),
+            Daemon::Takeover => {
+                let Some(mut client) = Client::connect(&store)? else {
+                    return Err(
+                        Error::new(Kind::NotFound, format!("no daemon runs for {shown}"))
+                            .hint("`forkdisk attach` starts one")
+                            .into(),
+                    );
+                };
+                if context.dry_run {
+                    return ui.answer(done(true), || {
+                        format!("would take over from the daemon of {shown}\n")
+                    });
+                }
+                let taken = client.take_over(&store)?;
+                ui.talk(format_args!(
+                    "took over from the daemon of {shown}: server {} instead of {}",
+                    taken.server, taken.former
+                ));
+                if ui.json {
+                    ui.document(json!({
+                        "store": path, "keeper_pid": taken.keeper, "server_pid": taken.server,
+                        "former_server_pid": taken.former, "version": taken.version,
+                    }))
+                } else {
+                    Ok(())
+                }
+            }
             Daemon::Status => {
                 let Some(mut client) = Client::connect(&store)? else {
                     ui.answer(json!({"running": false, "store": path}), || {

@@ -3,7 +3,7 @@
 use super::protocol::{
     self, attached, attached_json, number, object, receive, send, success, text,
 };
-use super::{AttachRequest, Attached, SOCKET, Via, keeper};
+use super::{AttachRequest, Attached, SOCKET, Via, handover, keeper};
 use crate::attach::{self, LoopAttachment, LoopOptions};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Object, Store};
@@ -14,12 +14,48 @@ use std::io::BufReader;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A conversation with the daemon of a store.
 pub struct Client {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
+    place: Where,
+}
+
+/// Where a daemon is found.
+struct Where {
+    /// The run directory, which may be moved with the store.
+    dir: File,
+    /// Its path, for messages.
+    shown: PathBuf,
+    /// The store's id.
+    store: String,
+}
+
+/// What became of an attempt to talk.
+enum Reached {
+    Server(BufReader<UnixStream>, UnixStream),
+    /// Nobody listens.
+    Nobody,
+    /// Somebody listened, and nobody answered.
+    Lost,
+}
+
+/// How long a daemon without a server may take to get one.
+const BETWEEN_SERVERS: Duration = Duration::from_secs(60);
+
+/// A takeover that was done.
+#[derive(Clone, Debug)]
+pub struct TakenOver {
+    /// The keeper's process, the same as before.
+    pub keeper: u64,
+    /// The process that served.
+    pub former: u64,
+    /// The process that serves now.
+    pub server: u64,
+    /// Version of the program that serves now.
+    pub version: String,
 }
 
 /// Longest wait for an answer. The longest work is a flush of everything that is dirty.
@@ -37,6 +73,70 @@ fn socket_in(run_dir: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", run_dir.as_raw_fd()))
 }
 
+impl Where {
+    fn of(dir: &File, store: &Store) -> Result<Where> {
+        Ok(Where {
+            dir: dir
+                .try_clone()
+                .map_err(|e| Error::io("open", store.run_dir(), &e))?,
+            shown: store.run_dir(),
+            store: store.id().to_string(),
+        })
+    }
+    /// Talks to the daemon, if one runs. Between two servers it waits for the next.
+    fn connect(&self) -> Result<Option<(BufReader<UnixStream>, UnixStream)>> {
+        let deadline = Instant::now() + BETWEEN_SERVERS;
+        loop {
+            match self.connect_once()? {
+                Reached::Server(reader, writer) => return Ok(Some((reader, writer))),
+                Reached::Nobody => return Ok(None),
+                // The server died, or is about to leave: another one comes, or the daemon ends.
+                Reached::Lost if keeper::is_kept(&self.dir) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Reached::Lost => return Ok(None),
+            }
+        }
+    }
+    fn connect_once(&self) -> Result<Reached> {
+        let stream = match UnixStream::connect(socket_in(&self.dir)) {
+            Ok(stream) => stream,
+            // Nobody listens: a socket that a dead daemon left, or none at all.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(Reached::Nobody);
+            }
+            Err(e) => {
+                let socket = self.shown.join(SOCKET);
+                return Err(Error::io("talk to the daemon at", socket, &e)
+                    .or_hint("the daemon may belong to another user"));
+            }
+        };
+        let io = |e: std::io::Error| Error::io("set up", "the control socket", &e);
+        stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
+        let mut writer = stream.try_clone().map_err(io)?;
+        let mut reader = BufReader::new(stream);
+        let hello = json!({"op": "hello", "version": protocol::VERSION});
+        let said = send(&mut writer, &hello).and_then(|()| receive(&mut reader));
+        let Ok(Some(said)) = said else {
+            return Ok(Reached::Lost);
+        };
+        if text(&success(said)?, "store")? != self.store {
+            return Err(Error::new(
+                Kind::Busy,
+                "the daemon in the run directory serves another store",
+            )
+            .path(&self.shown)
+            .hint("was the store copied? stop that daemon, or remove the copied run directory"));
+        }
+        Ok(Reached::Server(reader, writer))
+    }
+}
+
 impl Client {
     /// Talks to the daemon, if one runs.
     pub fn connect(store: &Store) -> Result<Option<Client>> {
@@ -48,47 +148,12 @@ impl Client {
     }
     /// [`Client::connect`] through the run directory itself, wherever it is now.
     pub(super) fn connect_in(dir: &File, store: &Store) -> Result<Option<Client>> {
-        let run_dir = store.run_dir();
-        let path = socket_in(dir);
-        let stream = match UnixStream::connect(&path) {
-            Ok(stream) => stream,
-            // Nobody listens: a socket that a dead daemon left, or none at all.
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                return Ok(None);
-            }
-            Err(e) => {
-                return Err(Error::io("talk to the daemon at", run_dir.join(SOCKET), &e)
-                    .or_hint("the daemon may belong to another user"));
-            }
-        };
-        let mut client = Client::new(stream)?;
-        let hello = client.ask(json!({"op": "hello", "version": protocol::VERSION}));
-        match hello {
-            Ok(hello) => {
-                if text(&hello, "store")? != store.id().to_string() {
-                    return Err(Error::new(Kind::Busy, "the daemon in the run directory serves another store")
-                        .path(run_dir)
-                        .hint("was the store copied? stop that daemon, or remove the copied run directory"));
-                }
-                Ok(Some(client))
-            }
-            // It went away between connecting and asking: it was just stopping.
-            Err(e) if e.kind() == Kind::Io => Ok(None),
-            Err(e) => Err(e),
-        }
-    }
-    fn new(stream: UnixStream) -> Result<Client> {
-        let io = |e: std::io::Error| Error::io("set up", "the control socket", &e);
-        stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
-        Ok(Client {
-            reader: BufReader::new(stream.try_clone().map_err(io)?),
-            writer: stream,
-        })
+        let place = Where::of(dir, store)?;
+        Ok(place.connect()?.map(|(reader, writer)| Client {
+            reader,
+            writer,
+            place,
+        }))
     }
     /// Talks to the daemon, starting one if none runs.
     pub fn connect_or_start(store: &Store) -> Result<Client> {
@@ -109,13 +174,37 @@ impl Client {
         })
     }
     fn ask(&mut self, request: Value) -> Result<Value> {
-        send(&mut self.writer, &request)?;
-        match receive(&mut self.reader)? {
+        match self.try_ask(&request)? {
             Some(answer) => success(answer),
             None => Err(
-                Error::new(Kind::Io, "the daemon ended in the middle of a request")
-                    .hint("its log, daemon.log in the run directory of the store, tells why"),
+                Error::new(Kind::Io, "the daemon's server ended in the middle of a request")
+                    .hint("whether it was done, `forkdisk ls` and `ls attached` show; the log is daemon.log in the store's run directory"),
             ),
+        }
+    }
+    /// [`Client::ask`] for what can be asked twice: if the server dies meanwhile, the next one is asked.
+    fn ask_again(&mut self, request: Value) -> Result<Value> {
+        for _ in 0..20 {
+            if let Some(answer) = self.try_ask(&request)? {
+                return success(answer);
+            }
+            match self.place.connect()? {
+                Some((reader, writer)) => {
+                    (self.reader, self.writer) = (reader, writer);
+                }
+                None => break,
+            }
+        }
+        Err(
+            Error::new(Kind::Io, "the daemon ended in the middle of a request")
+                .hint("its log, daemon.log in the run directory of the store, tells why"),
+        )
+    }
+    /// One request; `None` if nobody is there to answer.
+    fn try_ask(&mut self, request: &Value) -> Result<Option<Value>> {
+        match send(&mut self.writer, request).and_then(|()| receive(&mut self.reader)) {
+            Err(e) if e.kind() == Kind::Io => Ok(None),
+            other => other,
         }
     }
     /// Attaches.
@@ -136,14 +225,14 @@ impl Client {
         match attach::attach_loop(&opened.file, options) {
             Ok(device) => {
                 let done = json!({"op": "attach-done", "name": opened.name, "device": device.device, "dev": device.dev});
-                let answer = self.ask(done);
+                let answer = self.ask_again(done);
                 if answer.is_err() {
                     let _ = attach::detach_loop(&device, DetachOptions::default());
                 }
                 attached(&answer?["attached"])
             }
             Err(e) => {
-                let _ = self.ask(json!({"op": "attach-undo", "name": opened.name}));
+                let _ = self.ask_again(json!({"op": "attach-undo", "name": opened.name}));
                 Err(e.context(format!("cannot attach {}", opened.name)))
             }
         }
@@ -165,16 +254,20 @@ impl Client {
         if let Some(device) = &device
             && let Err(e) = attach::detach_loop(device, DetachOptions::default())
         {
-            let _ = self.ask(json!({"op": "detach-undo", "name": gone.name}));
+            let _ = self.ask_again(json!({"op": "detach-undo", "name": gone.name}));
             return Err(e.context(format!("cannot detach {}", gone.name)));
         }
-        self.ask(json!({"op": "detach-done", "name": gone.name}))?;
+        match self.ask_again(json!({"op": "detach-done", "name": gone.name})) {
+            // The server that was asked first had done it.
+            Err(e) if e.kind() == Kind::NotFound => {}
+            other => drop(other?),
+        }
         gone.count = 0;
         Ok(vec![gone])
     }
     /// Everything attached, by name.
     pub fn attached(&mut self) -> Result<Vec<Attached>> {
-        let answer = self.ask(json!({"op": "attached"}))?;
+        let answer = self.ask_again(json!({"op": "attached"}))?;
         answer["attached"]
             .as_array()
             .map_or(Ok(Vec::new()), |list| list.iter().map(attached).collect())
@@ -200,8 +293,55 @@ impl Client {
     }
     /// What the daemon tells of itself.
     pub fn status(&mut self) -> Result<Value> {
-        let mut answer = self.ask(json!({"op": "status"}))?;
+        let mut answer = self.ask_again(json!({"op": "status"}))?;
         Ok(answer["status"].take())
+    }
+    /// Lets the program that we are take over from the server, and returns when it serves.
+    pub fn take_over(&mut self, store: &Store) -> Result<TakenOver> {
+        let program = std::env::current_exe()
+            .map_err(|e| Error::io("find", "the forkdisk program", &e))?
+            .display()
+            .to_string();
+        let former = number(
+            &self.ask(
+                json!({"op": "takeover", "program": program, "handover": handover::VERSION}),
+            )?,
+            "server_pid",
+        )?;
+        let deadline = Instant::now() + BETWEEN_SERVERS;
+        loop {
+            let Some(mut client) = Client::connect(store)? else {
+                return Err(Error::new(Kind::Io, "no server came up after the takeover")
+                    .path(store.run_dir().join(super::LOG))
+                    .hint("its log tells why"));
+            };
+            let status = client.status()?;
+            let server = number(&status, "server_pid")?;
+            if server != former {
+                let version = text(&status, "version")?.to_string();
+                if text(&status, "program")? != program {
+                    return Err(Error::new(
+                        Kind::Io,
+                        format!(
+                            "{} could not serve: the daemon goes on with the program it had",
+                            program
+                        ),
+                    )
+                    .path(store.run_dir().join(super::LOG))
+                    .hint("its log tells why"));
+                }
+                return Ok(TakenOver {
+                    keeper: number(&status, "keeper_pid")?,
+                    former,
+                    server,
+                    version,
+                });
+            }
+            if Instant::now() > deadline {
+                return Err(in_time());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
     /// Stops the daemon and returns when it is gone. `Busy` while anything is attached.
     pub fn stop(&mut self) -> Result<()> {
@@ -209,6 +349,11 @@ impl Client {
         let keeper = number(&answer, "keeper_pid")? as i32;
         keeper::wait_for_end(keeper)
     }
+}
+
+fn in_time() -> Error {
+    Error::new(Kind::Busy, "the server that was to leave is still there")
+        .hint("the daemon's log tells what it waits for")
 }
 
 /// An attachment as it stands in an answer.

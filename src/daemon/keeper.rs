@@ -3,40 +3,69 @@
 //! It takes the daemon's lock, makes the mount and the socket, starts the server, hands both over, and waits. It never looks at a disk,
 //! so there is little in it that could fail. Single-threaded; it may wait for requests on served files, as the server must not.
 //!
-//! While it lives, the descriptor of the mount lives. When the server ends in order, it takes mount and socket away. When the server
-//! dies, it ends the mount, so that I/O fails at once instead of hanging: what was flushed is safe in the layers, and the next
-//! daemon starts from there.
+//! While it lives, the descriptor of the mount lives, and with it all requests that were not answered; so does the handover, in which stands what the
+//! server must leave to its successor. When the server ends in order, the keeper takes mount and socket away. When the server dies, it starts
+//! another one, which goes on: users of the disks see a pause. Only where the kernel cannot pass on requests (before Linux 6.9), or no server
+//! comes up any more, it ends the mount, so that I/O fails instead of hanging: what was flushed is safe in the layers.
+//!
+//! For a takeover by another program the keeper itself becomes that program, with the same descriptors and the same number.
 
 use super::client::{Client, socket_path};
+use super::handover::Handover;
 use super::{Attached, LOCK, LOG, MOUNT, SOCKET, dead, log, place_of, protocol, server};
 use crate::attach;
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::mount as fuse_mount;
+use crate::serve::fuse::session::Negotiated;
 use crate::store::Store;
 use crate::sys::loopdev;
 use crate::sys::{fdpass, mounts, process};
 use rustix::fs::{FlockOperation, Mode};
+use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// The hidden command that becomes the server.
-pub const SERVE_COMMAND: &str = "serve";
+const SERVE_COMMAND: &str = "serve";
 /// The hidden command that becomes the keeper, in the background.
 const KEEP_COMMAND: &str = "keep";
+
+/// Servers that may fail to begin, one after the other, before the keeper gives up.
+const ATTEMPTS: u32 = 10;
+/// A server that lives shorter than this may be killed by what it serves.
+const SHORT_LIFE: Duration = Duration::from_millis(300);
+/// So many of them in a row, and the next waits a little.
+const SHORT_LIVES: u32 = 5;
+/// So many, and the keeper gives up.
+const TOO_MANY: u32 = 200;
 
 /// How long a daemon that was told to stop may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(120);
 
+/// The program that we are. Its file may have been replaced since: then the one that runs still is what our descriptors are for.
+fn own_program() -> Result<PathBuf> {
+    const SELF: &str = "/proc/self/exe";
+    let io = |e: std::io::Error| Error::io("find", "the forkdisk program", &e);
+    let exe = std::env::current_exe().map_err(io)?;
+    let running = std::fs::metadata(SELF).map_err(io)?;
+    let same = |m: std::fs::Metadata| (m.dev(), m.ino()) == (running.dev(), running.ino());
+    Ok(match std::fs::metadata(&exe).is_ok_and(same) {
+        true => exe,
+        false => SELF.into(),
+    })
+}
+
 fn own_command(store: &Store, command: &str) -> Result<Command> {
-    let exe = std::env::current_exe().map_err(|e| Error::io("find", "the forkdisk program", &e))?;
+    let exe = own_program()?;
     let mut child = Command::new(exe);
     child
         .arg("--store")
@@ -84,10 +113,15 @@ pub fn run(store: Store, foreground: bool) -> Result<()> {
     keeper.stay()
 }
 
-/// Becomes one of the daemon's processes: what the hidden commands do.
-pub fn serve(store: Store, command: &str) -> Result<()> {
-    if command == SERVE_COMMAND {
-        return server::run(store);
+/// Becomes the server: what the hidden command does.
+pub fn serve(store: Store) -> Result<()> {
+    server::run(store)
+}
+
+/// Becomes the keeper. `go_on`: the one that another program was, with these descriptors.
+pub fn keep(store: Store, go_on: Option<&str>, foreground: bool) -> Result<()> {
+    if let Some(descriptors) = go_on {
+        return Keeper::go_on(store, descriptors, foreground)?.stay();
     }
     // In the background: no terminal, no directory that could not be unmounted.
     let _ = rustix::process::setsid();
@@ -128,15 +162,32 @@ pub(super) fn wait_for_end(pid: i32) -> Result<()> {
 struct Keeper {
     store: Store,
     /// Held for its lock.
-    _lock: File,
+    lock: File,
     /// The run directory, which may be moved with the store.
     run_dir: File,
     /// Keeps the mount alive.
     fuse: OwnedFd,
     listener: OwnedFd,
-    server: Child,
-    /// The server's standard input: a byte tells the server to end, its end that we are gone.
+    /// What servers leave to each other.
+    memory: File,
+    foreground: bool,
+    server: Server,
+}
+
+/// The server, as the keeper sees it.
+struct Server {
+    process: Child,
+    /// Its standard input: a byte tells the server to end, its end that we are gone.
     line: UnixStream,
+    since: Instant,
+}
+
+/// Why the keeper waits no longer.
+enum Over {
+    /// The server ended in order, and the daemon with it.
+    Ended,
+    /// Nobody can serve any more.
+    Failed(String),
 }
 
 impl Keeper {
@@ -166,20 +217,22 @@ impl Keeper {
         let fuse = fuse_mount::mount(&mount)?;
         let begun = (|| {
             let listener = listen(&run_dir)?;
-            let (line, server) = start_server(&store, &fuse, &listener)?;
-            Ok((listener, line, server))
+            let memory = Handover::create()?;
+            let server = start_server(&store, &fuse, &listener, &memory)?;
+            Ok((listener, memory, server))
         })();
         match begun {
-            Ok((listener, line, server)) => {
-                tracing::info!(store = %store.path().display(), server = server.id(), "the daemon serves");
+            Ok((listener, memory, server)) => {
+                tracing::info!(store = %store.path().display(), server = server.process.id(), "the daemon serves");
                 Ok(Keeper {
                     store,
-                    _lock: lock,
+                    lock,
                     run_dir: open,
                     fuse,
                     listener,
+                    memory,
+                    foreground,
                     server,
-                    line,
                 })
             }
             Err(e) => {
@@ -189,43 +242,161 @@ impl Keeper {
             }
         }
     }
-    /// Waits for the server's end, or for a signal.
-    fn stay(mut self) -> Result<()> {
-        let ended = loop {
-            match self.server.try_wait() {
-                Ok(None) => {}
-                Ok(Some(status)) => break status,
-                Err(e) => return Err(Error::io("wait for", "the server", &e)),
-            }
-            match wait_signal() {
-                libc::SIGTERM | libc::SIGINT => self.shut_down(),
-                // SIGCHLD: the loop looks; SIGHUP: there is no terminal to lose.
-                _ => {}
+    /// Goes on as the keeper that was another program until now. `descriptors`: as [`Keeper::descriptors`] lists them.
+    fn go_on(store: Store, descriptors: &str, foreground: bool) -> Result<Keeper> {
+        signals(true);
+        log::begin(&store.run_dir(), foreground)?;
+        let inherited = inherited(descriptors)?;
+        let [fuse, listener, memory, lock, run_dir, former] = inherited;
+        let (memory, lock, run_dir) = (File::from(memory), File::from(lock), File::from(run_dir));
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            "the keeper is another program now"
+        );
+        let server = match start_server(&store, &fuse, &listener, &memory) {
+            Ok(server) => Ok(server),
+            Err(e) => {
+                // Back to what worked, if that can be.
+                tracing::error!("the new program cannot serve: {e}; back to the former one");
+                let all = [&fuse, &listener].map(|fd| fd.as_fd());
+                let rest = [&memory, &lock, &run_dir].map(|fd| fd.as_fd());
+                let all = [all[0], all[1], rest[0], rest[1], rest[2], former.as_fd()];
+                let path = format!("/proc/self/fd/{}", former.as_raw_fd());
+                Err(become_program(&store, Path::new(&path), all, foreground))
             }
         };
+        Ok(Keeper {
+            server: server?,
+            store,
+            lock,
+            run_dir,
+            fuse,
+            listener,
+            memory,
+            foreground,
+        })
+    }
+    /// Serves until the end.
+    fn stay(mut self) -> Result<()> {
+        let over = self.watch();
         drop(self.listener);
         let run_dir = place_of(&self.run_dir);
         let mount = run_dir.join(MOUNT);
         let _ = std::fs::remove_file(run_dir.join(SOCKET));
-        let orderly = ended.success();
-        if !orderly {
-            tracing::error!(
-                "the server died ({ended}): disks that were attached give I/O errors; attach them again"
-            );
+        if let Over::Failed(why) = &over {
+            tracing::error!("{why}: disks that were attached give I/O errors; attach them again");
         }
         // In order nothing is open any more; else requests that wait must fail.
-        if !orderly || fuse_mount::unmount(&mount).is_err() {
+        if matches!(over, Over::Failed(_)) || fuse_mount::unmount(&mount).is_err() {
             dead::note(&run_dir, &mount);
             let _ = fuse_mount::abort(&mount);
         }
         drop(self.fuse);
         clear_away(&run_dir, &mount);
         tracing::info!("the daemon ends");
-        if orderly {
-            Ok(())
-        } else {
-            Err(Error::new(Kind::Io, format!("the server died: {ended}")))
+        match over {
+            Over::Ended => Ok(()),
+            Over::Failed(why) => Err(Error::new(Kind::Io, why)),
         }
+    }
+    /// Sees to it that there is a server, as long as there can be one.
+    fn watch(&mut self) -> Over {
+        let mut short_lives = 0;
+        loop {
+            let ended = match self.wait() {
+                Ok(ended) => ended,
+                Err(e) => return Over::Failed(format!("cannot wait for the server: {e}")),
+            };
+            let said = Handover::open_file(&self.memory).and_then(|h| h.session());
+            let said = match said {
+                Ok(said) => said.unwrap_or_default(),
+                Err(e) => return Over::Failed(format!("the server ended ({ended}): {e}")),
+            };
+            let program = said["program"].as_str().map(PathBuf::from);
+            match program {
+                Some(program) if ended.success() => {
+                    let e = self.become_another(&program);
+                    tracing::error!("cannot become {}: {e}", program.display());
+                }
+                _ if ended.success() => return Over::Ended,
+                _ => {
+                    let can = serde_json::from_value(said["negotiated"].clone())
+                        .is_ok_and(|n: Negotiated| n.can_resend());
+                    if !can {
+                        return Over::Failed(format!("the server died ({ended})"));
+                    }
+                    tracing::error!("the server died ({ended}): another one takes over");
+                }
+            }
+            short_lives = match self.server.since.elapsed() < SHORT_LIFE {
+                true => short_lives + 1,
+                false => 0,
+            };
+            if short_lives > TOO_MANY {
+                return Over::Failed(format!("{TOO_MANY} servers died at once ({ended})"));
+            }
+            if short_lives > SHORT_LIVES {
+                std::thread::sleep(SHORT_LIFE);
+            }
+            if let Err(e) = self.start_another() {
+                return Over::Failed(format!("no server can take over: {e}"));
+            }
+        }
+    }
+    /// Waits for the server's end, and does what signals ask for.
+    fn wait(&mut self) -> std::io::Result<ExitStatus> {
+        loop {
+            if let Some(ended) = self.server.process.try_wait()? {
+                return Ok(ended);
+            }
+            match wait_signal() {
+                libc::SIGTERM | libc::SIGINT => self.shut_down(),
+                // SIGCHLD: the loop looks; SIGHUP: there is no terminal to lose.
+                _ => {}
+            }
+        }
+    }
+    fn start_another(&mut self) -> Result<()> {
+        // Whatever the last one wanted to make way for: it is this program that goes on.
+        let handover = Handover::open_file(&self.memory)?;
+        if let Some(mut said) = handover.session()?
+            && said
+                .as_object_mut()
+                .is_some_and(|s| s.remove("program").is_some())
+        {
+            handover.set_session(said)?;
+        }
+        drop(handover);
+        let mut pause = Duration::from_millis(20);
+        for attempt in 1.. {
+            match start_server(&self.store, &self.fuse, &self.listener, &self.memory) {
+                Ok(server) => {
+                    self.server = server;
+                    return Ok(());
+                }
+                Err(e) if attempt == ATTEMPTS => return Err(e),
+                Err(e) => tracing::error!("{e}"),
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+        Ok(())
+    }
+    /// Becomes `program` in this process; returns only if that fails.
+    fn become_another(&self, program: &Path) -> Error {
+        let former = match File::open("/proc/self/exe") {
+            Ok(former) => former,
+            Err(e) => return Error::io("open", "the running program", &e),
+        };
+        let descriptors = [
+            self.fuse.as_fd(),
+            self.listener.as_fd(),
+            self.memory.as_fd(),
+            self.lock.as_fd(),
+            self.run_dir.as_fd(),
+            former.as_fd(),
+        ];
+        become_program(&self.store, program, descriptors, self.foreground)
     }
     /// On SIGTERM: unmounts and detaches what nobody uses, then ends the server, which flushes the rest.
     fn shut_down(&self) {
@@ -256,7 +427,7 @@ impl Keeper {
             tracing::warn!("{e}");
         }
         // Not by a signal: those the server passes on to us.
-        let _ = (&self.line).write_all(b"q");
+        let _ = (&self.server.line).write_all(b"q");
     }
 }
 
@@ -305,6 +476,17 @@ fn take_lock(run_dir: &Path) -> Result<File> {
             Err(e) => return Err(Error::io("lock", &path, &e.into())),
         }
     }
+}
+
+/// Does a keeper live in this run directory?
+pub(super) fn is_kept(run_dir: &File) -> bool {
+    let path = format!("/proc/self/fd/{}/{LOCK}", run_dir.as_raw_fd());
+    let Ok(file) = File::open(path) else {
+        return false;
+    };
+    // Taken and given back at once: a daemon that just begins tries for longer than that.
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
+        == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
 /// Takes away what a dead daemon left: its mount, and loop devices over files of it that nobody uses.
@@ -366,21 +548,99 @@ fn listen(run_dir: &Path) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn start_server(store: &Store, fuse: &OwnedFd, listener: &OwnedFd) -> Result<(UnixStream, Child)> {
+/// Becomes another program, which gets these descriptors; returns only if that fails.
+fn become_program(
+    store: &Store,
+    program: &Path,
+    descriptors: [BorrowedFd<'_>; 6],
+    foreground: bool,
+) -> Error {
+    let inheritable = |yes: bool| {
+        let flags = match yes {
+            true => FdFlags::empty(),
+            false => FdFlags::CLOEXEC,
+        };
+        for fd in descriptors {
+            let _ = rustix::io::fcntl_setfd(fd, flags);
+        }
+    };
+    let numbers: Vec<String> = descriptors
+        .iter()
+        .map(|fd| fd.as_raw_fd().to_string())
+        .collect();
+    let mut command = Command::new(program);
+    command.arg("--store").arg(store.path()).args([
+        "daemon",
+        "keep",
+        "--go-on",
+        &numbers.join(","),
+    ]);
+    if foreground {
+        command.arg("--foreground");
+    }
+    inheritable(true);
+    let e = command.exec();
+    inheritable(false);
+    Error::io("run", program, &e)
+}
+
+/// Takes the descriptors over that [`become_program`] left open.
+fn inherited(numbers: &str) -> Result<[OwnedFd; 6]> {
+    let wrong = || {
+        Error::new(
+            Kind::Invalid,
+            format!("`{numbers}` are not the descriptors of a keeper"),
+        )
+        .hint("only a keeper can begin like this; `forkdisk daemon takeover` asks it to")
+    };
+    let numbers: Vec<i32> = numbers
+        .split(',')
+        .map(|n| n.parse().map_err(|_| wrong()))
+        .collect::<Result<_>>()?;
+    let mut taken = Vec::new();
+    for (i, &fd) in numbers.iter().enumerate() {
+        // SAFETY: only asks; an fd that is not open is an error.
+        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+        // Those of the standard streams are nobody's to take, and none twice.
+        if fd <= 2 || flags < 0 || numbers[..i].contains(&fd) {
+            return Err(wrong());
+        }
+        // SAFETY: it is open, above the standard streams, and nobody in this process, which has just begun, owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let _ = rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC);
+        taken.push(fd);
+    }
+    taken.try_into().map_err(|_| wrong())
+}
+
+fn start_server(
+    store: &Store,
+    fuse: &OwnedFd,
+    listener: &OwnedFd,
+    memory: &File,
+) -> Result<Server> {
     let io = |e: std::io::Error| Error::io("start", "the server", &e);
     let (here, there) = UnixStream::pair().map_err(io)?;
-    let mut server = own_command(store, SERVE_COMMAND)?
+    let mut process = own_command(store, SERVE_COMMAND)?
         .stdin(Stdio::from(OwnedFd::from(there)))
         .stdout(Stdio::null())
         .spawn()
         .map_err(io)?;
-    fdpass::send(&here, b"d", &[fuse.as_fd(), listener.as_fd()]).map_err(io)?;
+    let sent = fdpass::send(
+        &here,
+        b"d",
+        &[fuse.as_fd(), listener.as_fd(), memory.as_fd()],
+    );
     // One byte when it serves; the end if it could not.
     let mut word = [0; 1];
-    match (&here).read(&mut word) {
-        Ok(1) => Ok((here, server)),
+    match sent.and_then(|_| (&here).read(&mut word)) {
+        Ok(1) => Ok(Server {
+            process,
+            line: here,
+            since: Instant::now(),
+        }),
         _ => {
-            let status = server.wait().map_err(io)?;
+            let status = process.wait().map_err(io)?;
             Err(
                 Error::new(Kind::Io, format!("the server could not begin ({status})"))
                     .path(store.run_dir().join(LOG))

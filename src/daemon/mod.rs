@@ -10,14 +10,16 @@
 
 mod client;
 mod dead;
+mod entry;
+mod handover;
 mod keeper;
 mod log;
 mod protocol;
 mod server;
 
-pub use client::Client;
+pub use client::{Client, TakenOver};
 pub use dead::{Dead, dead_devices};
-pub use keeper::{SERVE_COMMAND, run, serve};
+pub use keeper::{keep, run, serve};
 
 use crate::store::ObjectKind;
 use crate::units::Id;

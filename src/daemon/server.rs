@@ -4,18 +4,21 @@
 //! - an object is in the table before its disk is opened and until after it is closed, so it is never open twice;
 //! - no thread here waits for a request on a served file: that would be itself;
 //! - what one conversation began and did not end (an attachment, a detachment) is decided when it breaks off, by what the kernel says
-//!   of the loop device.
+//!   of the loop device;
+//! - what a successor needs stands in the handover before anybody is told that it is done.
 
 use super::client::answer;
+use super::entry::{Entry, Phase, inherit};
+use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
 use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
-use crate::serve::fuse::session::{Init, Options, Session};
+use crate::serve::fuse::session::{Init, Negotiated, Options, Session};
 use crate::store::{Object, ObjectKind, Store};
-use crate::sys::{fdpass, loopdev, process};
+use crate::sys::{fdpass, holders, loopdev, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -25,6 +28,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -37,25 +41,11 @@ const TRANSIT: Duration = Duration::from_secs(30);
 /// Most conversations at one time: each is a thread.
 const MAX_CONVERSATIONS: usize = 256;
 
-/// Where an attachment stands.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
-    /// Being attached by a command.
-    Opening,
-    /// Attached.
-    Ready,
-    /// Being detached by a command.
-    Closing,
-}
+/// How long a command whose conversation ended with the last server may take to come back.
+const GRACE: Duration = Duration::from_secs(3);
 
-struct Entry {
-    attached: Attached,
-    block_size: u64,
-    ino: u64,
-    dev: u64,
-    disk: Option<Arc<CowDisk>>,
-    phase: Phase,
-}
+/// How long a takeover waits for commands that attach or detach.
+const CALM: Duration = Duration::from_secs(10);
 
 struct Server {
     store: Store,
@@ -69,7 +59,20 @@ struct Server {
     started: Instant,
     keeper: i32,
     conversations: Mutex<usize>,
-    end: Mutex<Sender<()>>,
+    end: Mutex<Sender<End>>,
+    handover: Arc<Handover>,
+    /// How many servers there were before this one.
+    before: u64,
+    /// A successor is about to take over: no conversation begins any more.
+    leaving: AtomicBool,
+}
+
+/// Why the server ends.
+enum End {
+    /// The daemon ends.
+    Stop,
+    /// A successor takes over.
+    Handover,
 }
 
 /// Becomes the server: the descriptors come over standard input.
@@ -96,12 +99,26 @@ fn serve(store: Store) -> Result<()> {
     );
     let (_, fds) = fdpass::receive(&line, &mut [0; 1])
         .map_err(|e| Error::io("hear from", "the keeper", &e))?;
-    let [fuse, listener]: [OwnedFd; 2] = fds
+    let [fuse, listener, memory]: [OwnedFd; 3] = fds
         .try_into()
         .map_err(|_| Error::new(Kind::Invalid, "the keeper sent no descriptors"))?;
     let listener = UnixListener::from(listener);
     let files = Arc::new(Files::new());
-    let session = Session::start(fuse, files.clone(), Init::Fresh, Options::default())?;
+    let handover = Handover::open(File::from(memory))?;
+    let said = handover.session()?;
+    let (init, table, before) = match &said {
+        None => (Init::Fresh, BTreeMap::new(), 0),
+        Some(said) => {
+            let negotiated: Negotiated = serde_json::from_value(said["negotiated"].clone())
+                .map_err(|e| {
+                    Error::new(Kind::Invalid, format!("no session can be taken over: {e}"))
+                })?;
+            files.reserve_inos(number(said, "next_ino")?);
+            let table = inherit(&store, &files, &handover)?;
+            (Init::Resumed(negotiated), table, number(said, "servers")?)
+        }
+    };
+    let session = Session::start(fuse, files.clone(), init, Options::default())?;
     let run_dir =
         File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
     let (end, ended) = channel();
@@ -109,14 +126,26 @@ fn serve(store: Store) -> Result<()> {
         store,
         files,
         session,
-        table: Mutex::default(),
+        table: Mutex::new(table),
         settled: Condvar::new(),
         run_dir,
         started: Instant::now(),
         keeper: rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get()),
         conversations: Mutex::new(0),
         end: Mutex::new(end.clone()),
+        handover,
+        before,
+        leaving: AtomicBool::new(false),
     });
+    server.note_session()?;
+    if before > 0 {
+        let attached = server.table.lock().len();
+        tracing::info!(
+            attached,
+            servers = before + 1,
+            "took over from the last server"
+        );
+    }
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
         std::thread::Builder::new()
             .name(name.into())
@@ -153,20 +182,36 @@ fn serve(store: Store) -> Result<()> {
             if !matches!((&line).read(&mut [0; 1]), Ok(1)) {
                 tracing::warn!("the keeper is gone");
             }
-            let _ = end.send(());
+            let _ = end.send(End::Stop);
         }),
     )?;
-    housekeep(&server, &ended);
-    server.shut_down();
-    Ok(())
+    if before > 0 {
+        let server = server.clone();
+        spawn("inherited", Box::new(move || server.settle_inherited()))?;
+    }
+    match housekeep(&server, &ended) {
+        End::Stop => {
+            server.shut_down();
+            Ok(())
+        }
+        End::Handover => {
+            // What is under way is answered. Nothing is closed: all stands in the handover.
+            server.session.stop();
+            tracing::info!("the server leaves everything to its successor");
+            std::process::exit(0);
+        }
+    }
 }
 
 /// Looks after the disks until the end is asked for.
-fn housekeep(server: &Server, ended: &Receiver<()>) {
-    while ended.recv_timeout(HOUSEKEEPING).is_err() {
+fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
+    loop {
+        if let Ok(end) = ended.recv_timeout(HOUSEKEEPING) {
+            return end;
+        }
         if let Some(why) = server.session.ended() {
             tracing::error!("the mount is gone: {why:?}");
-            return;
+            return End::Stop;
         }
         let disks: Vec<(String, Arc<CowDisk>)> = {
             let table = server.table.lock();
@@ -196,6 +241,10 @@ fn accept(server: &Arc<Server>, listener: &UnixListener) {
                 continue;
             }
         };
+        if server.leaving.load(SeqCst) {
+            // Whoever it is asks again, and reaches the successor.
+            continue;
+        }
         {
             let mut n = server.conversations.lock();
             if *n >= MAX_CONVERSATIONS {
@@ -281,7 +330,7 @@ impl Server {
                 let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
                 entry.attached.device = Some(text(request, "device")?.to_string());
                 entry.dev = number(request, "dev")?;
-                entry.phase = Phase::Ready;
+                entry.set_phase(Phase::Ready);
                 begun.retain(|b| b != name);
                 tracing::info!(disk = name, device = entry.attached.device, "attached");
                 Ok(self.shown(&entry.attached))
@@ -297,7 +346,7 @@ impl Server {
                 let name = text(request, "name")?;
                 begun.retain(|b| b != name);
                 if let Some(entry) = self.table.lock().get_mut(name) {
-                    entry.phase = Phase::Ready;
+                    entry.set_phase(Phase::Ready);
                 }
                 Ok(json!({}))
             }
@@ -353,9 +402,10 @@ impl Server {
                         "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
                     ));
                 }
-                let _ = self.end.lock().send(());
+                let _ = self.end.lock().send(End::Stop);
                 Ok(json!({"keeper_pid": self.keeper}))
             }
+            "takeover" => self.leave(request),
             other => Err(Error::new(
                 Kind::Invalid,
                 format!("the daemon knows no request `{other}`"),
@@ -369,6 +419,7 @@ impl Server {
         let block_size = number(request, "block_size")?;
         let object = self.store.resolve(text(request, "reference")?)?;
         let read_only = flag(request, "read_only") || object.kind != ObjectKind::Disk;
+        let memory;
         {
             let same = |e: &Entry| {
                 e.attached.name == object.name
@@ -408,18 +459,33 @@ impl Server {
                 dev: 0,
                 disk: None,
                 phase: Phase::Opening,
+                place: self.handover.claim()?,
+                inherited: false,
+                failed: None,
             };
+            memory = entry.place.volatile();
+            if let Err(e) = entry.note() {
+                entry.place.release();
+                return Err(e);
+            }
             table.insert(object.name.clone(), entry);
         }
-        let opened = self.store.open_cow(&object, !read_only).and_then(|disk| {
+        let opened = memory.and_then(|memory| {
+            let disk = match read_only {
+                true => self.store.open_cow(&object, false)?,
+                false => self.store.open_cow_on(&object, memory)?,
+            };
             let ino = self.files.add(&object.name, disk.clone())?;
             Ok((disk, ino))
         });
+        let noted = self.note_session();
         let mut table = self.table.lock();
-        let (disk, ino) = match opened {
+        let (disk, ino) = match opened.and_then(|opened| noted.map(|()| opened)) {
             Ok(opened) => opened,
             Err(e) => {
-                table.remove(&object.name);
+                if let Some(entry) = table.remove(&object.name) {
+                    entry.place.release();
+                }
                 return Err(e);
             }
         };
@@ -429,8 +495,9 @@ impl Server {
         entry.attached.size = crate::disk::Disk::size(&*disk);
         entry.disk = Some(disk);
         entry.ino = ino;
+        entry.noted();
         if via == Via::File {
-            entry.phase = Phase::Ready;
+            entry.set_phase(Phase::Ready);
             tracing::info!(disk = object.name, "attached as a file");
         } else {
             begun.push(object.name.clone());
@@ -457,18 +524,21 @@ impl Server {
         let name = entry.attached.name.clone();
         if entry.attached.count > 1 {
             entry.attached.count -= 1;
+            entry.noted();
             let mut said = self.shown(&entry.attached);
             said["last"] = false.into();
             return Ok(said);
         }
         if entry.attached.via == Via::File {
-            let opens = self
-                .files
-                .get(entry.ino)
-                .and_then(|f| f.info())
-                .map_or(0, |i| i.opens);
+            let file = mount.join(&name);
+            let opens = match entry.inherited {
+                true => holders::of_file(&file).len() as u64,
+                false => {
+                    let info = self.files.get(entry.ino).and_then(|f| f.info());
+                    info.map_or(0, |i| i.opens)
+                }
+            };
             if opens > 0 {
-                let file = mount.join(&name);
                 let file = file.display();
                 return Err(
                     Error::new(Kind::Busy, format!("{file} is open {opens} times"))
@@ -476,7 +546,7 @@ impl Server {
                 );
             }
         }
-        entry.phase = Phase::Closing;
+        entry.set_phase(Phase::Closing);
         begun.push(name);
         let mut said = self.shown(&entry.attached);
         said["last"] = true.into();
@@ -490,7 +560,7 @@ impl Server {
         let (ino, disk) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
-            entry.phase = Phase::Closing;
+            entry.set_phase(Phase::Closing);
             (entry.ino, entry.disk.take())
         };
         // Waits for requests under way.
@@ -502,7 +572,9 @@ impl Server {
         let closed = disk.as_ref().map_or(Ok(()), |d| d.close());
         // The lock of the layer file goes with the last handle, before anyone can see the name free.
         drop(disk);
-        self.table.lock().remove(name);
+        if let Some(entry) = self.table.lock().remove(name) {
+            entry.place.release();
+        }
         match closed {
             Err(e) if e.kind() == Kind::NoSpace => {
                 // All is flushed; only the tidying found no room. The next opening does it.
@@ -540,8 +612,86 @@ impl Server {
         if let Some(entry) = self.table.lock().get_mut(name) {
             entry.attached.device = Some(device.display().to_string());
             entry.dev = dev;
-            entry.phase = Phase::Ready;
+            entry.set_phase(Phase::Ready);
         }
+    }
+
+    /// What a successor must know of the session.
+    fn note_session(&self) -> Result<()> {
+        self.handover.set_session(json!({
+            "negotiated": self.session.negotiated(),
+            "next_ino": self.files.next_ino(),
+            "servers": self.before + 1,
+        }))
+    }
+
+    /// Decides about what commands had begun when the last server died, and did not come back for.
+    fn settle_inherited(&self) {
+        std::thread::sleep(GRACE);
+        let open: Vec<String> = {
+            let table = self.table.lock();
+            let left = table
+                .values()
+                .filter(|e| e.inherited && e.phase != Phase::Ready);
+            left.map(|e| e.attached.name.clone()).collect()
+        };
+        for name in open {
+            self.broken_off(&name);
+        }
+        self.settled.notify_all();
+    }
+
+    /// Makes way for a successor: of another program, if one is named.
+    fn leave(&self, request: &Value) -> Result<Value> {
+        let program = text(request, "program")?;
+        let version = number(request, "handover")?;
+        if version != handover::VERSION {
+            return Err(Error::new(
+                Kind::Version,
+                format!(
+                    "the daemon hands over by version {}, the new program by {version}",
+                    handover::VERSION
+                ),
+            )
+            .hint("detach everything, `forkdisk daemon stop`, and attach with the new program"));
+        }
+        if !self.session.negotiated().can_resend() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "this kernel cannot pass on requests under way",
+            )
+            .hint("Linux 6.9 or newer can; else detach everything and restart the daemon"));
+        }
+        if self.leaving.swap(true, SeqCst) {
+            return Err(Error::new(Kind::Busy, "a takeover is under way already"));
+        }
+        let calm = {
+            let mut table = self.table.lock();
+            let deadline = Instant::now() + CALM;
+            loop {
+                let busy = table.values().find(|e| e.phase != Phase::Ready);
+                let Some(busy) = busy.map(|e| e.attached.name.clone()) else {
+                    break Ok(());
+                };
+                if self.settled.wait_until(&mut table, deadline).timed_out() {
+                    break Err(in_transit(&busy));
+                }
+            }
+        };
+        let noted = calm.and_then(|()| {
+            self.handover.set_session(json!({
+                "negotiated": self.session.negotiated(),
+                "next_ino": self.files.next_ino(),
+                "servers": self.before + 1,
+                "program": program,
+            }))
+        });
+        if let Err(e) = noted {
+            self.leaving.store(false, SeqCst);
+            return Err(e);
+        }
+        let _ = self.end.lock().send(End::Handover);
+        Ok(json!({"server_pid": std::process::id()}))
     }
 
     /// The mount of the served files, where it is now.
@@ -586,6 +736,9 @@ impl Server {
                 )),
             );
         }
+        if let Some(why) = &entry.failed {
+            return Err(why.clone());
+        }
         entry.disk.clone().ok_or_else(|| in_transit(disk))
     }
 
@@ -595,6 +748,7 @@ impl Server {
             && let Some(entry) = self.table.lock().get_mut(disk)
         {
             entry.attached.id = object.id;
+            entry.noted();
         }
     }
 
@@ -615,6 +769,9 @@ impl Server {
             "peak_threads": peak,
             "requests": total,
             "can_take_over": self.session.negotiated().can_resend(),
+            "takeovers": self.before,
+            "program": std::env::current_exe().ok().map(|p| p.display().to_string()),
+            "handover": handover::VERSION,
         })
     }
 
@@ -668,6 +825,7 @@ fn share(
         .hint("attach it in the same way to share it"));
     }
     a.count += 1;
+    entry.noted();
     Ok(())
 }
 

@@ -13,7 +13,7 @@ pub mod cow;
 
 pub use cow::CowDisk;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A fixed-size array of bytes that outlives crashes. Any offset and any length within the size; all
 /// methods may be called by many threads at once.
@@ -41,6 +41,43 @@ pub trait Disk: Send + Sync {
     fn flush(&self) -> Result<()>;
     /// What stands where in `at..at+len` (rounded outwards to blocks), in order and without gaps.
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>>;
+}
+
+/// A disk that could not be opened again under its users: every request gets the same error.
+pub struct FailedDisk {
+    size: u64,
+    why: Error,
+}
+
+impl FailedDisk {
+    /// A disk of `size` bytes that fails with `why`.
+    pub fn new(size: u64, why: Error) -> FailedDisk {
+        FailedDisk { size, why }
+    }
+}
+
+impl Disk for FailedDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn read(&self, _: &mut [u8], _: u64) -> Result<()> {
+        Err(self.why.clone())
+    }
+    fn write(&self, _: &[u8], _: u64) -> Result<()> {
+        Err(self.why.clone())
+    }
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(self.why.clone())
+    }
+    fn flush(&self) -> Result<()> {
+        Err(self.why.clone())
+    }
+    fn extents(&self, _: u64, _: u64) -> Result<Vec<Extent>> {
+        Err(self.why.clone())
+    }
 }
 
 /// A stretch of a disk whose blocks come from one place.

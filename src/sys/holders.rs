@@ -113,6 +113,23 @@ fn links(dir: &Path) -> impl Iterator<Item = (PathBuf, PathBuf)> {
     entries.filter_map(|e| Some((e.path(), fs::read_link(e.path()).ok()?)))
 }
 
+/// Processes that have the file of this path open, as the kernel calls it.
+pub fn of_file(path: &Path) -> Vec<Holder> {
+    let has =
+        |pid: &i32| links(&PathBuf::from(format!("/proc/{pid}/fd"))).any(|(_, to)| to == path);
+    pids()
+        .into_iter()
+        .filter(has)
+        .filter_map(|pid| {
+            Some(Holder::Process {
+                pid,
+                comm: process::comm(pid)?,
+                how: How::Open,
+            })
+        })
+        .collect()
+}
+
 /// Who uses a block device: mounts in any namespace, devices on top, swap, and processes that have it open.
 pub fn of_device(device: &Path) -> Result<Vec<Holder>> {
     let rdev = loopdev::rdev(device)?;

@@ -1,0 +1,187 @@
+//! What is attached, and how a server takes it over from the last one.
+//!
+//! Always true: the handover says of an entry what the entry says, and says it first.
+
+use super::Attached;
+use super::handover::{Handover, Place};
+use super::protocol::{attached, attached_json, number, text};
+use crate::disk::{CowDisk, Disk, FailedDisk};
+use crate::error::{Error, Kind, Result};
+use crate::serve::files::Files;
+use crate::store::{Object, Store};
+use parking_lot::Mutex;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a disk may be held by a command that found it free between two servers.
+const HELD: Duration = Duration::from_secs(30);
+
+/// Where an attachment stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    /// Being attached by a command.
+    Opening,
+    /// Attached.
+    Ready,
+    /// Being detached by a command.
+    Closing,
+}
+
+pub(super) struct Entry {
+    pub(super) attached: Attached,
+    pub(super) block_size: u64,
+    pub(super) ino: u64,
+    pub(super) dev: u64,
+    pub(super) disk: Option<Arc<CowDisk>>,
+    pub(super) phase: Phase,
+    /// Where the successor finds it.
+    pub(super) place: Place,
+    /// It was attached by a predecessor: who has its file open is not known from requests.
+    pub(super) inherited: bool,
+    /// Why it could not be opened again after a takeover.
+    pub(super) failed: Option<Error>,
+}
+
+impl Phase {
+    fn word(self) -> &'static str {
+        match self {
+            Phase::Opening => "opening",
+            Phase::Ready => "ready",
+            Phase::Closing => "closing",
+        }
+    }
+}
+
+impl Entry {
+    /// Leaves word of it for a successor.
+    pub(super) fn note(&self) -> Result<()> {
+        let mut said = attached_json(&self.attached);
+        said["block_size"] = self.block_size.into();
+        said["ino"] = self.ino.into();
+        said["dev"] = self.dev.into();
+        said["phase"] = self.phase.word().into();
+        self.place.write(&said)
+    }
+    pub(super) fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.noted();
+    }
+    pub(super) fn noted(&self) {
+        if let Err(e) = self.note() {
+            tracing::warn!(disk = self.attached.name, "{e}");
+        }
+    }
+}
+
+/// Opens again what the last server had attached. What cannot be opened gives errors, and does not keep the rest from going on.
+pub(super) fn inherit(
+    store: &Store,
+    files: &Files,
+    handover: &Arc<Handover>,
+) -> Result<BTreeMap<String, Entry>> {
+    let left = Mutex::new(handover.left()?.into_iter());
+    let table = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                loop {
+                    let next = left.lock().next();
+                    let Some((place, said)) = next else { return };
+                    match inherit_one(store, files, place, &said) {
+                        Ok(Some(entry)) => {
+                            let name = entry.attached.name.clone();
+                            table.lock().insert(name, entry);
+                        }
+                        Ok(None) => {}
+                        Err(e) => tracing::error!("an attachment cannot be taken over: {e}"),
+                    }
+                }
+            });
+        }
+    });
+    Ok(table.into_inner())
+}
+
+fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Result<Option<Entry>> {
+    let attached = attached(said)?;
+    let ino = number(said, "ino")?;
+    if ino == 0 {
+        // Nobody ever saw its file.
+        place.release();
+        return Ok(None);
+    }
+    let phase = match text(said, "phase")? {
+        "ready" => Phase::Ready,
+        "opening" => Phase::Opening,
+        _ => Phase::Closing,
+    };
+    let name = attached.name.clone();
+    let opened = reopen(store, &attached, &place);
+    let (disk, failed) = match opened {
+        Ok(disk) => {
+            files.add_with_ino(&name, disk.clone(), ino)?;
+            (Some(disk), None)
+        }
+        Err(e) => {
+            tracing::error!(
+                disk = name,
+                "cannot be taken over, gives errors from now on: {e:?}"
+            );
+            let disk = FailedDisk::new(attached.size, e.clone());
+            files.add_with_ino(&name, Arc::new(disk), ino)?;
+            (None, Some(e))
+        }
+    };
+    Ok(Some(Entry {
+        attached,
+        block_size: number(said, "block_size")?,
+        ino,
+        dev: number(said, "dev")?,
+        disk,
+        phase,
+        place,
+        inherited: true,
+        failed,
+    }))
+}
+
+fn reopen(store: &Store, attached: &Attached, place: &Place) -> Result<Arc<CowDisk>> {
+    let deadline = Instant::now() + HELD;
+    loop {
+        let opened = if attached.read_only {
+            store.open_cow(
+                &Object {
+                    name: attached.name.clone(),
+                    kind: attached.kind,
+                    id: attached.id,
+                    size: attached.size,
+                    parent: None,
+                    created: 0,
+                    message: None,
+                },
+                false,
+            )
+        } else {
+            store.resume_cow(&attached.name, place.volatile()?)
+        };
+        match opened {
+            // A command looks at it, which found it free. Its users wait as long as they would for a slow disk.
+            Err(e) if e.kind() == Kind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(disk) if disk.size() != attached.size => {
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    format!(
+                        "it has {} bytes now, and had {}",
+                        disk.size(),
+                        attached.size
+                    ),
+                ));
+            }
+            other => return other,
+        }
+    }
+}
