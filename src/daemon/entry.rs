@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub(super) place: Place,
     /// It was attached by a predecessor: who has its file open is not known from requests.
     pub(super) inherited: bool,
+    /// The command that attaches or detaches it talked to a predecessor, and has not come back yet.
+    pub(super) orphan: bool,
     /// Why it could not be opened again after a takeover.
     pub(super) failed: Option<Error>,
 }
@@ -66,6 +68,7 @@ impl Entry {
     }
     pub(super) fn set_phase(&mut self, phase: Phase) {
         self.phase = phase;
+        self.orphan = false;
         self.noted();
     }
     pub(super) fn noted(&self) {
@@ -143,6 +146,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         phase,
         place,
         inherited: true,
+        orphan: phase != Phase::Ready,
         failed,
     }))
 }

@@ -461,6 +461,7 @@ impl Server {
                 phase: Phase::Opening,
                 place: self.handover.claim()?,
                 inherited: false,
+                orphan: false,
                 failed: None,
             };
             memory = entry.place.volatile();
@@ -630,9 +631,7 @@ impl Server {
         std::thread::sleep(GRACE);
         let open: Vec<String> = {
             let table = self.table.lock();
-            let left = table
-                .values()
-                .filter(|e| e.inherited && e.phase != Phase::Ready);
+            let left = table.values().filter(|e| e.orphan);
             left.map(|e| e.attached.name.clone()).collect()
         };
         for name in open {

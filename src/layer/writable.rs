@@ -860,9 +860,12 @@ impl Layer {
             for _ in 0..3 {
                 space.settle(&self.quiesce);
             }
-            let hot: Vec<(u32, u32)> =
-                std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect();
-            (hot, std::mem::take(&mut space.journal_reserved))
+            let hot = std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect::<Vec<_>>();
+            let inherited = std::mem::take(&mut space.inherited);
+            (
+                [hot, inherited].concat(),
+                std::mem::take(&mut space.journal_reserved),
+            )
         };
         for &(start, len) in &hot {
             // Slots past the committed high-water mark go with the tail below.

@@ -5,7 +5,10 @@ use std::fs;
 
 /// Two disks attached, one of them mounted, with data that was synced.
 fn in_use() -> (World, std::path::PathBuf) {
-    let w = World::with_base();
+    in_use_of(World::with_base())
+}
+
+fn in_use_of(w: World) -> (World, std::path::PathBuf) {
     w.ok(["create", "d", "--from", "base", "--count", "3"]);
     let m = w.mkdir("m");
     w.ok(["attach", "d-1"]);
@@ -41,17 +44,35 @@ fn goes_on(w: &World, m: &std::path::Path) {
     assert_eq!(w.loops(), [""; 0], "{dead:?}");
 }
 
+/// Where the kernel could not send again what was under way, the death of the server fails cleanly.
 #[test]
-fn the_server_is_killed() {
+fn the_server_is_killed_and_no_other_can_take_over() {
     if !root() {
         return;
     }
-    let (w, m) = in_use();
+    let w = World::with_base();
+    let mut daemon = w.command(["daemon", "run"]);
+    daemon.env("FORKDISK_WITHOUT_RESEND", "1");
+    assert_eq!(daemon.status().unwrap().code(), Some(0));
+    assert_eq!(w.status()["can_take_over"], false);
+    let (w, m) = in_use_of(w);
+    let told = w.fails_here(1, &["daemon", "takeover"]);
+    assert!(told.contains("6.9"), "{told}");
     let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
     kill_and_wait(server);
-    eventually("the keeper ends or serves anew", || {
-        !alive(keeper) || w.run(["daemon", "status"]).code == 0
-    });
+    eventually("the keeper ends", || !alive(keeper));
+    let device = w.loops()[0].clone();
+    let read = std::process::Command::new("dd")
+        .args([
+            &format!("if={device}"),
+            "of=/dev/null",
+            "iflag=direct",
+            "bs=4k",
+            "count=1",
+        ])
+        .output()
+        .unwrap();
+    assert!(!read.status.success(), "{device} should give I/O errors");
     goes_on(&w, &m);
 }
 

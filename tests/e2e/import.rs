@@ -77,7 +77,8 @@ fn a_changing_image_is_refused() {
     let w = World::with_base();
     let image = w.file("busy.img", &noise(1, 64 << 20));
     let mut writer = std::process::Command::new("bash");
-    writer.args(["-c", "while :; do printf x | dd of=\"$0\" conv=notrunc bs=1 seek=$((RANDOM * 32)) status=none; done"]);
+    // By itself, without children that would outlive it.
+    writer.args(["-c", "while :; do printf x 1<>\"$0\"; done"]);
     writer.arg(&image);
     w.child(writer);
     std::thread::sleep(Duration::from_millis(100));

@@ -16,4 +16,5 @@ mod places;
 mod races;
 mod rig;
 mod space;
+mod survive;
 mod users;

@@ -64,6 +64,9 @@ const WANTED: u64 = abi::init::ASYNC_READ
     | abi::init::HAS_RESEND
     | abi::init::ABORT_ERROR;
 
+/// An environment variable that makes a kernel look like one before 6.9: to try what happens there.
+const WITHOUT_RESEND: &str = "FORKDISK_WITHOUT_RESEND";
+
 /// What a session and the kernel agreed on: all that a successor must know of the greeting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Negotiated {
@@ -369,7 +372,10 @@ fn greet(fd: &OwnedFd) -> Result<Negotiated> {
     {
         offered |= u64::from(flags2) << 32;
     }
-    let flags = offered & WANTED;
+    let mut flags = offered & WANTED;
+    if std::env::var_os(WITHOUT_RESEND).is_some() {
+        flags &= !abi::init::HAS_RESEND;
+    }
     out.minor = out.minor.min(init.minor);
     out.max_readahead = init.max_readahead;
     out.flags = flags as u32;

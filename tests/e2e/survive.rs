@@ -1,0 +1,339 @@
+//! The daemon dies and is upgraded under mounted, busy disks: nobody who uses them sees more than a pause.
+//!
+//! The suite runs a few rounds; `FORKDISK_KILLS`, `FORKDISK_UPGRADES` and `FORKDISK_ROUNDS` ask for more (`tools/takeover`, `tools/crash-daemon`), and
+//! `FORKDISK_FIGURES=FILE` for a document with what was seen.
+
+use crate::rig::*;
+use serde_json::json;
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |n| n.parse().expect(name))
+}
+
+/// Adds a document to the file of figures, if one is asked for.
+fn figures(document: &serde_json::Value) {
+    eprintln!("{document}");
+    if let Ok(path) = std::env::var("FORKDISK_FIGURES") {
+        let mut file = File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
+        writeln!(file, "{document}").unwrap();
+    }
+}
+
+fn random(below: u64) -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0) % below
+}
+
+/// A database that a child works on: one transaction after the other, each acknowledged by the number it inserted.
+struct Sqlite {
+    child: Child,
+    acknowledged: Arc<AtomicU64>,
+    reader: Option<thread::JoinHandle<Vec<String>>>,
+    stop: Arc<AtomicBool>,
+    writer: Option<thread::JoinHandle<()>>,
+}
+
+impl Sqlite {
+    fn start(db: &Path) -> Sqlite {
+        let mut child = Command::new("sqlite3")
+            .args(["-batch", "-bail", s(db)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        let output = child.stdout.take().unwrap();
+        let (acknowledged, stop) = (
+            Arc::new(AtomicU64::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (seen, end) = (acknowledged.clone(), stop.clone());
+        let reader = thread::spawn(move || {
+            let mut odd = Vec::new();
+            for line in BufReader::new(output).lines() {
+                match line.unwrap().parse::<u64>() {
+                    Ok(n) => seen.store(n, SeqCst),
+                    Err(_) => odd.push("?".to_string()),
+                }
+            }
+            odd
+        });
+        let behind = acknowledged.clone();
+        let writer = thread::spawn(move || {
+            let begin = "PRAGMA synchronous=FULL; CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, b BLOB);\n";
+            let _ = input.write_all(begin.as_bytes());
+            for n in 1.. {
+                if end.load(SeqCst) {
+                    break;
+                }
+                // One transaction, durable before the number is printed.
+                let line = format!("INSERT INTO t VALUES ({n}, randomblob(3000)); SELECT {n};\n");
+                if input.write_all(line.as_bytes()).is_err() {
+                    break;
+                }
+                while behind.load(SeqCst) + 4 < n && !end.load(SeqCst) {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        Sqlite {
+            child,
+            acknowledged,
+            reader: Some(reader),
+            stop,
+            writer: Some(writer),
+        }
+    }
+    /// Ends it in order; transactions acknowledged.
+    fn finish(mut self) -> u64 {
+        self.stop.store(true, SeqCst);
+        self.writer.take().unwrap().join().unwrap();
+        let out = self.child.wait_with_output().unwrap();
+        let odd = self.reader.take().unwrap().join().unwrap();
+        assert!(odd.is_empty(), "{odd:?}");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success() && said.is_empty(), "sqlite: {said}");
+        self.acknowledged.load(SeqCst)
+    }
+}
+
+fn sqlite(db: &Path, sql: &str) -> String {
+    tool("sqlite3", ["-batch", s(db), sql]).trim().to_string()
+}
+
+/// Longest wait of a small direct write and its fsync, since it was last asked for.
+struct Probe {
+    longest: Arc<Mutex<Duration>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<u64>>,
+}
+
+impl Probe {
+    fn start(path: PathBuf) -> Probe {
+        let longest = Arc::new(Mutex::new(Duration::ZERO));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (seen, end) = (longest.clone(), stop.clone());
+        fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let thread = thread::spawn(move || {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(0o40000)
+                .open(path)
+                .unwrap();
+            // Direct I/O wants an aligned buffer.
+            let mut memory = vec![0u8; 8192];
+            let shift = memory.as_ptr().align_offset(4096);
+            let mut n = 0u64;
+            while !end.load(SeqCst) {
+                let begun = Instant::now();
+                let block = &mut memory[shift..shift + 4096];
+                let at = n % 200 * 4096;
+                block.fill(n as u8);
+                file.write_all_at(block, at)
+                    .expect("a write while servers come and go");
+                if n.is_multiple_of(8) {
+                    file.sync_data()
+                        .expect("an fsync while servers come and go");
+                }
+                block.fill(0);
+                file.read_exact_at(block, at)
+                    .expect("a read while servers come and go");
+                assert!(
+                    block.iter().all(|&b| b == n as u8),
+                    "write {n} reads as something else"
+                );
+                let mut longest = seen.lock().unwrap();
+                *longest = (*longest).max(begun.elapsed());
+                drop(longest);
+                n += 1;
+                thread::sleep(Duration::from_millis(1));
+            }
+            n
+        });
+        Probe {
+            longest,
+            stop,
+            thread: Some(thread),
+        }
+    }
+    fn longest(&self) -> Duration {
+        std::mem::take(&mut self.longest.lock().unwrap())
+    }
+    fn finish(mut self) -> u64 {
+        self.stop.store(true, SeqCst);
+        self.thread.take().unwrap().join().expect("the probe")
+    }
+}
+
+fn millis(all: &mut [Duration], part: f64) -> f64 {
+    all.sort();
+    let at = ((all.len() as f64 * part).ceil() as usize).clamp(1, all.len()) - 1;
+    (all[at].as_secs_f64() * 1e5).round() / 100.0
+}
+
+/// The same workloads while the daemon is killed and upgraded: zero errors, zero mismatches.
+#[test]
+fn killed_and_upgraded_under_mounted_disks() {
+    if !root() {
+        return;
+    }
+    let (kills, upgrades) = (number("FORKDISK_KILLS", 6), number("FORKDISK_UPGRADES", 2));
+    let w = World::new();
+    w.import_ext4("base", 1024);
+    w.ok(["create", "d", "--from", "base", "--count", "2"]);
+    let (a, b) = (w.mkdir("a"), w.mkdir("b"));
+    w.ok(["attach", "d-1", "--mount", s(&a)]);
+    w.ok(["attach", "d-2", "--mount", s(&b)]);
+    let keeper = w.pid("keeper_pid");
+    // Another program, to be upgraded to.
+    let programs = [w.path("new/forkdisk"), w.path("newer/forkdisk")];
+    for program in &programs {
+        fs::create_dir_all(program.parent().unwrap()).unwrap();
+        fs::copy(BIN, program).unwrap();
+    }
+    let mut fio = Command::new("fio");
+    fio.args([
+        "--name=verify",
+        "--rw=randrw",
+        "--rwmixread=30",
+        "--bsrange=512-64k",
+        "--bs_unaligned=0",
+        "--blockalign=512",
+    ])
+    .args([
+        "--size=96M",
+        "--numjobs=2",
+        "--iodepth=16",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--fsync=200",
+    ])
+    .args([
+        "--verify=crc32c",
+        "--verify_backlog=256",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+    ])
+    .args([
+        "--time_based",
+        "--runtime=3600",
+        "--rate=12m",
+        "--output-format=json",
+    ])
+    .arg(format!("--directory={}", a.display()))
+    .arg(format!("--output={}", w.path("fio.json").display()))
+    .stdout(Stdio::null())
+    .stderr(Stdio::null());
+    let fio = w.child(fio);
+    let db = Sqlite::start(&b.join("db"));
+    let probe = Probe::start(b.join("probe"));
+    eventually("the database works", || db.acknowledged.load(SeqCst) > 10);
+    let (mut killed, mut upgraded) = (0, 0);
+    let (mut pauses, mut upgrade_pauses) = (Vec::new(), Vec::new());
+    while killed < kills || upgraded < upgrades {
+        thread::sleep(Duration::from_millis(150 + random(350)));
+        assert!(
+            alive(fio),
+            "fio ended: {}",
+            fs::read_to_string(w.path("fio.json")).unwrap_or_default()
+        );
+        probe.longest();
+        let before = db.acknowledged.load(SeqCst);
+        let upgrade = upgraded < upgrades && killed * upgrades >= upgraded * kills.max(1);
+        if upgrade {
+            let program = &programs[upgraded as usize % 2];
+            let out = Command::new("timeout")
+                .args([
+                    "60",
+                    s(program),
+                    "-S",
+                    s(&w.store),
+                    "--json",
+                    "daemon",
+                    "takeover",
+                ])
+                .output()
+                .unwrap();
+            assert!(out.status.success(), "{out:?}\n{}", w.log());
+            upgraded += 1;
+            assert_eq!(w.status()["program"], s(program));
+        } else {
+            // With a request of a command under way now and then.
+            let server = w.pid("server_pid");
+            thread::sleep(Duration::from_millis(random(20)));
+            assert!(kill(server, "KILL"));
+            killed += 1;
+        }
+        eventually("work goes on", || db.acknowledged.load(SeqCst) > before + 2);
+        thread::sleep(Duration::from_millis(100));
+        let pause = probe.longest();
+        if upgrade {
+            &mut upgrade_pauses
+        } else {
+            &mut pauses
+        }
+        .push(pause);
+        if killed == kills / 2 && killed > 0 {
+            // Commands find the daemon as before.
+            w.run(["snapshot", &format!("d-2@at-{upgraded}-{killed}")]);
+        }
+    }
+    assert_eq!(w.pid("keeper_pid"), keeper);
+    assert_eq!(w.status()["takeovers"], kills + upgrades);
+    let writes = probe.finish();
+    let transactions = db.finish();
+    assert!(kill(fio, "INT"));
+    eventually("fio ends", || !alive(fio));
+    let report = fs::read_to_string(w.path("fio.json")).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_str(&report[report.find('{').unwrap()..]).unwrap();
+    let mut ios = 0;
+    for job in report["jobs"].as_array().unwrap() {
+        assert_eq!(job["error"], 0, "fio: {job}");
+        assert_eq!(job["total_err"].as_u64().unwrap_or(0), 0);
+        ios += job["read"]["total_ios"].as_u64().unwrap()
+            + job["write"]["total_ios"].as_u64().unwrap();
+    }
+    assert!(ios > 0);
+    let db = b.join("db");
+    assert_eq!(sqlite(&db, "PRAGMA integrity_check"), "ok");
+    let rows: u64 = sqlite(&db, "SELECT count(*) FROM t").parse().unwrap();
+    assert!(
+        rows >= transactions,
+        "{transactions} transactions were acknowledged, {rows} are there"
+    );
+    let devices = [w.device_of("d-1"), w.device_of("d-2")];
+    for m in [&a, &b] {
+        tool("umount", [s(m)]);
+    }
+    for device in &devices {
+        tool("e2fsck", ["-fn", device]);
+    }
+    w.ok(["detach", "d-1", "d-2"]);
+    figures(&json!({
+        "test": "takeover", "kills": killed, "upgrades": upgraded, "fio_ios": ios, "probe_writes": writes,
+        "transactions": transactions, "errors": 0, "mismatches": 0,
+        "kill_pause_ms": {"p50": millis(&mut pauses, 0.5), "p99": millis(&mut pauses, 0.99), "max": millis(&mut pauses, 1.0)},
+        "upgrade_pause_ms": {"p50": millis(&mut upgrade_pauses, 0.5), "max": millis(&mut upgrade_pauses, 1.0)},
+    }));
+    w.finish();
+}
