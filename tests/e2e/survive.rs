@@ -337,3 +337,150 @@ fn killed_and_upgraded_under_mounted_disks() {
     }));
     w.finish();
 }
+
+/// A file that was written and synced: its number, the seed of its contents, its length.
+#[derive(Clone, Copy)]
+struct Synced {
+    seed: u64,
+    len: usize,
+}
+
+/// Writes files into a ring of names and syncs each, until it fails or is told to stop. What is acknowledged goes into `done`; the file that is
+/// being written is named by `busy`.
+fn write_files(
+    dir: &Path,
+    done: &Mutex<Vec<Option<Synced>>>,
+    busy: &AtomicU64,
+    stop: &AtomicBool,
+    seed: &AtomicU64,
+) {
+    while !stop.load(SeqCst) {
+        let seed = seed.fetch_add(1, SeqCst);
+        let slot = seed as usize % done.lock().unwrap().len();
+        let len = 1 + (seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as usize % 300_000;
+        busy.store(slot as u64, SeqCst);
+        done.lock().unwrap()[slot] = None;
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(dir.join(format!("f{slot}")))?;
+            file.write_all(&noise(seed, len))?;
+            file.sync_all()
+        };
+        if write().is_err() {
+            return;
+        }
+        done.lock().unwrap()[slot] = Some(Synced { seed, len });
+        busy.store(u64::MAX, SeqCst);
+    }
+}
+
+fn all_there(dir: &Path, done: &[Option<Synced>], story: &str) -> u64 {
+    let mut bytes = 0;
+    for (slot, synced) in done.iter().enumerate() {
+        let Some(synced) = synced else { continue };
+        let found = fs::read(dir.join(format!("f{slot}")))
+            .unwrap_or_else(|e| panic!("{story}: file {slot}: {e}"));
+        assert!(
+            found == noise(synced.seed, synced.len),
+            "{story}: file {slot} is not what was synced"
+        );
+        bytes += found.len() as u64;
+    }
+    bytes
+}
+
+/// SIGKILL at random moments, of the server alone or of the whole daemon. All that an fsync acknowledged is there, the store is sound, the
+/// filesystem is clean.
+#[test]
+fn killed_at_random_moments() {
+    if !root() {
+        return;
+    }
+    let rounds = number("FORKDISK_ROUNDS", 8);
+    let w = World::new();
+    w.import_ext4("base", 512);
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let done = Mutex::new(vec![None; 24]);
+    let seed = AtomicU64::new(1);
+    let (mut survived, mut died, mut files, mut verified) = (0u64, 0u64, 0u64, 0u64);
+    let mut mounted = false;
+    for round in 0..rounds {
+        if !mounted {
+            w.ok(["attach", "d", "--mount", s(&m)]);
+            mounted = true;
+        }
+        let status = w.status();
+        let pid = |field: &str| status[field].as_i64().unwrap() as i32;
+        let (keeper, server) = (pid("keeper_pid"), pid("server_pid"));
+        let whole = round % 2 == 1;
+        let story = format!(
+            "round {round} ({})",
+            if whole { "daemon" } else { "server" }
+        );
+        let (busy, stop) = (AtomicU64::new(u64::MAX), AtomicBool::new(false));
+        let before = seed.load(SeqCst);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| write_files(&m, &done, &busy, &stop, &seed));
+            thread::sleep(Duration::from_millis(20 + random(250)));
+            if whole {
+                // The keeper must not start another one.
+                assert!(kill(keeper, "STOP"));
+                kill_and_wait(server);
+                kill_and_wait(keeper);
+            } else {
+                assert!(kill(server, "KILL"));
+                thread::sleep(Duration::from_millis(50 + random(150)));
+                assert!(
+                    !writer.is_finished(),
+                    "{story}: the writer saw an error\n{}",
+                    w.log()
+                );
+            }
+            stop.store(true, SeqCst);
+            if whole {
+                // What waits for the dead gets its error when the mount goes.
+                w.run(["detach", s(&m)]);
+            }
+            writer.join().unwrap();
+        });
+        files += seed.load(SeqCst) - before;
+        let synced = done.lock().unwrap().clone();
+        if whole {
+            died += 1;
+            let out = w.run(["detach", s(&m)]);
+            assert!(
+                w.mounts().iter().all(|m| m.ends_with("run/disks")) && w.loops().is_empty(),
+                "{story}: {out:?} {:?} {:?}",
+                w.mounts(),
+                w.loops()
+            );
+            let check = w.run(["check"]);
+            assert_eq!(check.code, 0, "{story}: {check:?}");
+            // The journal of the filesystem is replayed, as after a power cut.
+            w.ok(["attach", "d", "--mount", s(&m)]);
+        } else {
+            survived += 1;
+        }
+        verified += all_there(&m, &synced, &story);
+        if whole || round % 16 == 0 {
+            let device = w.device_of("d");
+            tool("umount", [s(&m)]);
+            tool("e2fsck", ["-fn", &device]);
+            verified += {
+                w.ok(["detach", "d"]);
+                let check = w.run(["check"]);
+                assert_eq!(check.code, 0, "{story}: {check:?}");
+                w.ok(["attach", "d", "--mount", s(&m)]);
+                all_there(&m, &synced, &story)
+            };
+        }
+    }
+    if mounted {
+        w.ok(["detach", "d"]);
+    }
+    figures(&json!({
+        "test": "crash-daemon", "rounds": rounds, "server_killed_and_survived": survived, "daemon_killed": died,
+        "files_synced": files, "bytes_verified": verified, "lost": 0,
+    }));
+    w.finish();
+}
