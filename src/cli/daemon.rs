@@ -10,7 +10,7 @@ use crate::{
             time,
         },
     },
-    daemon::{self, Client},
+    daemon::{self, Client, Keep},
     error::{Error, Kind},
 };
 use clap::Subcommand;
@@ -31,6 +31,9 @@ pub(crate) enum Daemon {
         /// Go on as the keeper that this process was as another program
         #[arg(long, value_name = "DESCRIPTORS")]
         go_on: Option<String>,
+        /// Take the place of a dead keeper, for this server
+        #[arg(long, value_name = "PID", conflicts_with = "go_on")]
+        adopt: Option<i32>,
         /// The log goes to standard error too
         #[arg(long)]
         foreground: bool,
@@ -73,8 +76,17 @@ impl Daemon {
                 format!("would become the daemon of {shown}\n")
             }),
             Daemon::Run { foreground } => Ok(daemon::run(store, foreground)?),
-            Daemon::Keep { go_on, foreground } => {
-                Ok(daemon::keep(store, go_on.as_deref(), foreground)?)
+            Daemon::Keep {
+                go_on,
+                adopt,
+                foreground,
+            } => {
+                let how = match (go_on, adopt) {
+                    (Some(descriptors), _) => Keep::GoOn(descriptors),
+                    (None, Some(server)) => Keep::Adopt(server),
+                    (None, None) => Keep::New,
+                };
+                Ok(daemon::keep(store, how, foreground)?)
             }
             Daemon::Serve => Ok(daemon::serve(store)?),
             Daemon::Takeover => {

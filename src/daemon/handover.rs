@@ -135,6 +135,10 @@ impl Handover {
     pub fn open_file(file: &File) -> Result<Arc<Handover>> {
         Handover::open(file.try_clone().map_err(io)?)
     }
+    /// The memory itself.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
     /// What the last server said of its session.
     pub fn session(&self) -> Result<Option<Value>> {
         match self.session.read() {

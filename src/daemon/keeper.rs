@@ -8,6 +8,8 @@
 //! another one, which goes on: users of the disks see a pause. Only where the kernel cannot pass on requests (before Linux 6.9), or no server
 //! comes up any more, it ends the mount, so that I/O fails instead of hanging: what was flushed is safe in the layers.
 //!
+//! A keeper that is killed is replaced too, by the server: whoever is left brings the other back. Only if both die at once is the mount lost.
+//!
 //! For a takeover by another program the keeper itself becomes that program, with the same descriptors and the same number.
 
 use super::client::{Client, socket_path};
@@ -31,7 +33,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The hidden command that becomes the server.
@@ -118,10 +120,23 @@ pub fn serve(store: Store) -> Result<()> {
     server::run(store)
 }
 
-/// Becomes the keeper. `go_on`: the one that another program was, with these descriptors.
-pub fn keep(store: Store, go_on: Option<&str>, foreground: bool) -> Result<()> {
-    if let Some(descriptors) = go_on {
-        return Keeper::go_on(store, descriptors, foreground)?.stay();
+/// How a keeper begins.
+#[derive(Clone, Debug)]
+pub enum Keep {
+    /// With a new mount and a new server.
+    New,
+    /// As the keeper that this process was as another program, with these descriptors.
+    GoOn(String),
+    /// In the place of a dead one, for the server of this number, which is at the other end of standard input.
+    Adopt(i32),
+}
+
+/// Becomes the keeper.
+pub fn keep(store: Store, how: Keep, foreground: bool) -> Result<()> {
+    match how {
+        Keep::New => {}
+        Keep::GoOn(descriptors) => return Keeper::go_on(store, &descriptors, foreground)?.stay(),
+        Keep::Adopt(server) => return Keeper::adopt(store, server)?.stay(),
     }
     // In the background: no terminal, no directory that could not be unmounted.
     let _ = rustix::process::setsid();
@@ -176,10 +191,28 @@ struct Keeper {
 
 /// The server, as the keeper sees it.
 struct Server {
-    process: Child,
+    process: Process,
     /// Its standard input: a byte tells the server to end, its end that we are gone.
     line: UnixStream,
     since: Instant,
+}
+
+enum Process {
+    /// We started it.
+    Child(Child),
+    /// It started us. A thread sends us SIGCHLD when it ends.
+    Adopted(OwnedFd),
+}
+
+impl Process {
+    /// How it ended, for people, if it did.
+    fn ended(&mut self) -> std::io::Result<Option<String>> {
+        match self {
+            Process::Child(child) => Ok(child.try_wait()?.map(|status| status.to_string())),
+            Process::Adopted(pidfd) => Ok(process::wait_for_end(pidfd, Duration::ZERO)?
+                .then(|| "another process had started it".to_string())),
+        }
+    }
 }
 
 /// Why the keeper waits no longer.
@@ -223,7 +256,7 @@ impl Keeper {
         })();
         match begun {
             Ok((listener, memory, server)) => {
-                tracing::info!(store = %store.path().display(), server = server.process.id(), "the daemon serves");
+                tracing::info!(store = %store.path().display(), "the daemon serves");
                 Ok(Keeper {
                     store,
                     lock,
@@ -276,6 +309,50 @@ impl Keeper {
             foreground,
         })
     }
+    /// Takes the place of a dead keeper.
+    fn adopt(store: Store, server: i32) -> Result<Keeper> {
+        let _ = rustix::process::setsid();
+        let _ = std::env::set_current_dir("/");
+        signals(true);
+        let run_dir = store.run_dir();
+        log::begin(&run_dir, false)?;
+        let lock = take_lock(&run_dir)?;
+        let open = File::open(&run_dir).map_err(|e| Error::io("open", &run_dir, &e))?;
+        let io = |e: std::io::Error| Error::io("hear from", "the server", &e);
+        let line = UnixStream::from(rustix::io::dup(std::io::stdin()).map_err(|e| io(e.into()))?);
+        let (_, fds) = fdpass::receive(&line, &mut [0; 1]).map_err(io)?;
+        let [fuse, listener, memory]: [OwnedFd; 3] = fds
+            .try_into()
+            .map_err(|_| Error::new(Kind::Invalid, "the server sent no descriptors"))?;
+        let pidfd = process::pidfd(server).map_err(io)?;
+        let watched = pidfd.try_clone().map_err(io)?;
+        std::thread::Builder::new()
+            .name("server's end".into())
+            .spawn(move || {
+                while !process::wait_for_end(&watched, STOP_PATIENCE).unwrap_or(true) {}
+                let _ = rustix::process::kill_process(
+                    rustix::process::getpid(),
+                    rustix::process::Signal::CHILD,
+                );
+            })
+            .map_err(io)?;
+        (&line).write_all(b"k").map_err(io)?;
+        tracing::info!("a new keeper, as the last one died");
+        Ok(Keeper {
+            store,
+            lock,
+            run_dir: open,
+            fuse,
+            listener,
+            memory: memory.into(),
+            foreground: false,
+            server: Server {
+                process: Process::Adopted(pidfd),
+                line,
+                since: Instant::now(),
+            },
+        })
+    }
     /// Serves until the end.
     fn stay(mut self) -> Result<()> {
         let over = self.watch();
@@ -314,12 +391,12 @@ impl Keeper {
             };
             let program = said["program"].as_str().map(PathBuf::from);
             match program {
-                Some(program) if ended.success() => {
+                _ if said["ended"] == true => return Over::Ended,
+                Some(program) => {
                     let e = self.become_another(&program);
                     tracing::error!("cannot become {}: {e}", program.display());
                 }
-                _ if ended.success() => return Over::Ended,
-                _ => {
+                None => {
                     let can = serde_json::from_value(said["negotiated"].clone())
                         .is_ok_and(|n: Negotiated| n.can_resend());
                     if !can {
@@ -344,9 +421,9 @@ impl Keeper {
         }
     }
     /// Waits for the server's end, and does what signals ask for.
-    fn wait(&mut self) -> std::io::Result<ExitStatus> {
+    fn wait(&mut self) -> std::io::Result<String> {
         loop {
-            if let Some(ended) = self.server.process.try_wait()? {
+            if let Some(ended) = self.server.process.ended()? {
                 return Ok(ended);
             }
             match wait_signal() {
@@ -635,7 +712,7 @@ fn start_server(
     let mut word = [0; 1];
     match sent.and_then(|_| (&here).read(&mut word)) {
         Ok(1) => Ok(Server {
-            process,
+            process: Process::Child(process),
             line: here,
             since: Instant::now(),
         }),
@@ -647,6 +724,35 @@ fn start_server(
                     .hint("its log tells why"),
             )
         }
+    }
+}
+
+/// Starts a keeper in the place of one that died, for the server that we are. Returns the line to it, and its number.
+pub(super) fn replace(
+    store: &Store,
+    fuse: impl AsFd,
+    listener: impl AsFd,
+    memory: impl AsFd,
+) -> Result<(UnixStream, i32)> {
+    let io = |e: std::io::Error| Error::io("start", "a keeper", &e);
+    let (here, there) = UnixStream::pair().map_err(io)?;
+    let own = std::process::id().to_string();
+    let child = own_command(store, KEEP_COMMAND)?
+        .args(["--adopt", &own])
+        .stdin(Stdio::from(OwnedFd::from(there)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(io)?;
+    fdpass::send(
+        &here,
+        b"d",
+        &[fuse.as_fd(), listener.as_fd(), memory.as_fd()],
+    )
+    .map_err(io)?;
+    match (&here).read(&mut [0; 1]) {
+        Ok(1) => Ok((here, child.id() as i32)),
+        _ => Err(Error::new(Kind::Io, "the new keeper could not begin")),
     }
 }
 

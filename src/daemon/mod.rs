@@ -19,7 +19,7 @@ mod server;
 
 pub use client::{Client, TakenOver};
 pub use dead::{Dead, dead_devices};
-pub use keeper::{keep, run, serve};
+pub use keeper::{Keep, keep, run, serve};
 
 use crate::store::ObjectKind;
 use crate::units::Id;

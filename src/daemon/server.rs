@@ -28,7 +28,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,7 @@ struct Server {
     /// The run directory, which may be moved with the store.
     run_dir: File,
     started: Instant,
-    keeper: i32,
+    keeper: AtomicI32,
     conversations: Mutex<usize>,
     end: Mutex<Sender<End>>,
     handover: Arc<Handover>,
@@ -118,6 +118,10 @@ fn serve(store: Store) -> Result<()> {
             (Init::Resumed(negotiated), table, number(said, "servers")?)
         }
     };
+    let io = |e: std::io::Error| Error::io("keep", "a descriptor", &e);
+    let own_fuse = fuse.try_clone().map_err(io)?;
+    let own_listener = listener.try_clone().map_err(io)?;
+    let keeper_pid = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
     let session = Session::start(fuse, files.clone(), init, Options::default())?;
     let run_dir =
         File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
@@ -130,7 +134,7 @@ fn serve(store: Store) -> Result<()> {
         settled: Condvar::new(),
         run_dir,
         started: Instant::now(),
-        keeper: rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get()),
+        keeper: AtomicI32::new(keeper_pid),
         conversations: Mutex::new(0),
         end: Mutex::new(end.clone()),
         handover,
@@ -153,19 +157,17 @@ fn serve(store: Store) -> Result<()> {
             .map(|_| ())
             .map_err(|e| Error::io("start", "a thread", &e))
     };
-    let keeper = rustix::process::getppid();
     // A terminal or a service manager signals keeper and server at once. To end here would take the disks away from under their
     // filesystems before the keeper has unmounted them: so the keeper decides.
+    let told = server.clone();
     spawn(
         "signals",
         Box::new(move || {
             loop {
                 if matches!(super::keeper::wait_signal(), libc::SIGTERM | libc::SIGINT)
-                    // Not whoever adopted us, should the keeper be gone.
-                    && let Some(parent) = rustix::process::getppid()
-                    && Some(parent) == keeper
+                    && let Some(keeper) = rustix::process::Pid::from_raw(told.keeper.load(SeqCst))
                 {
-                    let _ = rustix::process::kill_process(parent, rustix::process::Signal::TERM);
+                    let _ = rustix::process::kill_process(keeper, rustix::process::Signal::TERM);
                 }
             }
         }),
@@ -175,12 +177,26 @@ fn serve(store: Store) -> Result<()> {
     (&line)
         .write_all(b"r")
         .map_err(|e| Error::io("talk to", "the keeper", &e))?;
-    // The keeper says when to end. Its death is our end as well: nobody else would take the mount away.
+    // The keeper says when to end. If it dies, we start another one; only if that cannot be done is its death our end as well: nobody
+    // else would take the mount away.
+    let kept = server.clone();
     spawn(
         "keeper",
         Box::new(move || {
-            if !matches!((&line).read(&mut [0; 1]), Ok(1)) {
-                tracing::warn!("the keeper is gone");
+            let mut line = line;
+            while !matches!((&line).read(&mut [0; 1]), Ok(1)) {
+                tracing::error!("the keeper is gone: another one is started");
+                kept.keeper.store(0, SeqCst);
+                match keeper::replace(&kept.store, &own_fuse, &own_listener, kept.handover.file()) {
+                    Ok((new, pid)) => {
+                        line = new;
+                        kept.keeper.store(pid, SeqCst);
+                    }
+                    Err(e) => {
+                        tracing::error!("{e}");
+                        break;
+                    }
+                }
             }
             let _ = end.send(End::Stop);
         }),
@@ -403,7 +419,7 @@ impl Server {
                     ));
                 }
                 let _ = self.end.lock().send(End::Stop);
-                Ok(json!({"keeper_pid": self.keeper}))
+                Ok(json!({"keeper_pid": self.keeper.load(SeqCst)}))
             }
             "takeover" => self.leave(request),
             other => Err(Error::new(
@@ -756,7 +772,7 @@ impl Server {
         let (threads, peak) = self.session.threads();
         let total = self.files.total();
         json!({
-            "keeper_pid": self.keeper,
+            "keeper_pid": self.keeper.load(SeqCst),
             "server_pid": std::process::id(),
             "socket": run_dir.join(SOCKET),
             "mount": run_dir.join(MOUNT),
@@ -786,6 +802,16 @@ impl Server {
             if let Err(e) = self.close(&name) {
                 tracing::error!(disk = name, "{e:?}");
             }
+        }
+        // Not before: a server that dies while it closes is followed by one that has all.
+        let ended = self.handover.set_session(json!({
+            "negotiated": self.session.negotiated(),
+            "next_ino": self.files.next_ino(),
+            "servers": self.before + 1,
+            "ended": true,
+        }));
+        if let Err(e) = ended {
+            tracing::error!("{e}");
         }
     }
 }

@@ -92,16 +92,33 @@ fn keeper_and_server_are_killed() {
     goes_on(&w, &m);
 }
 
+/// Whoever is left of the two brings the other one back, again and again.
 #[test]
-fn the_keeper_is_killed() {
+fn keepers_and_servers_bring_each_other_back() {
     if !root() {
         return;
     }
     let (w, m) = in_use();
-    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
-    kill_and_wait(keeper);
-    eventually("the server follows", || !alive(server));
-    goes_on(&w, &m);
+    for round in 0..3 {
+        let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+        kill_and_wait(keeper);
+        eventually("another keeper", || {
+            let now = w.pid("keeper_pid");
+            now != 0 && now != keeper
+        });
+        assert_eq!(w.pid("server_pid"), server);
+        fs::write(m.join("g"), noise(round, 1 << 20)).unwrap();
+        let keeper = w.pid("keeper_pid");
+        kill_and_wait(server);
+        assert!(fs::read(m.join("f")).unwrap() == noise(1, 3 << 20));
+        assert!(fs::read(m.join("g")).unwrap() == noise(round, 1 << 20));
+        assert_eq!(w.pid("keeper_pid"), keeper);
+        assert_ne!(w.pid("server_pid"), server);
+        w.ok(["daemon", "takeover"]);
+        assert_eq!(w.pid("keeper_pid"), keeper);
+    }
+    w.ok(["detach", "d-1", "d-2"]);
+    w.finish();
 }
 
 #[test]
