@@ -78,6 +78,8 @@ fn fail(name: &'static str, message: impl Into<String>, fix: impl Into<String>) 
 
 /// Oldest kernel with all that is used: LOOP_CONFIGURE came with 5.8.
 const KERNEL: (u32, u32) = (5, 8);
+/// The kernel that sends requests again which a dead server had read: FUSE_NOTIFY_RESEND.
+const RESEND: (u32, u32) = (6, 9);
 /// Free space below which a store is of no use.
 const LITTLE: u64 = 64 << 20;
 /// Free space below which it is worth a warning.
@@ -88,7 +90,13 @@ const FILES: u64 = 4096;
 /// Looks at everything that matters for a store at `path`, which need not exist.
 pub fn examine(path: &Path) -> Vec<Probe> {
     let root = geteuid().is_root();
-    let mut probes = vec![kernel(), user(root), fuse(root), loop_control(root)];
+    let mut probes = vec![
+        kernel(),
+        user(root),
+        fuse(root),
+        takeover(),
+        loop_control(root),
+    ];
     if !root {
         probes.push(fusermount());
     }
@@ -117,13 +125,40 @@ fn text(e: Errno) -> String {
     text.split(" (os error").next().unwrap_or(&text).to_string()
 }
 
-fn kernel() -> Probe {
+/// The kernel's release, and the version in it.
+fn release() -> (String, (u32, u32)) {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy().into_owned();
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(|n| n.parse().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    (release, version)
+}
+
+/// Can another server go on when one dies?
+fn takeover() -> Probe {
+    let (release, version) = release();
+    let (major, minor) = RESEND;
+    match version >= RESEND {
+        true => ok(
+            "takeover",
+            "attached disks survive the death and the upgrade of the daemon",
+        ),
+        false => warn(
+            "takeover",
+            format!(
+                "{release} cannot send requests again: if the daemon dies, attached disks give I/O errors (what was flushed is safe)"
+            ),
+            format!(
+                "Linux {major}.{minor} or newer; until then detach everything before an upgrade"
+            ),
+        ),
+    }
+}
+
+fn kernel() -> Probe {
+    let (release, version) = release();
     if version >= KERNEL {
         ok("kernel", release)
     } else {

@@ -95,3 +95,31 @@ loops_below() {
         fi
     done
 }
+
+# run_survival TEST NAME=VALUE... : one test of tests/e2e/survive.rs in the release build, as root, with these variables. Prints its figures; only
+# them if $json is set.
+run_survival() {
+    local test=$1 figures log code=0
+    shift
+    ((EUID == 0)) || die "this needs root" "sudo ${0}"
+    {
+        need_cargo
+        need mkfs.ext4:e2fsprogs fio:fio sqlite3:sqlite3 losetup:mount || die "packages could not be installed" "see above"
+        need_devices
+        # The programs that run are those that were built: the suite of tests never runs this at the same time.
+        cargo build --release --locked --quiet --bin forkdisk
+        cargo test --release --locked --quiet --test e2e --no-run
+    } >&2
+    figures=$(mktemp) log=$(mktemp)
+    env FORKDISK_FIGURES="$figures" "$@" cargo test --release --locked --quiet --test e2e "$test" >"$log" 2>&1 </dev/null || code=$?
+    if ((code)); then
+        cat "$log" >&2
+    elif [[ -n ${json:-} ]]; then
+        cat "$figures"
+    else
+        tr -d '{}"' <"$figures" | tr ',' '\n' | sed 's/^/   /; s/:/: /'
+        good "$test: nothing lost, nothing wrong, in $((SECONDS - started)) s"
+    fi
+    rm -f "$figures" "$log"
+    return "$code"
+}

@@ -38,6 +38,14 @@ impl Context {
     pub fn open(&self) -> Result<Store> {
         Store::open(&self.path)
     }
+    /// Opens the store, to change or take away what must not be attached: if its daemon is between two servers, waits for the next, for
+    /// until then nobody holds the locks of the attached disks.
+    pub fn open_to_change(&self) -> Result<Store> {
+        let store = self.open()?;
+        // Without an answer the locks alone decide.
+        let _ = Client::connect(&store);
+        Ok(store)
+    }
     /// Opens the store, and makes it if there is none.
     pub fn open_or_init(&self) -> Result<Store> {
         Store::open_or_init(&self.path)

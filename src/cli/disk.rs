@@ -199,7 +199,7 @@ impl Rename {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let Rename { old, new } = &self;
-        let store = context.open()?;
+        let store = context.open_to_change()?;
         if context.dry_run {
             store.resolve(old)?;
             context.must_be_free(&store, new)?;
@@ -248,7 +248,7 @@ struct RmDoc {
 impl Rm {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
-        let store = context.open()?;
+        let store = context.open_to_change()?;
         let plan = store.plan_removal(&self.references, self.recursive)?;
         let mut named = HashSet::new();
         for reference in &self.references {

@@ -115,7 +115,7 @@ pub(crate) struct Gc {}
 
 impl Gc {
     pub(crate) fn run(self, context: &Context) -> Outcome {
-        let report = context.open()?.gc(context.dry_run)?;
+        let report = context.open_to_change()?.gc(context.dry_run)?;
         let ui = &context.ui;
         if ui.json {
             let layers: Vec<String> = report.layers.iter().map(|id| id.to_string()).collect();
