@@ -34,6 +34,7 @@ mod map;
 mod rig;
 mod scenarios;
 mod sync;
+mod sys;
 #[path = "../../src/units.rs"]
 mod units;
 

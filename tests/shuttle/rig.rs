@@ -7,8 +7,9 @@ use crate::error::Result;
 use crate::format::Header;
 use crate::io::sim::{Policy, SimDisk};
 use crate::io::{Access, Dir, File, Mapping};
-use crate::layer::{self, Layer, ReadLayer};
+use crate::layer::{self, Layer, ReadLayer, volatile};
 use crate::map::Item;
+use crate::sys::shared::SharedMemory;
 use crate::units::{Id, REGION_BLOCKS, Region};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -145,6 +146,18 @@ impl World {
     pub fn layer(&self, n: u32) -> Layer {
         Layer::open(self.file(n, Access::Write)).unwrap_or_else(|e| panic!("layer {n}: {e:?}"))
     }
+    /// The disk whose own layer is `n`, as of the death of the process that had it: also what was not flushed is there.
+    pub fn resume(&self, n: u32, memory: Arc<SharedMemory>) -> CowDisk {
+        let layer = Layer::resume(self.file(n, Access::Write), memory)
+            .unwrap_or_else(|e| panic!("layer {n}: {e:?}"));
+        CowDisk::writable(layer, self.chain(n - 1, &Budget::new(1 << 20)))
+    }
+    /// A new disk with one layer, whose volatile log outlives it.
+    pub fn disk_on(&self, memory: Arc<SharedMemory>) -> CowDisk {
+        self.create(1);
+        let layer = Layer::open_on(self.file(1, Access::Write), memory).expect("a layer");
+        CowDisk::writable(layer, self.chain(0, &Budget::new(1 << 20)))
+    }
     pub fn read_layer(&self, n: u32) -> Arc<ReadLayer> {
         let layer = ReadLayer::open(self.file(n, Access::Read));
         Arc::new(layer.unwrap_or_else(|e| panic!("layer {n}: {e:?}")))
@@ -185,6 +198,24 @@ impl World {
         }
         assert_eq!(layer.counts(), (data, zeros), "what the layer counts");
     }
+}
+
+/// Memory for a volatile log.
+pub fn memory() -> Arc<SharedMemory> {
+    volatile::private().expect("memory")
+}
+
+/// What a successor finds in `memory` if the process dies now.
+pub fn left_in(memory: &SharedMemory) -> Arc<SharedMemory> {
+    let copy = self::memory();
+    // Of each area the head and more entries than any scenario makes.
+    let mut bytes = [0; 16 << 10];
+    for area in 0..2 {
+        let at = area * (volatile::LEN / 2);
+        memory.read(at, &mut bytes);
+        copy.write(at, &bytes);
+    }
+    copy
 }
 
 pub fn block(disk: &dyn Disk, n: u64) -> Vec<u8> {

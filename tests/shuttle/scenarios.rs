@@ -26,6 +26,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("failed_sync", failed_sync),
     ("full_disk", full_disk),
     ("close", close),
+    ("death", death),
 ];
 
 fn all(threads: Vec<JoinHandle<()>>) {
@@ -106,7 +107,7 @@ fn chain_cache() {
         disk.write(&bytes(1, 4096), n * 256 * B).expect("write");
     }
     world.create(2);
-    disk.seal(None, |_| {
+    disk.seal(None, |_, _| {
         Ok((world.layer(2), world.chain(1, &Budget::new(1 << 20))))
     })
     .expect("seal");
@@ -385,7 +386,7 @@ fn seals() {
         for n in 2..4 {
             w.create(n);
             let low = m.done();
-            d.seal(None, |_| Ok((w.layer(n), w.chain(n - 1, &budget))))
+            d.seal(None, |_, _| Ok((w.layer(n), w.chain(n - 1, &budget))))
                 .expect("seal");
             m.promised(low);
             let snapshot = CowDisk::read_only(w.chain(n - 1, &budget));
@@ -539,4 +540,58 @@ fn close() {
     drop(disk);
     world.audit(1);
     model.check_moment(&world.open(1), done);
+}
+
+/// The process dies at any moment, and the next one goes on with what stands in the files and in the volatile log: all that was accepted is
+/// there, flushed or not.
+fn death() {
+    let world = Arc::new(World::new());
+    let memory = memory();
+    let disk = Arc::new(world.disk_on(memory.clone()));
+    let model = Arc::new(Model::new(2));
+    let mut threads = Vec::new();
+    for writer in 0..2 {
+        let (disk, model) = (disk.clone(), model.clone());
+        threads.push(spawn(move || {
+            for _ in 0..4 {
+                model.write(&*disk, writer).expect("write");
+            }
+        }));
+    }
+    let (d, m) = (disk.clone(), model.clone());
+    threads.push(spawn(move || {
+        for _ in 0..2 {
+            m.flush(&*d).expect("flush");
+            d.checkpoint().expect("checkpoint");
+            d.maintain().expect("maintain");
+        }
+    }));
+    // A discard of what one writer never wrote, so that zeros are in the log as well.
+    let d = disk.clone();
+    threads.push(spawn(move || {
+        d.discard(3 * B, 600 * B).expect("discard");
+    }));
+    let (w, m) = (world.clone(), model.clone());
+    threads.push(spawn(move || {
+        for _ in 0..below(3) * 8 {
+            shuttle::thread::yield_now();
+        }
+        // No other thread comes between these.
+        let (low, durable) = (m.done(), m.durable());
+        let (left, memory) = (World::of(w.sim.kill()), left_in(&memory));
+        let successor = left.resume(1, memory);
+        m.check_moment(&successor, low);
+        // The next thing to happen is a power cut, before or after a flush of what was found.
+        let cut = World::of(left.sim.crash_with(Policy::AllDropped));
+        m.check_moment(&cut.open(1), durable);
+        successor.write(&bytes(7, 4096), 700 * B).expect("write");
+        successor.flush().expect("flush");
+        let cut = World::of(left.sim.crash_with(Policy::AllDropped));
+        m.check_moment(&cut.open(1), low);
+    }));
+    all(threads);
+    disk.close().expect("close");
+    drop(disk);
+    world.audit(1);
+    model.check_moment(&world.open(1), [4, 4]);
 }

@@ -1,0 +1,4 @@
+//! What of `src/sys` the core uses.
+
+#[path = "../../src/sys/shared.rs"]
+pub mod shared;
