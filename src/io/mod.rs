@@ -100,6 +100,9 @@ pub trait File: Send + Sync {
     /// Drops what memory holds of a range, where it is not dirty, so that later reads see what the disk holds: after a failed sync the
     /// two may differ. A hint, but one that the host follows for files that nobody else has open.
     fn forget_cached(&self, at: u64, len: u64);
+    /// The file, still empty, will be rewritten in place, and what is reserved in it must stay so: a copy-on-write host filesystem
+    /// would take new space for each rewriting, and have none when it is full. A hint.
+    fn keep_in_place(&self) {}
     /// Maps a range of the file for reading. Only for ranges that are immutable while mapped, of
     /// files that are locked; must lie within the file.
     fn map(&self, at: u64, len: usize) -> Result<Mapping>;

@@ -339,6 +339,13 @@ impl File for OsFile {
         let _ = fs::fadvise(&self.fd, at, len, fs::Advice::DontNeed);
     }
 
+    fn keep_in_place(&self) {
+        // Btrfs knows the flag; the others refuse it, and rewrite in place anyway.
+        if let Ok(flags) = fs::ioctl_getflags(&self.fd) {
+            let _ = fs::ioctl_setflags(&self.fd, flags | fs::IFlags::NOCOW);
+        }
+    }
+
     fn map(&self, at: u64, len: usize) -> Result<Mapping> {
         let end = check_range(&self.path, at, len as u64);
         if end.is_err() || end.is_ok_and(|end| end > self.len().unwrap_or(0)) {

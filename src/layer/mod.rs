@@ -79,6 +79,7 @@ pub fn read_header(file: &dyn File) -> Result<Header> {
 /// Writes a new layer: its header, not yet durable.
 pub fn create(file: &dyn File, header: &Header) -> Result<()> {
     use zerocopy::IntoBytes;
+    file.keep_in_place();
     file.write_at(header.as_bytes(), 0)
 }
 

@@ -10,6 +10,7 @@ mod damage;
 mod dead;
 mod figures;
 mod flow;
+mod full;
 mod import;
 mod names;
 mod places;
