@@ -174,7 +174,13 @@ impl Error {
             ),
             Kind::Permission => Some("run as the owner of the store, or as root"),
             Kind::ReadOnly => Some("the host filesystem is mounted read-only"),
-            _ => None,
+            _ => match source.raw_os_error() {
+                Some(libc::EMFILE) => Some(
+                    "no more files may be open: detach what is not needed, or raise the limit (`LimitNOFILE=` of the service, `ulimit -Hn`)",
+                ),
+                Some(libc::ENOMEM) => Some("free memory, or raise the limit of this process"),
+                _ => None,
+            },
         };
         e.0.hint = hint.map(str::to_string);
         e

@@ -205,6 +205,9 @@ pub(crate) struct Detach {
     /// A name, its device, or where it is mounted
     #[arg(value_name = "DISK|DEVICE|MOUNTPOINT", required = true, value_hint = ValueHint::AnyPath)]
     targets: Vec<String>,
+    /// Give up what was written but can no longer be flushed
+    #[arg(short, long)]
+    force: bool,
 }
 
 #[derive(Serialize)]
@@ -275,7 +278,11 @@ impl Detach {
                 let daemon = daemon
                     .as_mut()
                     .ok_or_else(|| not_attached(&attached.name))?;
-                for gone in daemon.detach(handle(attached))? {
+                let gone = match self.force {
+                    true => daemon.detach_by_force(handle(attached)),
+                    false => daemon.detach(handle(attached)),
+                };
+                for gone in gone? {
                     document.detached.push(AttachedDoc::new(&gone, &[]));
                 }
             }

@@ -240,6 +240,17 @@ impl Client {
     /// Detaches by name or device: once. The device must not be mounted any more. Returns what was detached, when all of it is
     /// durable.
     pub fn detach(&mut self, target: &str) -> Result<Vec<Attached>> {
+        self.detach_how(target, DetachOptions::default())
+    }
+    /// [`Client::detach`] also if what was written but never flushed cannot be written back: it is lost.
+    pub fn detach_by_force(&mut self, target: &str) -> Result<Vec<Attached>> {
+        let force = DetachOptions {
+            force: true,
+            ..DetachOptions::default()
+        };
+        self.detach_how(target, force)
+    }
+    fn detach_how(&mut self, target: &str, options: DetachOptions) -> Result<Vec<Attached>> {
         let answer = self.ask(json!({"op": "detach", "target": target}))?;
         let mut gone = attached(&answer["attached"])?;
         if !answer["last"].as_bool().unwrap_or(false) {
@@ -252,7 +263,7 @@ impl Client {
             read_only: gone.read_only,
         });
         if let Some(device) = &device
-            && let Err(e) = attach::detach_loop(device, DetachOptions::default())
+            && let Err(e) = attach::detach_loop(device, options)
         {
             let _ = self.ask_again(json!({"op": "detach-undo", "name": gone.name}));
             return Err(e.context(format!("cannot detach {}", gone.name)));
@@ -260,6 +271,8 @@ impl Client {
         match self.ask_again(json!({"op": "detach-done", "name": gone.name})) {
             // The server that was asked first had done it.
             Err(e) if e.kind() == Kind::NotFound => {}
+            // A disk that stopped cannot be closed as others are; the next opening recovers it.
+            Err(e) if options.force => tracing::warn!("{e}"),
             other => drop(other?),
         }
         gone.count = 0;

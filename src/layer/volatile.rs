@@ -213,7 +213,7 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
             if count > 0 {
                 return Err(
                     refuse("the volatile log holds changes of something else".into()).hint(
-                        "detach the disk and attach it again: it comes back as of its last flush",
+                        "`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush",
                     ),
                 );
             }
@@ -222,7 +222,7 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
         }
         if header.poisoned.get() != 0 {
             return Err(refuse("a sync failed before the server died".into())
-                .hint("detach the disk and attach it again: it comes back as of its last flush"));
+                .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush"));
         }
         if count > CAPACITY {
             return Err(refuse(format!(

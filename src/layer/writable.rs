@@ -486,7 +486,7 @@ impl Layer {
             )
             .layer(self.id)
             .path(self.file.path())
-            .hint("detach the disk and attach it again: it comes back as of its last flush"));
+            .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush"));
         }
         Ok(())
     }

@@ -541,7 +541,7 @@ pub fn detach(device: &Path, dev: u64, ino: u64, options: DetachOptions) -> Resu
         let error = Error::io("write back and flush", device, &e);
         if !options.force {
             return Err(error.or_hint(
-                "what was written but never flushed would be lost; `detach --force` gives it up",
+                "what was written but never flushed would be lost; `forkdisk detach --force` gives it up",
             ));
         }
         tracing::error!("{error}; detaching all the same");

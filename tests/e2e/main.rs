@@ -8,6 +8,7 @@ mod busy;
 mod daemon;
 mod damage;
 mod dead;
+mod failing;
 mod figures;
 mod flow;
 mod full;

@@ -54,6 +54,69 @@ fn a_failed_sync_stops_the_disk_until_it_is_reopened() {
     }
 }
 
+/// A block that the host cannot read is an error of that read alone: other blocks, writes and flushes go on, and the block is there once the host
+/// can read it again.
+#[test]
+fn a_failed_read_is_that_reads_alone() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 9 * 4096]);
+    let disk = open(&store, "d").expect("d");
+    disk.write(&[2; 3 * 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    for n in [0, 5] {
+        sim.fail_nth(Verb::Read, 0, FaultKind::Eio);
+        let e = disk
+            .read(&mut [0; 4096], n * B)
+            .expect_err("the host's error");
+        assert_eq!((e.kind(), e.kind().errno()), (Kind::Io, libc::EIO), "{e:?}");
+        assert!(format!("{e:?}").contains(&format!("block {n}")), "{e:?}");
+        assert_eq!(block(&*disk, n)[0], if n < 3 { 2 } else { 1 });
+        // A partial write reads what it merges with: refused, and the block is as before.
+        sim.fail_nth(Verb::Read, 0, FaultKind::Eio);
+        disk.write(&[9; 100], n * B + 50)
+            .expect_err("the host's error");
+        assert_eq!(block(&*disk, n)[50], if n < 3 { 2 } else { 1 });
+    }
+    disk.write(&[3; 4096], B).expect("write");
+    disk.flush().expect("a read that failed stops nothing");
+    disk.close().expect("close");
+    drop(disk);
+    let disk = open(&store, "d").expect("d");
+    assert_eq!(
+        (
+            block(&*disk, 0)[0],
+            block(&*disk, 1)[0],
+            block(&*disk, 5)[0]
+        ),
+        (2, 3, 1)
+    );
+}
+
+/// A write that fails is that write's alone, and the block stays as it was; after a failed sync it would not.
+#[test]
+fn a_failed_write_is_that_writes_alone() {
+    for seed in 0..40 {
+        let sim = SimDisk::new(seed);
+        let store = store_with(&sim, &[1; 9 * 4096]);
+        let disk = open(&store, "d").expect("d");
+        disk.write(&[2; 3 * 4096], 0).expect("write");
+        sim.fail_nth(Verb::Write, 0, FaultKind::Eio);
+        let e = disk.write(&[7; 2 * 4096], B).expect_err("the host's error");
+        assert_eq!(e.kind(), Kind::Io, "{e:?}");
+        let now = |disk: &dyn Disk| [0, 1, 2, 3].map(|n| block(disk, n)[0]);
+        assert_eq!(now(&*disk), [2, 2, 2, 1], "seed {seed}");
+        disk.flush().expect("flush");
+        let left = again(&sim.crash_with(Policy::AllDropped), 3);
+        assert_eq!(
+            now(&*open(&left, "d").expect("d")),
+            [2, 2, 2, 1],
+            "seed {seed}"
+        );
+        disk.write(&[7; 2 * 4096], B).expect("write");
+        assert_eq!(now(&*disk), [2, 7, 7, 1], "seed {seed}");
+    }
+}
+
 /// Every other call may fail at any time as well. What was acknowledged stays, the disk comes back when it is reopened.
 #[test]
 fn any_call_may_fail_once() {

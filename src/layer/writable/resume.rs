@@ -33,7 +33,7 @@ impl Layer {
             Error::new(Kind::Poisoned, what)
                 .layer(id)
                 .path(file.path())
-                .hint("detach the disk and attach it again: it comes back as of its last flush")
+                .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush")
         };
         let (generation, areas) = match volatile::find(&memory, &id)? {
             // It had not come far enough to accept anything.
