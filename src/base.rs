@@ -7,14 +7,15 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{self, SumsHeader, ZERO_SUM};
 use crate::io::{File, Mapping};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, blocks};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// An open base.
 pub struct Base {
     id: Id,
     file: Arc<dyn File>,
     len: u64,
-    sums: Option<Mapping>,
+    /// `scrub` may add them while the base is open.
+    sums: OnceLock<Mapping>,
     /// Its lock says that the base is in use.
     _held: Arc<dyn File>,
 }
@@ -38,30 +39,43 @@ impl Base {
             .path(file.path())
             .hint("restore the image: all disks over it depend on its exact contents"));
         }
-        let sums = match sums {
-            None => None,
-            Some(sums) => {
-                let n = blocks(len);
-                let mut head = vec![0; BLOCK_SIZE];
-                sums.read_at(&mut head, 0)?;
-                let header = SumsHeader::decode(&head, &id).map_err(|e| e.path(sums.path()))?;
-                if header.blocks.get() != n || sums.len()? < BLOCK + n * 4 {
-                    return Err(
-                        Error::new(Kind::Corrupt, "the checksums of the base are cut")
-                            .path(sums.path())
-                            .hint("restore the file from a backup, or import the image again"),
-                    );
-                }
-                Some(sums.map(BLOCK, (n * 4) as usize)?)
-            }
-        };
-        Ok(Base {
+        let base = Base {
             id,
             file,
             len,
-            sums,
+            sums: OnceLock::new(),
             _held: held,
-        })
+        };
+        if let Some(sums) = sums {
+            base.add_sums(&*sums)?;
+        }
+        Ok(base)
+    }
+    /// Takes a file of checksums into use, from now on. Those that are in use already stay.
+    pub fn add_sums(&self, sums: &dyn File) -> Result<()> {
+        let n = blocks(self.len);
+        let cut = || {
+            Error::new(Kind::Corrupt, "the checksums of the base are cut")
+                .path(sums.path())
+                .hint("restore the file from a backup; or remove it, and `forkdisk scrub` computes the checksums anew")
+        };
+        if sums.len()? < BLOCK + n * 4 {
+            return Err(cut());
+        }
+        let mut head = vec![0; BLOCK_SIZE];
+        sums.read_at(&mut head, 0)?;
+        let header = SumsHeader::decode(&head, &self.id).map_err(|e| e.path(sums.path()))?;
+        if header.blocks.get() != n {
+            return Err(cut());
+        }
+        let map = sums.map(BLOCK, (n * 4) as usize)?;
+        // Another thread may have been faster, with the same file.
+        let _ = self.sums.set(map);
+        Ok(())
+    }
+    /// Are its blocks verified when they are read?
+    pub fn has_sums(&self) -> bool {
+        self.sums.get().is_some()
     }
     /// Its id.
     pub fn id(&self) -> Id {
@@ -82,7 +96,7 @@ impl Base {
     /// The CRC that block `lba` must have, where sums are known.
     fn sum(&self, lba: u64) -> Option<u32> {
         let at = lba as usize * 4;
-        let raw = self.sums.as_ref()?.get(at..at + 4)?;
+        let raw = self.sums.get()?.get(at..at + 4)?;
         Some(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]) ^ ZERO_SUM)
     }
     /// Reads whole blocks from `lba` on; what lies past the image's end is zeros.
@@ -99,7 +113,7 @@ impl Base {
             e.context(format!("cannot read base {}", self.id))
                 .block(lba)
         })?;
-        if self.sums.is_some() {
+        if self.has_sums() {
             let whole = inside.next_multiple_of(BLOCK_SIZE);
             for (i, block) in buf[..whole].chunks_exact(BLOCK_SIZE).enumerate() {
                 let block_lba = u64::from(lba.0) + i as u64;

@@ -256,6 +256,10 @@ impl Error {
     pub fn block_lba(&self) -> Option<Lba> {
         self.0.block
     }
+    /// The byte offset in the file concerned, where known.
+    pub fn offset_at(&self) -> Option<u64> {
+        self.0.offset
+    }
     /// See [`Kind::exit_code`].
     pub fn exit_code(&self) -> u8 {
         self.0.kind.exit_code()

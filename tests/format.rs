@@ -286,6 +286,14 @@ fn keys_of_the_records() {
     store
         .snapshot("disk", "s", Some("why"))
         .expect("a snapshot");
+    store.rename("disk@s", "disk@t").expect("a new name");
+    struct Stop;
+    impl forkdisk::store::Progress for Stop {
+        fn update(&self, done: u64, _: u64) -> bool {
+            done == 0
+        }
+    }
+    forkdisk::check::scrub(&store, None, Default::default(), &Stop).expect_err("interrupted");
     fn keys(dir: &dyn Dir, file: &str, into: &mut BTreeSet<String>) {
         let file = dir.open(file, Access::Read).expect("there");
         let mut bytes = vec![0; file.len().expect("a length") as usize];
@@ -302,6 +310,8 @@ fn keys_of_the_records() {
         "forkdisk.toml",
         written.entry("forkdisk.toml").or_default(),
     );
+    let root = &**store.root();
+    keys(root, "scrub", written.entry("scrub").or_default());
     for (name, kind) in store.names_dir().list().expect("names") {
         if kind == EntryKind::File {
             keys(

@@ -129,6 +129,7 @@ enum Command {
     Doctor(store::Doctor),
     Gc(store::Gc),
     Check(store::Check),
+    Scrub(store::Scrub),
     Import(image::Import),
     Export(image::Export),
     #[command(visible_alias = "fork")]
@@ -232,6 +233,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Doctor(c) => c.run(&context),
         Command::Gc(c) => c.run(&context),
         Command::Check(c) => c.run(&context),
+        Command::Scrub(c) => c.run(&context),
         Command::Import(c) => c.run(&context),
         Command::Export(c) => c.run(&context),
         Command::Create(c) => c.run(&context),

@@ -1,7 +1,13 @@
-//! The store as a whole: `init`, `doctor`, `gc`, `check`.
+//! The store as a whole: `init`, `doctor`, `gc`, `check`, `scrub`.
 
 use crate::{
-    cli::{Outcome, Stop, context::Context, render::json::Done, ui::Paint},
+    check::{repair, scrub},
+    cli::{
+        Outcome, Stop,
+        context::Context,
+        render::{json::Done, size::parse_size},
+        ui::Paint,
+    },
     doctor::{self, Status},
     error::{Error, Kind},
     store::{CheckReport, Finding, Store},
@@ -156,12 +162,16 @@ impl Gc {
 /// Examine the structure of the store, or of one object and what it stands on
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Exit code 3: only leaks were found, space that nothing needs and `gc` frees. Exit code 4: damage."
+    after_help = "Exit code 3: only leaks were found, space that nothing needs and `gc` frees. Exit code 4: damage. \
+        Data is not read: `scrub` does that."
 )]
 pub(crate) struct Check {
     /// What to examine [default: everything]
     #[arg(value_name = "REF")]
     reference: Option<String>,
+    /// Mend what can be mended without touching data: lost names, leaks, one damaged copy of a superblock
+    #[arg(long, conflicts_with = "reference")]
+    repair: bool,
 }
 
 #[derive(Serialize)]
@@ -170,12 +180,29 @@ struct CheckDoc {
     checked: u64,
     leaks: Vec<FindingDoc>,
     corruptions: Vec<FindingDoc>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repairs: Option<Vec<RepairDoc>>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    dry_run: bool,
+}
+
+#[derive(Serialize)]
+struct RepairDoc {
+    what: String,
+    message: String,
 }
 
 #[derive(Serialize)]
 struct FindingDoc {
     what: String,
     message: String,
+    layer: Option<String>,
+    base: Option<String>,
+    lba_start: Option<u64>,
+    lba_end: Option<u64>,
+    slot: Option<u32>,
+    offset: Option<u64>,
+    affected: Vec<String>,
 }
 
 impl From<&Finding> for FindingDoc {
@@ -183,8 +210,28 @@ impl From<&Finding> for FindingDoc {
         FindingDoc {
             what: finding.what.clone(),
             message: finding.message.clone(),
+            layer: finding.layer.map(|id| id.to_string()),
+            base: finding.base.map(|id| id.to_string()),
+            lba_start: finding.lba.map(|l| l.0),
+            lba_end: finding.lba.map(|l| l.1),
+            slot: finding.slot,
+            offset: finding.offset,
+            affected: finding.affected.clone(),
         }
     }
+}
+
+/// Findings as lines; whom damage concerns is named below it, unless that is what it was called by.
+fn lines(word: &str, list: &[Finding]) -> String {
+    let mut text = String::new();
+    for f in list {
+        text.push_str(&format!("{word}: {}: {}\n", f.what, f.message));
+        let affected = f.affected.join(", ");
+        if !affected.is_empty() && affected != f.what {
+            text.push_str(&format!("  affected: {affected}\n"));
+        }
+    }
+    text
 }
 
 impl Check {
@@ -192,6 +239,33 @@ impl Check {
         let ui = &context.ui;
         let store = context.open()?;
         signals::catch();
+        let mut repairs = None;
+        if self.repair {
+            let progress = ui.progress("examining");
+            let mut steps = repair::plan(&store, &*progress)?;
+            drop(progress);
+            let list = |word: &str, steps: &[repair::Step]| {
+                let line = |s: &repair::Step| format!("{word}: {}: {}\n", s.what, s.message);
+                steps.iter().map(line).collect::<String>()
+            };
+            if context.dry_run {
+                if !ui.json {
+                    ui.data(list("would repair", &steps))?;
+                }
+            } else if !steps.is_empty() {
+                ui.confirm(&list("to repair", &steps), "Do this?")?;
+                let progress = ui.progress("repairing");
+                steps = crate::check::repair(&store, &steps, &*progress)?;
+                if !ui.json {
+                    ui.data(list("repaired", &steps))?;
+                }
+            }
+            let step = |s: &repair::Step| RepairDoc {
+                what: s.what.clone(),
+                message: s.message.clone(),
+            };
+            repairs = Some(steps.iter().map(step).collect());
+        }
         let progress = ui.progress("checking");
         let report = crate::check::check(&store, self.reference.as_deref(), &*progress)?;
         drop(progress);
@@ -201,15 +275,11 @@ impl Check {
             checked: report.checked,
             leaks: report.leaks.iter().map(FindingDoc::from).collect(),
             corruptions: report.corruptions.iter().map(FindingDoc::from).collect(),
+            repairs,
+            dry_run: context.dry_run && self.repair,
         };
         ui.answer(document, || {
-            let findings = |word: &str, list: &[Finding]| {
-                let line = |f: &Finding| format!("{word}: {}: {}\n", f.what, f.message);
-                list.iter().map(line).collect::<String>()
-            };
-            let mut text = findings("corruption", &report.corruptions);
-            text.push_str(&findings("leak", &report.leaks));
-            text
+            lines("corruption", &report.corruptions) + &lines("leak", &report.leaks)
         })?;
         let checked = counted(report.checked as usize, "layer or base");
         match code {
@@ -228,6 +298,97 @@ impl Check {
                 Err(Stop::Code(code))
             }
         }
+    }
+}
+
+/// Read every block of the store, or of one object and what it stands on, and compare it with its checksum
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Disks can be used meanwhile. An interrupted scrub goes on where it stopped. A base that was linked or reflinked \
+        gets its checksums from the first scrub. Exit code 4: damage."
+)]
+pub(crate) struct Scrub {
+    /// What to read [default: everything]
+    #[arg(value_name = "REF")]
+    reference: Option<String>,
+    /// Read at most so many bytes a second: 100M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    rate: Option<u64>,
+    /// Begin at the beginning, also if an earlier scrub was interrupted
+    #[arg(long)]
+    restart: bool,
+}
+
+#[derive(Serialize)]
+struct ScrubDoc<'a> {
+    ok: bool,
+    dry_run: bool,
+    verified: u64,
+    total: u64,
+    layers: u64,
+    bases: u64,
+    resumed: bool,
+    summed: &'a [String],
+    skipped: Vec<FindingDoc>,
+    corruptions: Vec<FindingDoc>,
+}
+
+impl Scrub {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let store = context.open()?;
+        signals::catch();
+        let options = scrub::Options {
+            rate: self.rate,
+            restart: self.restart,
+            dry_run: context.dry_run,
+        };
+        let progress = ui.progress("scrubbing");
+        let report = scrub::scrub(&store, self.reference.as_deref(), options, &*progress)?;
+        drop(progress);
+        let ok = report.corruptions.is_empty();
+        let document = ScrubDoc {
+            ok,
+            dry_run: context.dry_run,
+            verified: report.verified,
+            total: report.total,
+            layers: report.layers,
+            bases: report.bases,
+            resumed: report.resumed,
+            summed: &report.summed,
+            skipped: report.skipped.iter().map(FindingDoc::from).collect(),
+            corruptions: report.corruptions.iter().map(FindingDoc::from).collect(),
+        };
+        ui.answer(document, || lines("corruption", &report.corruptions))?;
+        for skipped in &report.skipped {
+            ui.warn(format_args!("{}: {}", skipped.what, skipped.message));
+        }
+        for name in &report.summed {
+            ui.talk(format_args!(
+                "{name} has checksums now: its blocks are verified from here on"
+            ));
+        }
+        let layers = counted(report.layers as usize, "layer");
+        let bases = counted(report.bases as usize, "base");
+        if context.dry_run {
+            let size = ui.size(report.total);
+            let from = if report.resumed {
+                ", going on where the last scrub stopped"
+            } else {
+                ""
+            };
+            ui.talk(format_args!("would read {size}: {layers}, {bases}{from}"));
+            return Ok(());
+        }
+        let size = ui.size(report.verified);
+        let verdict = match report.corruptions.len() {
+            0 => "no damage".to_string(),
+            n => counted(n, "corruption"),
+        };
+        ui.talk(format_args!(
+            "verified {size} in {layers} and {bases}: {verdict}"
+        ));
+        if ok { Ok(()) } else { Err(Stop::Code(4)) }
     }
 }
 
@@ -255,10 +416,7 @@ mod tests {
 
     #[test]
     fn damage_outweighs_leaks() {
-        let finding = || Finding {
-            what: "x".into(),
-            message: "y".into(),
-        };
+        let finding = Finding::default;
         let mut report = CheckReport::default();
         assert_eq!(exit_code(&report), 0);
         report.leaks.push(finding());

@@ -33,6 +33,10 @@ pub struct BaseMeta {
     pub id: Id,
     /// Length of the image in bytes.
     pub len: u64,
+    /// The name it was imported under.
+    pub name: String,
+    /// How it came in: `copy`, `reflink`, `link`.
+    pub mode: String,
     /// `sha256:...`, where known.
     pub digest: Option<String>,
     /// For a linked base: the file, and what it looked like.
@@ -57,12 +61,12 @@ fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
 }
 
 impl BaseMeta {
-    fn encode(&self, mode: &str, name: &str, created: u64) -> Vec<u8> {
+    fn encode(&self, created: u64) -> Vec<u8> {
         let mut record = Record::new()
             .with("id", self.id.to_string())
             .with("len", self.len.to_string())
-            .with("mode", mode)
-            .with("name", name)
+            .with("mode", &self.mode)
+            .with("name", &self.name)
             .with("created", created.to_string())
             .with_some("digest", self.digest.as_deref());
         if let Some(link) = &self.link {
@@ -99,6 +103,8 @@ impl BaseMeta {
         Ok(BaseMeta {
             id,
             len,
+            name: record.get("name").unwrap_or_default().to_string(),
+            mode: record.get("mode").unwrap_or_default().to_string(),
             digest: record.get("digest").map(String::from),
             link,
         })
@@ -119,6 +125,18 @@ impl Store {
             return Err(tag(Error::new(Kind::Corrupt, "it belongs to another base")));
         }
         Ok(meta)
+    }
+    /// Was a base imported with checksums, and has none now? An image that was linked or reflinked has none before its first scrub.
+    pub fn sums_are_lost(&self, id: Id) -> Result<bool> {
+        let dir = self.bases.subdir(&id.to_string())?;
+        Ok(dir.entry("sums")?.is_none() && self.base_meta(id)?.mode == "copy")
+    }
+    /// Fails if a linked image is not what it was when it was linked.
+    pub fn check_link(&self, meta: &BaseMeta) -> Result<()> {
+        match &meta.link {
+            Some(link) => open_link(meta.id, link).map(|_| ()),
+            None => Ok(()),
+        }
     }
     /// Host bytes of a base's directory.
     pub(super) fn base_allocated(&self, id: Id) -> Result<u64> {
@@ -192,7 +210,7 @@ impl Store {
                     created: (self.env.now)(),
                     message: None,
                 };
-                let (staged, file) = names::stage(&*self.names, name, &record.encode())?;
+                let (staged, file) = names::stage(&*self.names, name, &record.encode(name))?;
                 file.sync()?;
                 self.names.rename_new(&staged, name)?;
                 named = true;
@@ -223,16 +241,17 @@ impl Store {
         mode: ImportMode,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let (meta, word) = match source {
+        let mut meta = match source {
             ImportSource::Reader(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
                 return Err(Error::new(Kind::Invalid, "a stream can only be copied")
                     .hint("leave --link and --reflink out"));
             }
-            ImportSource::Reader(reader) => (copy_stream(dir, id, reader, progress)?, "copy"),
+            ImportSource::Reader(reader) => copy_stream(dir, id, reader, progress)?,
             ImportSource::Path(path) => import_file(dir, id, path, mode, progress)?,
         };
+        meta.name = name.to_string();
         let file = dir.open("meta", Access::CreateNew)?;
-        file.write_at(&meta.encode(word, name, (self.env.now)()), 0)?;
+        file.write_at(&meta.encode((self.env.now)()), 0)?;
         file.sync()
     }
     /// Is a directory of `bases/` that of an import under way?
@@ -255,12 +274,31 @@ pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
         None => dir.open("image", Access::Read)?,
         Some(link) => open_link(meta.id, link)?,
     };
-    let sums = match dir.open("sums", Access::Read) {
-        Ok(file) => Some(file),
-        Err(e) if e.kind() == Kind::NotFound => None,
-        Err(e) => return Err(e),
-    };
-    Base::open(meta.id, image, meta.len, sums, held)
+    Base::open(meta.id, image, meta.len, open_sums(&*dir)?, held)
+}
+
+/// The checksums of a base, if it has them.
+fn open_sums(dir: &dyn Dir) -> Result<Option<Arc<dyn File>>> {
+    match dir.open("sums", Access::Read) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == Kind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Checksums that `scrub` made since the base was opened are taken into use. Without them it goes on as before.
+pub(super) fn refresh_sums(store: &Store, base: &Base) {
+    if base.has_sums() {
+        return;
+    }
+    let added = store
+        .bases
+        .subdir(&base.id().to_string())
+        .and_then(|dir| open_sums(&*dir))
+        .and_then(|sums| sums.map_or(Ok(()), |sums| base.add_sums(&*sums)));
+    if let Err(e) = added {
+        tracing::warn!(base = %base.id(), "its checksums cannot be used: {e}");
+    }
 }
 
 /// Opens a linked image if it is what it was.
@@ -311,7 +349,7 @@ fn import_file(
     path: &Path,
     mode: ImportMode,
     progress: &dyn Progress,
-) -> Result<(BaseMeta, &'static str)> {
+) -> Result<BaseMeta> {
     let invalid = |what: &str, hint: &str| {
         Error::new(Kind::Invalid, format!("{} {what}", path.display())).hint(hint)
     };
@@ -347,6 +385,8 @@ fn import_file(
     let mut meta = BaseMeta {
         id,
         len: before.len(),
+        name: String::new(),
+        mode: "link".to_string(),
         digest: None,
         link: None,
     };
@@ -355,10 +395,10 @@ fn import_file(
             path: real,
             stamp: stamp(&before),
         });
-        return Ok((meta, "link"));
+        return Ok(meta);
     }
-    let word = if mode != ImportMode::Copy && reflink(dir, &*source)? {
-        "reflink"
+    meta.mode = if mode != ImportMode::Copy && reflink(dir, &*source)? {
+        "reflink".to_string()
     } else if mode == ImportMode::Reflink {
         return Err(Error::new(
             Kind::Unsupported,
@@ -367,14 +407,14 @@ fn import_file(
         .hint("source and store must be on one XFS or Btrfs filesystem; --copy copies"));
     } else {
         meta.digest = copy_file(dir, id, &*source, before.len(), progress)?;
-        "copy"
+        "copy".to_string()
     };
     let after = std::fs::metadata(&real).map_err(|e| Error::io("look at", path, &e))?;
     if stamp(&after) != stamp(&before) {
         return Err(Error::new(Kind::Busy, format!("{} was changed while it was imported", path.display()))
             .hint("stop what writes to it (detach it, shut the virtual machine down), then import it again"));
     }
-    Ok((meta, word))
+    Ok(meta)
 }
 
 /// Shares the source's blocks, if the filesystem can.
@@ -576,6 +616,8 @@ fn copy_stream(
     Ok(BaseMeta {
         id,
         len,
+        name: String::new(),
+        mode: "copy".to_string(),
         digest,
         link: None,
     })

@@ -411,6 +411,7 @@ impl Store {
     pub fn base(&self, id: Id) -> Result<Arc<Base>> {
         let mut open = self.open_bases.lock();
         if let Some(base) = open.get(&id).and_then(Weak::upgrade) {
+            import::refresh_sums(self, &base);
             return Ok(base);
         }
         let meta = self.base_meta(id)?;
@@ -459,6 +460,7 @@ impl Store {
     /// The chain from `below` down; disks over the same parent share it.
     pub fn chain(&self, below: Below) -> Result<Arc<Chain>> {
         if let Some(chain) = self.open_chains.lock().get(&below).and_then(Weak::upgrade) {
+            import::refresh_sums(self, chain.base());
             return Ok(chain);
         }
         let mut layers: Vec<Arc<ReadLayer>> = Vec::new();

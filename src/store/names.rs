@@ -82,17 +82,29 @@ pub struct NameRecord {
 }
 
 impl NameRecord {
-    /// Its bytes.
-    pub fn encode(&self) -> Vec<u8> {
+    /// Its bytes, as the file of `name`.
+    pub fn encode(&self, name: &str) -> Vec<u8> {
+        self.record(name).encode()
+    }
+    fn record(&self, name: &str) -> Record {
         Record::new()
+            .with("name", name)
             .with("kind", self.kind.word())
             .with("id", self.target.id().to_string())
             .with("created", self.created.to_string())
             .with_some("message", self.message.as_deref())
-            .encode()
     }
-    fn decode(bytes: &[u8]) -> Result<NameRecord> {
+    /// Reads the record that stands in the file of `name`. One that belongs elsewhere is damage: a file copied over another.
+    pub fn decode(bytes: &[u8], name: &str) -> Result<NameRecord> {
         let record = Record::decode(bytes)?;
+        // Records of the first stores do not say whose they are; one that is being renamed says both.
+        let whose = [record.get("name"), record.get("former")];
+        if whose[0].is_some() && !whose.contains(&Some(name)) {
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("it is the record of `{}`", whose[0].unwrap_or_default()),
+            ));
+        }
         let kind = match record.need("kind")? {
             "base" => ObjectKind::Base,
             "image" => ObjectKind::Image,
@@ -135,10 +147,10 @@ pub fn read_record(dir: &dyn Dir, name: &str) -> Result<Vec<u8>> {
 /// Reads a name; `NotFound` if there is none.
 pub fn read_name(names: &dyn Dir, name: &str) -> Result<NameRecord> {
     let bytes = read_record(names, name)?;
-    NameRecord::decode(&bytes).map_err(|e| {
+    NameRecord::decode(&bytes, name).map_err(|e| {
         e.context(format!("the record of `{name}` is damaged"))
             .path(names.path().join(name))
-            .hint("`forkdisk check` lists what is damaged; names can be rebuilt from the layer headers")
+            .hint("`forkdisk check` lists what is damaged; `forkdisk check --repair` rebuilds names from the layer headers")
     })
 }
 
@@ -155,4 +167,19 @@ pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8]) -> Result<(String, Arc<dyn
         return Err(e);
     }
     Ok((temporary, file))
+}
+
+/// Renames a name; `Exists` if the new one is taken. Its record says both names before it moves, so that it is sound at either place. Not
+/// durable before the directory is synced.
+pub fn rename(names: &dyn Dir, old: &str, new: &str) -> Result<()> {
+    if names.entry(new)?.is_some() {
+        return Err(Error::new(Kind::Exists, format!("`{new}` exists already")));
+    }
+    let record = read_name(names, old)?.record(new).with("former", old);
+    let (temporary, file) = stage(names, old, &record.encode())?;
+    file.sync()?;
+    names.rename(&temporary, old)?;
+    // A power cut must not keep the second step without the first.
+    names.sync()?;
+    names.rename_new(old, new)
 }

@@ -104,7 +104,7 @@ impl Store {
                     created,
                     message: None,
                 };
-                unsynced.push(stage(&*self.names, name, &record.encode())?.1);
+                unsynced.push(stage(&*self.names, name, &record.encode(name))?.1);
                 if !one {
                     // Thousands of files need not be open at once: all are synced together.
                     unsynced.clear();
@@ -241,7 +241,7 @@ impl Store {
                     created,
                     message,
                 };
-                let (temporary, file) = stage(&*self.names, &name, &record.encode())?;
+                let (temporary, file) = stage(&*self.names, &name, &record.encode(&name))?;
                 unsynced.push(file);
                 staged.push((temporary, name));
                 Ok::<_, Error>(())
@@ -375,7 +375,7 @@ impl Store {
             let mut renamed = false;
             for name in self.all_names()? {
                 if let Some(snap) = name.strip_prefix(&prefix) {
-                    self.names.rename_new(&name, &format!("{new}@{snap}"))?;
+                    names::rename(&*self.names, &name, &format!("{new}@{snap}"))?;
                     renamed = true;
                 }
             }
@@ -384,7 +384,7 @@ impl Store {
             }
         }
         // The object itself last: an interrupted rename is completed by the same command.
-        self.names.rename_new(&old, new).map_err(|e| {
+        names::rename(&*self.names, &old, new).map_err(|e| {
             if e.kind() == Kind::Exists {
                 taken(new)
             } else {

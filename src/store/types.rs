@@ -197,13 +197,25 @@ pub struct RemovePlan {
     pub frees: u64,
 }
 
-/// One finding of `check`.
-#[derive(Clone, Debug)]
+/// One finding of `check` or `scrub`: what it concerns, and where it is as far as that is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finding {
-    /// The object or file it concerns.
+    /// The object or file it concerns: the names of a layer or base, else its id.
     pub what: String,
     /// The sentence.
     pub message: String,
+    /// The layer whose file it is in.
+    pub layer: Option<Id>,
+    /// The base whose files it is in.
+    pub base: Option<Id>,
+    /// Blocks of the virtual disk: the first, and the one after the last.
+    pub lba: Option<(u64, u64)>,
+    /// First slot of the layer file.
+    pub slot: Option<u32>,
+    /// Byte offset in the file.
+    pub offset: Option<u64>,
+    /// All names that show what is damaged: not those above a layer that hides it.
+    pub affected: Vec<String>,
 }
 
 /// What `check` found.
