@@ -264,6 +264,18 @@ impl<'a> Check<'a> {
             needed.extend(self.survey.chain(*target));
         }
         self.report.corruptions.extend(lost);
+        // A base has a name before anything can stand on it. (A layer between others may never have had one.)
+        let bases = self.store.bases_dir().list().unwrap_or_default();
+        let bases: Vec<Id> = bases.iter().filter_map(|(n, _)| Id::parse(n)).collect();
+        for id in &bases {
+            let below = Below::Base(*id);
+            if needed.contains(&below) && self.survey.names_of(below).is_empty() {
+                self.corrupt(
+                    below,
+                    "its name is gone; `forkdisk check --repair` gives it back",
+                );
+            }
+        }
         // While a name, or what a layer stands on, is unreadable it may be what needs the rest.
         if !self.report.corruptions.is_empty() {
             return;
@@ -276,8 +288,7 @@ impl<'a> Check<'a> {
                 self.leak(finding);
             }
         }
-        let bases = self.store.bases_dir().list().unwrap_or_default();
-        for id in bases.iter().filter_map(|(n, _)| Id::parse(n)) {
+        for id in bases {
             if !needed.contains(&Below::Base(id)) {
                 let finding = self.about(Below::Base(id), garbage);
                 self.leak(finding);

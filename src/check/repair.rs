@@ -422,11 +422,18 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
             file.lock(true)?;
             store.layers_dir().remove(&name)
         }
-        Action::Leftover(path) => match path.split_once('/') {
-            Some(("names", name)) => store.names_dir().remove(name),
-            Some(("bases", name)) => remove_import(&**store.bases_dir(), name),
-            _ => store.root().remove(path),
-        },
+        Action::Leftover(path) => {
+            let removed = match path.split_once('/') {
+                Some(("names", name)) => store.names_dir().remove(name),
+                Some(("bases", name)) => remove_import(&**store.bases_dir(), name),
+                _ => store.root().remove(path),
+            };
+            match removed {
+                // The name it was to become was made anew just now.
+                Err(e) if e.kind() == Kind::NotFound => Ok(()),
+                other => other,
+            }
+        }
     }
 }
 
