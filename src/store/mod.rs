@@ -208,14 +208,16 @@ impl Store {
                 Kind::Version,
                 format!("the store {} has format version {version}, newer than this forkdisk reads ({VERSION})", path.display()),
             )
-            .hint("use a newer forkdisk"));
+            .path(&store_file)
+            .hint("use a newer forkdisk; if this one made the store, the file is damaged"));
         }
         let record = Record::decode(&bytes).map_err(|e| {
             e.context(format!("{} is damaged", store_file.display()))
                 .hint("restore the file from a backup")
         })?;
-        record.number("format").map_err(|e| e.path(&store_file))?;
-        let id = Id::parse(record.need("id")?).ok_or_else(|| {
+        let tag = |e: Error| e.path(&store_file).hint("restore the file from a backup");
+        record.number("format").map_err(tag)?;
+        let id = Id::parse(record.need("id").map_err(tag)?).ok_or_else(|| {
             Error::new(Kind::Corrupt, "the store's id is no id").path(&store_file)
         })?;
         let sub = |name: &str| {

@@ -1,8 +1,10 @@
 //! What damage does: to `check`, `scrub` and `repair`, to readers and writers, and to every decoder.
 #![allow(missing_docs, reason = "a test")]
 
+mod bounded;
 #[path = "../common/mod.rs"]
 mod common;
+mod matrix;
 mod repair;
 mod scrub;
 

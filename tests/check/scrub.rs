@@ -213,7 +213,7 @@ fn a_disk_in_use_is_verified() {
                 self.0.write(&data, lba * B).expect("write");
                 self.0.flush().expect("flush");
             }
-            if n % 3 == 0 {
+            if n.is_multiple_of(3) {
                 self.0.checkpoint().expect("checkpoint");
             }
             true
