@@ -483,8 +483,8 @@ proptest! {
 
     #[test]
     fn superblocks(
-        layer in any_id(), size in any_size(), sequence: u64, generation: u64, next_commit: u64,
-        state in STATE_WRITABLE..=STATE_SEALED, name in "\\PC{0,60}", counts in any::<[u64; 3]>(),
+        layer in any_id(), size in any_size(), sequence in 0..MAX_COUNT, generation in 0..MAX_COUNT, next_commit in 0..MAX_COUNT,
+        state in STATE_WRITABLE..=STATE_SEALED, name in "\\PC{0,60}", counts in (0..=1u64 << 32, 0..=1u64 << 32, 0..=u64::from(DATA_START)),
         run_slots in prop::collection::vec(1u32..50, 0..=MAX_RUNS), extents in 0..=INLINE_FREE, flip in 1u8..,
     ) {
         let header = Header::new(layer, Id::default(), false, 1, size, 0, "");
@@ -493,7 +493,7 @@ proptest! {
         s.generation = U64::new(generation);
         s.next_commit = U64::new(next_commit);
         s.state = U32::new(state);
-        [s.data_blocks, s.zero_blocks, s.forgotten] = counts.map(U64::new);
+        [s.data_blocks, s.zero_blocks, s.forgotten] = [counts.0, counts.1, counts.2].map(U64::new);
         s.set_name(&name);
         let mut at = DATA_START;
         for (run, slots) in s.runs.iter_mut().zip(&run_slots) {
@@ -524,6 +524,19 @@ proptest! {
             Superblock::decode(s.encode(), &layer).is_err()
         };
         prop_assert!(!refused(&|_| ()));
+        // Counters that the next change would carry over their end, and more blocks than there can be.
+        prop_assert!(refused(&|s| s.sequence = U64::new(MAX_COUNT)));
+        prop_assert!(refused(&|s| s.generation = U64::new(u64::MAX)));
+        prop_assert!(refused(&|s| s.next_commit = U64::new(u64::MAX)));
+        prop_assert!(refused(&|s| s.data_blocks = U64::new((1 << 32) + 1)));
+        prop_assert!(refused(&|s| s.zero_blocks = U64::new((1 << 32) + 1)));
+        prop_assert!(refused(&|s| s.forgotten = U64::new(s.high_water.get() + 1)));
+        if !run_slots.is_empty() {
+            prop_assert!(refused(&|s| s.runs[0].trailer_len = U32::new(MAX_TRAILER + 1)));
+        }
+        if run_slots.len() > 1 {
+            prop_assert!(refused(&|s| s.runs[1].slot = s.runs[0].slot), "two runs in one place");
+        }
         // A free list of its own, for the changes below.
         let beside = |s: &mut Superblock| {
             s.high_water = U64::new(u64::from(at) + 2);

@@ -236,7 +236,7 @@ fn claim(store: &Store) -> Result<Arc<dyn File>> {
 impl Scrub<'_> {
     fn run(&mut self, todo: &[Below], dry_run: bool) -> Result<()> {
         let sizes: Vec<u64> = todo.iter().map(|b| self.size(*b)).collect();
-        self.report.total = sizes.iter().sum();
+        self.report.total = sizes.iter().fold(0, |all: u64, n| all.saturating_add(*n));
         let from = self.position.clone();
         for (below, size) in todo.iter().zip(sizes) {
             // What was read is not read again, but where damage was found.

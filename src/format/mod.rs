@@ -45,6 +45,10 @@ pub const GROUP_REGIONS: usize = 256;
 pub const LIST_MAX: usize = 16;
 /// Zero ranges of at least this many regions stand in the trailer.
 pub const ZERO_RANGE_MIN: u32 = 8;
+/// Bytes of the trailer of the largest run: sums of 2^32 pointers in 2^23 regions, fences and zero ranges are 46 MiB.
+pub const MAX_TRAILER: u32 = 64 << 20;
+/// Counters that grow by one at a time never get here; where one has, it was not we who wrote it.
+pub const MAX_COUNT: u64 = 1 << 62;
 /// Bytes of payload under one sum.
 pub const SUM_PIECE: usize = 4096;
 /// CRC-32 of a block of zeros.
@@ -628,8 +632,22 @@ impl Superblock {
                 within(r.slot.get(), r.slots.get())
                     && r.len.get() <= bytes
                     && u64::from(r.trailer_len.get()) <= r.len.get()
-                    && r.trailer_len.get() as usize >= size_of::<RunHeader>()
+                    && (size_of::<RunHeader>()..=MAX_TRAILER as usize)
+                        .contains(&(r.trailer_len.get() as usize))
             });
+        let mut runs: Vec<(u32, u32)> = s
+            .run_refs()
+            .iter()
+            .map(|r| (r.slot.get(), r.slots.get()))
+            .collect();
+        runs.sort_unstable();
+        let runs_apart = runs.windows(2).all(|w| w[1].0 - w[0].0 >= w[0].1);
+        let counts_sound = [s.sequence, s.generation, s.next_commit]
+            .iter()
+            .all(|n| n.get() < MAX_COUNT)
+            && s.data_blocks.get() <= 1 << 32
+            && s.zero_blocks.get() <= 1 << 32
+            && s.forgotten.get() <= high_water;
         let free_bytes = u64::from(s.free_count.get()) * size_of::<FreeExtent>() as u64;
         let free_sound = s.free_count.get() as usize <= MAX_FREE_EXTENTS
             && if s.free_slot.get() == 0 {
@@ -643,6 +661,8 @@ impl Superblock {
             && valid_size(s.size.get())
             && field_name(&s.name, s.name_len).is_some()
             && runs_sound
+            && runs_apart
+            && counts_sound
             && free_sound;
         if !sound {
             return Err(damaged("superblock: a field is out of range"));

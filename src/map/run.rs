@@ -205,6 +205,15 @@ impl<W: FnMut(&[u8]) -> Result<()>> Builder<W> {
     }
 }
 
+/// Bytes of the body of a region with so many pointers.
+fn body_len(count: usize, list: bool) -> usize {
+    match (count, list) {
+        (0, _) => 0,
+        (_, true) => (count * 2).next_multiple_of(8) + count * 8,
+        (_, false) => 64 + count * 8,
+    }
+}
+
 /// A run, read in place from `B`.
 pub struct Run<B> {
     bytes: B,
@@ -250,7 +259,10 @@ impl<B: Deref<Target = [u8]>> Run<B> {
                 == sums * 4
                     + fence_count * size_of::<Fence>()
                     + range_count * size_of::<ZeroRange>();
-        if !shape {
+        // No run that was ever written has more; what claims to is not copied.
+        let few = fence_count <= REGIONS as usize / GROUP_REGIONS
+            && range_count <= (REGIONS / ZERO_RANGE_MIN) as usize;
+        if !shape || !few {
             return Err(bad("its trailer contradicts itself"));
         }
         let (fences, ranges) = rest[sums * 4..].split_at(fence_count * size_of::<Fence>());
@@ -333,6 +345,36 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         }
         Ok(&self.bytes[at..end])
     }
+    /// The directory of a group, whose regions and bodies are in order and without gaps: so a walk over all of them is as long as the run
+    /// is, whoever wrote it.
+    fn group_in_order(&self, group: usize) -> Result<&[DirEntry]> {
+        let fence = &self.fences[group];
+        let entries = self.group(fence)?;
+        let directory_end =
+            |f: &Fence| f.at.get() + u64::from(f.entries.get()) * size_of::<DirEntry>() as u64;
+        let mut at = match group.checked_sub(1) {
+            Some(before) => directory_end(&self.fences[before]),
+            None => 0,
+        };
+        let mut region = fence.region.get();
+        let next = self.fences.get(group + 1);
+        let until = next.map_or(REGIONS, |f| f.region.get());
+        for entry in entries {
+            let ordered = entry.region.get() >= region && entry.region.get() < until;
+            if !ordered || entry.at.get() != at {
+                return Err(self.bad("a directory is out of order", fence.at.get() as usize));
+            }
+            region = entry.region.get() + 1;
+            let count = entry.count.get() as usize;
+            let list = entry.flags.get() & FLAG_LIST != 0;
+            at += body_len(count, list) as u64;
+        }
+        let last = next.is_some() || directory_end(fence) == self.payload_len as u64;
+        if at != fence.at.get() || !last {
+            return Err(self.bad("it has gaps", fence.at.get() as usize));
+        }
+        Ok(entries)
+    }
     fn group(&self, fence: &Fence) -> Result<&[DirEntry]> {
         let bytes = self.checked(
             fence.at.get(),
@@ -360,12 +402,9 @@ impl<B: Deref<Target = [u8]>> Run<B> {
                 RegionMap::new()
             });
         }
-        let head = if flags & FLAG_LIST != 0 {
-            (count * 2).next_multiple_of(8)
-        } else {
-            64
-        };
-        let bytes = self.checked(at, head + count * 8)?;
+        let len = body_len(count, flags & FLAG_LIST != 0);
+        let head = len - count * 8;
+        let bytes = self.checked(at, len)?;
         let mut present = [0u64; WORDS];
         if flags & FLAG_LIST != 0 {
             let mut last = None;
@@ -428,8 +467,8 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             .fences
             .partition_point(|f| f.region.get() <= from.0)
             .saturating_sub(1);
-        let regions = self.fences[first..].iter().flat_map(move |fence| {
-            let (entries, error) = match self.group(fence) {
+        let regions = (first..self.fences.len()).flat_map(move |group| {
+            let (entries, error) = match self.group_in_order(group) {
                 Ok(entries) => (entries, None),
                 Err(e) => (&[][..], Some(Err(e))),
             };

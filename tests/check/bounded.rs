@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Largest single piece: the stores of these tests are a few MiB.
-const PIECE: usize = 64 << 20;
+const PIECE: usize = 32 << 20;
 /// All of it.
 const ALL: usize = 1 << 30;
 

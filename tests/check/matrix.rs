@@ -254,7 +254,7 @@ fn damages(subject: &Subject, path: &str, full: bool) -> Vec<Damage> {
                 (false, false) => 97,
                 (false, true) => 499,
             };
-            if at % step == 0 {
+            if at.is_multiple_of(step) {
                 let mask = 1 << (at % 8);
                 all.push(Damage::Flip { at, mask });
                 if full && !data(n) && *byte != 0 {
@@ -331,7 +331,7 @@ fn holds_map(slot: &[u8]) -> bool {
 }
 
 /// What no reader can tell from what it may be: a layer file that was cut to its header, and one whose superblocks are both zeros, look
-/// like a fork that was never opened (FORMAT.md, section 6).
+/// like a fork that was never opened (FORMAT.md, "What nobody can tell").
 fn beyond_telling(subject: &Subject, path: &str, damage: &Damage) -> bool {
     let layer = path.ends_with(".layer");
     let fresh = subject.sim.read_file(path).expect("a file").len() as u64 <= B;
