@@ -95,6 +95,9 @@ fn usage_errors_exit_with_2_and_a_hint() {
         &["attach", "a", "--mount", "/dev/null"],
         &["attach", "a", "--via", "file", "--mount", "/tmp"],
         &["snapshot", "web"],
+        &["check", "web", "--repair"],
+        &["scrub", "--rate", "fast"],
+        &["scrub", "a", "b"],
         &["ls", "everything"],
         &["daemon"],
         &["daemon", "bogus"],
@@ -135,6 +138,8 @@ fn a_missing_store_exits_with_10() {
         &["rm", "x"],
         &["gc"],
         &["check"],
+        &["check", "--repair"],
+        &["scrub"],
         &["daemon", "status"],
     ] {
         let output = forkdisk(args);

@@ -14,7 +14,7 @@ mod entry;
 mod handover;
 mod keeper;
 mod log;
-mod protocol;
+pub mod protocol;
 mod server;
 
 pub use client::{Client, TakenOver};

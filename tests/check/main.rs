@@ -4,6 +4,7 @@
 mod bounded;
 #[path = "../common/mod.rs"]
 mod common;
+mod corpus;
 mod hostile;
 mod matrix;
 mod repair;

@@ -296,7 +296,11 @@ fn a_rotten_block() {
         "{told}"
     );
     let device = w.ok(["attach", "d"]);
-    let read = |skip: u64| {
+    // Everybody else goes on meanwhile, and so do the other blocks of this disk.
+    w.ok(["create", "e", "--from", "base"]);
+    let other = w.ok(["attach", "e"]);
+    w.ok(["snapshot", "d@s"]);
+    let read_of = |device: &str, skip: u64| {
         let mut dd = std::process::Command::new("dd");
         dd.args([
             &format!("if={device}"),
@@ -309,8 +313,57 @@ fn a_rotten_block() {
         ]);
         finish(dd).code
     };
+    let read = |skip| read_of(&device, skip);
     assert_eq!((read(4), read(5), read(6)), (0, 1, 0));
+    assert_eq!((read_of(&other, 5), read_of(&other, 100)), (0, 0));
+    let write = |device: &str, at: u64| {
+        tool(
+            "dd",
+            [
+                &format!("if={}", piece.display()),
+                &format!("of={device}"),
+                "bs=4k",
+                &format!("seek={at}"),
+                "count=1",
+                "oflag=direct",
+                "conv=notrunc,fsync",
+                "status=none",
+            ],
+        )
+    };
+    write(&device, 6);
+    write(&other, 5);
+    // A scrub, with both attached, names the block, and who sees it: not the disk that writes it anew.
+    let scrub = w.run(["--json", "scrub"]);
+    assert_eq!(scrub.code, 4, "{scrub:?}");
+    let document: serde_json::Value = serde_json::from_str(&scrub.stdout).unwrap();
+    let found = &document["corruptions"][0];
+    assert_eq!(document["corruptions"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&found["lba_start"], &found["lba_end"]),
+        (&5.into(), &6.into())
+    );
+    assert_eq!(found["affected"], serde_json::json!(["d", "d@s"]));
+    assert_eq!(found["offset"], at as u64);
+    assert_eq!(found["slot"], at as u64 / 4096);
+    assert!(layer.ends_with(format!("{}.layer", found["layer"].as_str().unwrap())));
+    write(&device, 5);
+    assert_eq!((read(4), read(5), read(6)), (0, 0, 0));
+    let scrub = w.run(["scrub", "d"]);
+    assert_eq!(scrub.code, 4, "{scrub:?}");
+    assert!(
+        scrub
+            .stdout
+            .contains("d@s: block 5 does not match its checksum"),
+        "{scrub:?}"
+    );
+    assert!(!scrub.stdout.contains("affected"), "only d@s: {scrub:?}");
+    w.ok(["scrub", "e"]);
+    w.ok(["detach", "e"]);
+    w.ok(["rm", "e"]);
     w.ok(["detach", "d"]);
+    w.fails_here(4, &["export", "d@s", "out"]);
+    w.ok(["export", "d", "whole"]);
     // And in the base.
     let base = fs::read_dir(w.store.join("bases"))
         .unwrap()
@@ -324,7 +377,124 @@ fn a_rotten_block() {
     let told = w.fails_here(4, &["export", "base", "out"]);
     assert!(told.contains("block 100"), "{told}");
     assert!(!Path::new(&w.path("out")).exists());
-    w.ok(["rm", "d"]);
+    w.ok(["rm", "--yes", "-r", "d"]);
     w.ok(["rm", "base"]);
+    w.finish();
+}
+
+/// A linked image has no checksums; the first scrub makes them, and a daemon that has it open uses them from the next attach on.
+#[test]
+fn a_linked_image_that_changes_unseen() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.file("i.img", &noise(1, 1 << 20));
+    w.ok(["import", s(&image), "base", "--link"]);
+    for name in ["d", "e"] {
+        w.ok(["create", name, "--from", "base"]);
+    }
+    let device = w.ok(["attach", "d"]);
+    let would = w.json(["scrub", "-n"]);
+    assert_eq!(
+        (&would["total"], &would["verified"]),
+        (&(1 << 20).into(), &0.into())
+    );
+    assert_eq!(would["dry_run"], true);
+    assert_eq!(w.json(["info", "base"])["base_sums"], false);
+    let made = w.json(["scrub", "--rate", "100M"]);
+    assert_eq!(made["summed"], serde_json::json!(["base"]));
+    assert_eq!(w.json(["info", "base"])["base_sums"], true);
+    w.ok(["attach", "e"]);
+    let file = File::options().write(true).open(&image).unwrap();
+    let time = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(b"rotten", 30 * 4096).unwrap();
+    file.set_modified(time).unwrap();
+    let mut dd = std::process::Command::new("dd");
+    dd.args([
+        &format!("if={device}"),
+        "of=/dev/null",
+        "bs=4k",
+        "skip=30",
+        "count=1",
+        "iflag=direct",
+        "status=none",
+    ]);
+    assert_eq!(finish(dd).code, 1);
+    let scrub = w.run(["scrub"]);
+    assert_eq!(scrub.code, 4);
+    assert!(
+        scrub.stdout.contains("base: block 30") && scrub.stdout.contains("affected: base, d, e"),
+        "{scrub:?}"
+    );
+    w.ok(["detach", "d", "e"]);
+    // The owner says that it is another one: that is told without reading it.
+    file.set_modified(time + std::time::Duration::from_secs(1))
+        .unwrap();
+    let scrub = w.run(["scrub", "base"]);
+    assert!(
+        scrub.code == 4 && scrub.stdout.contains("was changed"),
+        "{scrub:?}"
+    );
+    file.write_all_at(&noise(1, 1 << 20), 0).unwrap();
+    file.set_modified(time).unwrap();
+    w.ok(["scrub"]);
+    w.finish();
+}
+
+/// SIGINT ends a scrub with 130; the next one goes on. Names that are lost come back.
+#[test]
+fn a_scrub_is_interrupted_and_names_are_repaired() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.file("i.img", &noise(1, 4 << 20));
+    w.ok(["import", s(&image), "base"]);
+    for name in ["d", "e"] {
+        w.ok(["create", name, "--from", "base"]);
+    }
+    w.ok(["attach", "e"]);
+    let slow = w.command(["scrub", "--rate", "1M"]).spawn().unwrap();
+    let position = w.store.join("scrub");
+    eventually("it runs", || position.exists());
+    w.fails_here(11, &["scrub"]);
+    let pid = w
+        .processes()
+        .into_iter()
+        .find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.windows(5).any(|word| word == b"scrub")
+        })
+        .expect("the scrub");
+    assert!(kill(pid, "INT"));
+    let out = Out::from(slow.wait_with_output().unwrap());
+    assert_eq!(out.code, 130);
+    assert_eq!(w.json(["scrub", "-n"])["resumed"], true);
+    assert_eq!(w.json(["scrub"])["resumed"], true);
+    assert!(!position.exists());
+
+    let names = w.store.join("names");
+    fs::remove_file(names.join("d")).unwrap();
+    fs::write(names.join("base"), b"rubbish").unwrap();
+    fs::write(names.join(".tmp-x"), b"half").unwrap();
+    let planned = w.run(["check", "--repair", "-n"]);
+    assert_eq!(planned.code, 4, "{planned:?}");
+    for what in [
+        "would repair: d:",
+        "would repair: base:",
+        "would repair: names/.tmp-x:",
+    ] {
+        assert!(planned.stdout.contains(what), "{planned:?}");
+    }
+    assert!(!names.join("d").exists());
+    w.fails_here(2, &["check", "--repair"]);
+    let done = w.json(["--yes", "check", "--repair"]);
+    assert_eq!(done["ok"], true);
+    assert_eq!(done["repairs"].as_array().unwrap().len(), 3);
+    assert_eq!(w.names(), ["base", "d", "e"]);
+    let again = w.json(["check", "--repair"]);
+    assert_eq!(again["repairs"].as_array().unwrap().len(), 0);
+    w.ok(["detach", "e"]);
     w.finish();
 }
