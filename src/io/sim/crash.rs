@@ -8,7 +8,7 @@
 //! is untouched, and a rename is one step.
 
 use super::{
-    Policy,
+    Harm, Policy,
     image::{Block, Change, Image, SECTOR},
     rng::Rng,
     state::{DirNode, FileNode, Ino, Node, Pending, ROOT, State},
@@ -72,6 +72,7 @@ struct Plan {
     garbage_pages: bool,
     /// What a disk may show where something else belongs.
     stale: Vec<Block>,
+    harm: Harm,
 }
 
 /// The state after a power cut.
@@ -108,11 +109,14 @@ pub(super) fn crash(state: &State, policy: Policy) -> State {
         lean,
         order,
         stale,
+        harm: Harm::default(),
     };
+    plan.harm.count(Harm::POWER_CUTS);
     if let Some(Node::Dir(root)) = state.nodes.get(&ROOT) {
         let names = plan.dir(state, root, &mut left);
         left.nodes.insert(ROOT, Node::Dir(names));
     }
+    left.harm = plan.harm;
     left
 }
 
@@ -214,8 +218,9 @@ impl Plan {
     fn dir(&mut self, state: &State, dir: &DirNode, left: &mut State) -> DirNode {
         let mut names = dir.durable.clone();
         for p in &dir.pending {
-            if self.fate(p.seq, Part::Name) == Fate::Done {
-                p.change.apply(&mut names);
+            match self.fate(p.seq, Part::Name) {
+                Fate::Done => p.change.apply(&mut names),
+                _ => self.harm.count(Harm::NAMES),
             }
         }
         let mut found = BTreeMap::<String, Ino>::new();
@@ -246,12 +251,22 @@ impl Plan {
                 Change::Write { at, bytes } => {
                     let fate = self.fate(*seq, Part::Data);
                     match fate {
-                        Fate::Done => image.put(bytes, *at),
-                        Fate::Dropped => {}
-                        Fate::Torn => self.tear(&mut image, bytes, *at),
+                        Fate::Done => {
+                            self.harm.count(Harm::DONE);
+                            image.put(bytes, *at);
+                        }
+                        Fate::Dropped => self.harm.count(Harm::DROPPED),
+                        Fate::Torn => {
+                            self.harm.count(Harm::TORN);
+                            self.tear(&mut image, bytes, *at);
+                        }
                     }
                     let end = at + bytes.len() as u64;
-                    let end = match self.growth(fate) {
+                    let growth = self.growth(fate);
+                    if end > image.len && growth != Growth::Full {
+                        self.harm.count(Harm::LENGTHS);
+                    }
+                    let end = match growth {
                         Growth::Full => end,
                         Growth::Part if end > image.len => {
                             let part = image.len + self.rng.below(end - image.len);
@@ -261,15 +276,15 @@ impl Plan {
                     };
                     image.len = image.len.max(end);
                 }
-                Change::SetLen { .. } => {
-                    if self.fate(*seq, Part::Length) == Fate::Done {
-                        image.apply(change);
-                    }
-                }
+                Change::SetLen { .. } => match self.fate(*seq, Part::Length) {
+                    Fate::Done => image.apply(change),
+                    _ => self.harm.count(Harm::LENGTHS),
+                },
                 Change::Punch { at, len } => match self.fate(*seq, Part::Data) {
                     Fate::Done => image.apply(change),
-                    Fate::Dropped => {}
+                    Fate::Dropped => self.harm.count(Harm::HOLES),
                     Fate::Torn => {
+                        self.harm.count(Harm::HOLES);
                         let start = at + self.rng.below(len + 1);
                         let end = start + self.rng.below(at + len - start + 1);
                         // Holes come in whole sectors, but for the ends of the range.
@@ -283,7 +298,7 @@ impl Plan {
                 },
                 Change::Allocate { at, len } => match self.fate(*seq, Part::Data) {
                     Fate::Done => image.reserve(*at..at + len),
-                    Fate::Dropped => {}
+                    Fate::Dropped => self.harm.count(Harm::HOLES),
                     Fate::Torn => image.reserve(*at..at + self.rng.below(len + 1)),
                 },
             }
@@ -335,6 +350,7 @@ impl Plan {
                 _ => true,
             };
             if garbage {
+                self.harm.count(Harm::GARBAGE);
                 let garbage = self.garbage(image, sector, new, start, kind, stale.as_ref());
                 image.put(&garbage, sector * SECTOR);
             } else if done {

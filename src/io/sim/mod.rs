@@ -16,26 +16,34 @@
 //! - After a failed sync its changes may be durable, gone at once, or visible and never durable.
 //! - A failed or killed write may be done in part.
 //!
-//! Not here: time, threads, and errors that depend on either.
+//! - Errors can be put on the calls of one kind ([`SimDisk::fail_nth`]), or on any calls in the order in which they come
+//!   ([`SimDisk::fail_calls`]).
+//!
+//! Not here: time and threads. What another thread would do in between is done by [`SimDisk::meanwhile`], on purpose.
 //!
 //! [`File::allocate`]: super::File::allocate
 
 mod crash;
+mod harm;
 mod image;
 mod rng;
 mod state;
 mod verbs;
 
+pub use harm::Harm;
 pub use state::FaultKind;
 
 use super::{Dir, common::fail};
 use crate::error::Result;
-use parking_lot::Mutex;
-use state::{DirNode, Fault, FileNode, Ino, Node, ROOT, State};
+use parking_lot::{Mutex, MutexGuard};
+use state::{CallFault, DirNode, Fault, FileNode, Ino, Node, ROOT, State};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+/// Damage that comes by itself.
+const ROT: &str = "damage";
 
 /// Where the root of every imaginary disk seems to be.
 const ROOT_PATH: &str = "/sim";
@@ -90,10 +98,37 @@ pub enum Policy {
     Random(u64),
 }
 
+/// What another thread does before a call of that kind.
+type Meanwhile = (Verb, Box<dyn FnOnce() + Send>);
+
+/// What all handles of one imaginary disk share.
+struct Machine {
+    state: Mutex<State>,
+    /// See [`SimDisk::meanwhile`].
+    meanwhile: Mutex<Option<Meanwhile>>,
+}
+
+impl Machine {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+    /// Lets the others come in between, if they wait for this call.
+    fn interrupt(&self, verb: Verb) {
+        let waiting = {
+            let mut meanwhile = self.meanwhile.lock();
+            let due = meanwhile.as_ref().is_some_and(|(on, _)| *on == verb);
+            meanwhile.take_if(|_| due)
+        };
+        if let Some((_, f)) = waiting {
+            f();
+        }
+    }
+}
+
 /// An imaginary disk. Clones are the same disk.
 #[derive(Clone)]
 pub struct SimDisk {
-    state: Arc<Mutex<State>>,
+    state: Arc<Machine>,
 }
 
 impl SimDisk {
@@ -103,7 +138,10 @@ impl SimDisk {
     }
     fn of(state: State) -> SimDisk {
         SimDisk {
-            state: Arc::new(Mutex::new(state)),
+            state: Arc::new(Machine {
+                state: Mutex::new(state),
+                meanwhile: Mutex::new(None),
+            }),
         }
     }
     /// From here on another seed decides what faults do.
@@ -177,9 +215,55 @@ impl SimDisk {
             stays,
         });
     }
+    /// Lets `count` calls fail, of whatever kind, from the call number `from` on (see [`SimDisk::calls`]). Of [`FaultKind::Enospc`],
+    /// calls that need no space know nothing: they fail with [`FaultKind::Eio`].
+    pub fn fail_calls(&self, from: u64, count: u64, kind: FaultKind) {
+        let calls = from..from.saturating_add(count);
+        self.state
+            .lock()
+            .call_faults
+            .push(CallFault { calls, kind });
+    }
+    /// Calls so far, those that change nothing included.
+    pub fn calls(&self) -> u64 {
+        self.state.lock().calls
+    }
     /// Takes back all faults.
     pub fn clear_faults(&self) {
-        self.state.lock().faults.clear();
+        let mut state = self.state.lock();
+        state.faults.clear();
+        state.call_faults.clear();
+    }
+    /// While they are held, faults strike nobody, calls are not counted, and the power stays on (it goes at the first operation
+    /// afterwards): for a look from outside in the middle of a history.
+    pub fn hold_faults(&self, hold: bool) {
+        self.state.lock().held = hold;
+    }
+    /// What was done to whom so far.
+    pub fn harm(&self) -> Harm {
+        self.state.lock().harm.clone()
+    }
+    /// Calls `f` once, before the next write, sync, read or hole of a file: what another thread does in between.
+    pub fn meanwhile(&self, before: Verb, f: impl FnOnce() + Send + 'static) {
+        *self.state.meanwhile.lock() = Some((before, Box::new(f)));
+    }
+    /// Is there something that [`SimDisk::meanwhile`] did not find the time for? It is taken back.
+    pub fn take_meanwhile(&self) -> bool {
+        self.state.meanwhile.lock().take().is_some()
+    }
+    /// From here on a line is kept for each operation, for people.
+    pub fn keep_trace(&self) {
+        self.state.lock().trace.get_or_insert_default();
+    }
+    /// Adds a line to those kept.
+    pub fn note(&self, line: &str) {
+        if let Some(trace) = &mut self.state.lock().trace {
+            trace.push(line.to_string());
+        }
+    }
+    /// The lines kept.
+    pub fn trace(&self) -> Vec<String> {
+        self.state.lock().trace.clone().unwrap_or_default()
     }
     /// Limits the space: whole 4 KiB blocks in use by files that have a name or are open. Names cost nothing.
     pub fn set_capacity(&self, bytes: Option<u64>) {
@@ -267,7 +351,7 @@ impl SimDisk {
     }
     /// Flips the bits of `mask` in the byte at `at`.
     pub fn flip(&self, path: &str, at: u64, mask: u8) -> Result<()> {
-        let done = self.damage("flip a bit of", path, |file| {
+        let done = self.damage(ROT, path, |file| {
             for image in [&mut file.now, &mut file.durable] {
                 // A file that was grown and not synced is shorter on the disk.
                 if at < image.len {
@@ -286,6 +370,15 @@ impl SimDisk {
                 1,
             )),
         }
+    }
+    /// Puts bytes over what a file holds, as rot of a whole sector does; the length stays.
+    pub fn overwrite(&self, path: &str, at: u64, bytes: &[u8]) -> Result<()> {
+        self.damage(ROT, path, |file| {
+            for image in [&mut file.now, &mut file.durable] {
+                let n = image.len.saturating_sub(at).min(bytes.len() as u64);
+                image.put(&bytes[..n as usize], at);
+            }
+        })
     }
     /// Sets the length of a file.
     pub fn truncate_file(&self, path: &str, len: u64) -> Result<()> {
@@ -314,6 +407,9 @@ impl SimDisk {
         let result = f(file);
         let after = file.now.blocks();
         state.used = state.used + after - before;
+        if what == ROT {
+            state.harm.count(Harm::ROT);
+        }
         Ok(result)
     }
 }

@@ -8,7 +8,7 @@
 //! - `used` is the number of blocks of all files that have a name or a handle.
 
 use super::{
-    Verb,
+    Harm, Verb,
     image::{Block, Change, Image, SECTOR, touched},
     rng::Rng,
 };
@@ -19,6 +19,7 @@ use crate::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     path::Path,
 };
 
@@ -113,6 +114,31 @@ pub(super) struct Fault {
     pub(super) stays: bool,
 }
 
+/// A fault on whatever call comes then.
+#[derive(Clone)]
+pub(super) struct CallFault {
+    pub(super) calls: Range<u64>,
+    pub(super) kind: FaultKind,
+}
+
+impl Verb {
+    /// May it find the disk full?
+    fn takes_space(self) -> bool {
+        matches!(
+            self,
+            Verb::Create
+                | Verb::CreateDir
+                | Verb::Rename
+                | Verb::Write
+                | Verb::SetLen
+                | Verb::Allocate
+                | Verb::Sync
+                | Verb::SyncDir
+                | Verb::SyncFilesystem
+        )
+    }
+}
+
 /// How an operation goes on after [`State::operation`] counted it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pass {
@@ -135,6 +161,13 @@ pub(super) struct State {
     /// Where the change stands that was in flight when the power went.
     pub(super) flight: Option<Ino>,
     pub(super) faults: Vec<Fault>,
+    pub(super) call_faults: Vec<CallFault>,
+    /// Calls that faults can be put on.
+    pub(super) calls: u64,
+    /// Faults wait, and calls are not counted.
+    pub(super) held: bool,
+    pub(super) harm: Harm,
+    pub(super) trace: Option<Vec<String>>,
     /// In blocks.
     pub(super) capacity: Option<u64>,
     pub(super) used: u64,
@@ -289,6 +322,11 @@ impl State {
             off: false,
             flight: None,
             faults: Vec::new(),
+            call_faults: Vec::new(),
+            calls: 0,
+            held: false,
+            harm: Harm::default(),
+            trace: None,
             capacity: None,
             used: 0,
             attic: Vec::new(),
@@ -313,14 +351,32 @@ impl State {
         }
         let number = self.ops;
         self.ops += 1;
-        if self.cut == Some(number) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{what} {}", path.display()));
+        }
+        if !self.held && self.cut.is_some_and(|cut| number >= cut) {
             self.off = true;
             return Ok(Pass::Flight);
         }
         Ok(self.fault(verb).map_or(Pass::Go, Pass::Fault))
     }
+    /// Adds to the last line of the trace what its operation is about.
+    pub(super) fn trace_range(&mut self, at: u64, len: u64) {
+        if let Some(line) = self.trace.as_mut().and_then(|trace| trace.last_mut()) {
+            line.push_str(&format!(" {at:#x}+{len}"));
+        }
+    }
     fn fault(&mut self, verb: Verb) -> Option<i32> {
-        let mut hit = None;
+        if self.held {
+            return None;
+        }
+        let call = self.calls;
+        self.calls += 1;
+        let on_call = self.call_faults.iter().find(|f| f.calls.contains(&call));
+        let mut hit = on_call.map(|f| match f.kind {
+            FaultKind::Enospc if !verb.takes_space() => FaultKind::Eio.errno(),
+            kind => kind.errno(),
+        });
         self.faults.retain_mut(|fault| {
             if fault.verb != verb {
                 return true;
@@ -332,6 +388,9 @@ impl State {
             hit = hit.or(Some(fault.kind.errno()));
             fault.stays
         });
+        if let Some(errno) = hit {
+            self.harm.struck(verb, errno);
+        }
         hit
     }
 
@@ -561,6 +620,10 @@ impl State {
         self.off = false;
         self.cut = None;
         self.faults.clear();
+        self.call_faults.clear();
+        self.held = false;
+        self.harm = Harm::default();
+        self.harm.count(Harm::KILLS);
     }
     fn land(&mut self, ino: Ino) {
         let done = self.rng.below(3);

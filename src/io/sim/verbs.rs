@@ -2,7 +2,7 @@
 //! as the real disk, and then changes [`State`].
 
 use super::{
-    Verb,
+    Harm, Machine, Verb,
     image::{Change, Image},
     state::{DirNode, FileNode, Ino, NameChange, Node, Pass, State, power_off},
 };
@@ -14,10 +14,9 @@ use crate::{
     },
     units::BLOCK,
 };
-use parking_lot::Mutex;
 use std::{path::PathBuf, sync::Arc};
 
-type Shared = Arc<Mutex<State>>;
+type Shared = Arc<Machine>;
 
 pub(super) struct SimDir {
     state: Shared,
@@ -284,11 +283,16 @@ impl SimFile {
         needs_room: bool,
         change: impl Fn(&FileNode, u64) -> Change,
     ) -> Result<()> {
+        self.state.interrupt(verb);
         let mut state = self.state.lock();
         let pass = state.operation(verb, what, &self.path)?;
+        state.trace_range(at, len);
         let (done, errno) = match pass {
             Pass::Go if needs_room => match state.room(self.ino, at, len) {
-                room if room < len => (room, Some(libc::ENOSPC)),
+                room if room < len => {
+                    state.harm.count(Harm::FULL);
+                    (room, Some(libc::ENOSPC))
+                }
                 _ => (len, None),
             },
             Pass::Go => (len, None),
@@ -318,6 +322,7 @@ impl SimFile {
 
 impl File for SimFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        self.state.interrupt(Verb::Read);
         let mut state = self.state.lock();
         let told = |e: Error| e.offset(at);
         state.look(Verb::Read, "read", &self.path).map_err(told)?;
@@ -344,6 +349,7 @@ impl File for SimFile {
         })
     }
     fn sync(&self) -> Result<()> {
+        self.state.interrupt(Verb::Sync);
         let mut state = self.state.lock();
         match state.operation(Verb::Sync, "sync", &self.path)? {
             Pass::Go => {
