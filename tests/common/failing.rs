@@ -24,9 +24,6 @@ impl World {
             .as_ref()
             .map(|(name, _)| self.model(name).now.clone());
         let done = self.run(op);
-        if self.sim.is_off() {
-            return Ended::Failed;
-        }
         if let Err(e) = &done {
             self.sim.note(&format!("{op}: {e}"));
         }
@@ -34,6 +31,23 @@ impl World {
         let more = |what: &str| harm.of(what) > before.of(what);
         let struck = harm != before;
         self.doubt |= more("syncs failed");
+        // A write that met a full disk makes room first, with a flush of what there is.
+        let by_itself = match (&target, &old) {
+            (Some((_, range)), Some(old)) if struck => {
+                let new = self.intended(op, old);
+                Some(Attempt::blurred(old.clone(), range.clone(), new))
+            }
+            _ => None,
+        };
+        if self.sim.is_off() {
+            if let (Some((name, _)), Some(attempt)) = (&target, by_itself) {
+                self.model(name).attempted.push(attempt);
+            }
+            return match more("syncs of names failed") {
+                true => Ended::Stopped,
+                false => Ended::Failed,
+            };
+        }
         if let Err(e) = &done {
             let reason = struck || e.kind() == Kind::Poisoned;
             assert!(reason, "{op}: nothing failed below, and yet: {e:?}");
@@ -48,10 +62,7 @@ impl World {
             return Ended::Well;
         }
         self.sim.hold_faults(true);
-        // A write that met a full disk makes room first, with a flush of what there is.
-        if let (Some((name, range)), Some(old)) = (&target, &old) {
-            let new = self.intended(op, old);
-            let attempt = Attempt::blurred(old.clone(), range.clone(), new);
+        if let (Some((name, _)), Some(attempt)) = (&target, by_itself) {
             if let Some(open) = self.open.get(name).cloned()
                 && done.is_err()
                 && open.maintain().is_ok()

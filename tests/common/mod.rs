@@ -5,13 +5,12 @@
 #![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
 
 pub mod audit;
-mod failing;
+pub mod failing;
 mod model;
 pub mod mortal;
 mod ops;
 mod rot;
 
-pub use failing::Ended;
 pub use model::{Attempt, Model};
 pub use ops::{Op, random_op};
 
@@ -84,6 +83,12 @@ pub struct UnderWay {
     removing: Vec<String>,
     /// Names that are being changed, old and new: there is one of the two, and not both.
     moving: Vec<(String, String)>,
+}
+
+impl UnderWay {
+    fn is_nothing(&self) -> bool {
+        self.making.is_empty() && self.removing.is_empty() && self.moving.is_empty()
+    }
 }
 
 /// What the histories reached, over a whole suite.
@@ -388,8 +393,8 @@ impl World {
         let Some(old) = self.pick_any(what) else {
             return Ok(());
         };
-        if !self.under_way.making.is_empty() {
-            // A snapshot that may be there would get another name as well.
+        if !self.under_way.is_nothing() {
+            // A snapshot that may be there would get another name as well, and a name in change a third one.
             self.store.gc(false)?;
             self.certain_names();
         }
@@ -469,11 +474,7 @@ impl World {
     }
     /// An operation that syncs the names has ended well: what was uncertain about them is not any more.
     fn certain_names(&mut self) {
-        let under_way = &self.under_way;
-        let nothing = under_way.making.is_empty()
-            && under_way.removing.is_empty()
-            && under_way.moving.is_empty();
-        if nothing {
+        if self.under_way.is_nothing() {
             return;
         }
         self.sim.hold_faults(true);

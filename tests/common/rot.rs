@@ -41,11 +41,9 @@ impl World {
         let world = match world {
             Ok(world) => world,
             Err(e) => {
-                assert_eq!(
-                    (path.as_str(), e.kind()),
-                    ("forkdisk.toml", Kind::Corrupt),
-                    "{story}: {e:?}"
-                );
+                // A version is looked at before the checksum: what a newer one writes need not look sound to this one.
+                let refused = matches!(e.kind(), Kind::Corrupt | Kind::Version);
+                assert!(refused && path == "forkdisk.toml", "{story}: {e:?}");
                 return;
             }
         };

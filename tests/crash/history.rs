@@ -1,6 +1,7 @@
 //! One history: some work that ends well, and then a stretch in which the power goes, a sync fails, or some call fails.
 
-use crate::common::{Ended, Op, Reached, Rng, World, audit, random_op};
+use crate::common::failing::Ended;
+use crate::common::{Op, Reached, Rng, World, audit, random_op};
 use crate::figures::{AGAIN, FAILING, Figures, POINTS, ROTTEN, SHAPES};
 use crate::shrink::quietly;
 use crate::watch::Watch;
@@ -253,11 +254,8 @@ impl History {
                 world.sim.set_capacity(None);
             }
             let ended = world.run_failing(op);
-            if world.sim.is_off() {
-                break;
-            }
-            if ended == Ended::Stopped {
-                world.stopped = true;
+            world.stopped |= ended == Ended::Stopped;
+            if world.stopped || world.sim.is_off() {
                 break;
             }
         }
