@@ -567,7 +567,7 @@ impl World {
     pub fn compare(&mut self) {
         self.compare_in("");
     }
-    fn compare_in(&mut self, story: &str) {
+    pub fn compare_in(&mut self, story: &str) {
         for (name, model) in self.disks.clone() {
             let disk = self
                 .opened(&name)

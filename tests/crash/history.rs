@@ -134,7 +134,7 @@ impl History {
                 thin_out(&mut start);
             }
         }
-        start.compare();
+        start.compare_in(&format!("history {}, without trouble", plan.seed));
         let mut reached = std::mem::take(&mut start.reached);
         let length = watch(&mut start, &plan, &mut reached);
         figures.reached(&reached);
@@ -289,12 +289,13 @@ fn watch(start: &mut World, plan: &Plan, reached: &mut Reached) -> (u64, u64) {
         watch.look(&world.sim, reached);
     }
     let length = (world.sim.calls(), world.sim.ops());
-    world.compare();
+    let story = format!("history {}, without trouble", plan.seed);
+    world.compare_in(&story);
     reached.add(&world.reached);
     world.close_all().expect("close");
-    world.compare();
+    world.compare_in(&story);
     world.close_all().expect("close");
-    audit::layers(&world.sim, &format!("history {}", plan.seed));
+    audit::layers(&world.sim, &story);
     length
 }
 

@@ -25,7 +25,7 @@ mod watch;
 use common::{Op, World};
 use figures::{AGAIN, Figures, HISTORIES, POINTS, ROTTEN, SHAPES};
 use history::{History, Plan, Trouble};
-use shrink::{Failure, quietly, shrink};
+use shrink::{Failure, NOWHERE, first_failure, quietly, shrink};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -150,7 +150,7 @@ impl Campaign {
         let made = quietly(AssertUnwindSafe(|| History::new(plan.clone(), figures)));
         let mut history = match made {
             Ok(history) => history,
-            Err(why) => return fails(self.troubles[0], u64::MAX, why),
+            Err(why) => return fails(self.troubles[0], NOWHERE, why),
         };
         for &trouble in &self.troubles {
             for place in only.unwrap_or(0).. {
@@ -178,7 +178,7 @@ fn report(trouble: Trouble, failure: Failure) -> String {
             false => String::new(),
         };
         let cut = match *place {
-            u64::MAX => String::new(),
+            NOWHERE => String::new(),
             place => format!("FORKDISK_CRASH_CUT={place} "),
         };
         format!(
@@ -199,7 +199,10 @@ fn report(trouble: Trouble, failure: Failure) -> String {
     }
     let began = Instant::now();
     let of = failure.plan.before.len() + failure.plan.stretch.len();
-    let (small, tried) = shrink(failure, trouble, Duration::from_secs(seconds));
+    let nowhere = Figures::default();
+    let (small, tried) = shrink(failure, Duration::from_secs(seconds), |plan, until| {
+        first_failure(plan, trouble, &nowhere, until)
+    });
     let took = began.elapsed().as_secs_f64();
     let left = small.plan.before.len() + small.plan.stretch.len();
     said += &format!(
@@ -214,11 +217,12 @@ fn report(trouble: Trouble, failure: Failure) -> String {
             said += &format!("   {:8} {op}\n", if i == 0 { part } else { "" });
         }
     }
-    let nowhere = Figures::default();
     let made = quietly(AssertUnwindSafe(|| {
         History::new(small.plan.clone(), &nowhere)
     }));
-    if let Ok(mut history) = made {
+    if let Ok(mut history) = made
+        && small.place != NOWHERE
+    {
         let trace = history.trace(trouble, small.place);
         let skipped = trace.len().saturating_sub(12);
         if !trace.is_empty() {
@@ -437,4 +441,39 @@ fn a_history_is_written_as_it_is_read() {
             "{bad}: {parsed:?}"
         );
     }
+}
+
+/// Of a history that fails because of two of its operations these two are left, and they are as simple as they can be.
+#[test]
+fn a_failing_history_becomes_small() {
+    let guilty = |plan: &Plan, _: Instant| {
+        let discard = plan
+            .before
+            .iter()
+            .position(|op| matches!(op, Op::Discard { .. }))?;
+        let write = |op: &Op| matches!(op, Op::Write { len, .. } if *len >= 512);
+        let place = plan.stretch.iter().position(write)? as u64;
+        Some(Failure {
+            plan: plan.clone(),
+            place,
+            why: format!(
+                "history {} at {place} (after {discard}): d{place} is lost",
+                plan.seed
+            ),
+        })
+    };
+    let mut seen = 0;
+    for seed in 0..100 {
+        let plan = Plan::random(seed);
+        let Some(failure) = guilty(&plan, Instant::now()) else {
+            continue;
+        };
+        let (small, _) = shrink(failure, Duration::from_secs(20), guilty);
+        let text = small.plan.text();
+        let expected = "1 blocks | discard 0 0+4096 | write 0 0+4096 seed ";
+        assert!(text.starts_with(expected), "{text}, of {plan:?}");
+        assert_eq!(small.place, 0);
+        seen += 1;
+    }
+    assert!(seen >= 20, "only {seen} histories");
 }

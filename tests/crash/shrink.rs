@@ -16,6 +16,9 @@ pub struct Failure {
     pub why: String,
 }
 
+/// The place of a failure without any trouble.
+pub const NOWHERE: u64 = u64::MAX;
+
 /// Does `f`; a panic in it is no noise on the terminal, but an error here.
 pub fn quietly<R>(f: impl FnOnce() -> R + UnwindSafe) -> Result<R, String> {
     thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
@@ -38,7 +41,7 @@ pub fn quietly<R>(f: impl FnOnce() -> R + UnwindSafe) -> Result<R, String> {
     })
 }
 
-/// The first place at which a plan fails. `None` also where the work before it does.
+/// The first place at which a plan fails.
 pub fn first_failure(
     plan: &Plan,
     trouble: Trouble,
@@ -46,7 +49,14 @@ pub fn first_failure(
     until: Instant,
 ) -> Option<Failure> {
     let made = quietly(AssertUnwindSafe(|| History::new(plan.clone(), figures)));
-    let mut history = made.ok()?;
+    let failed = |place, why| {
+        let plan = plan.clone();
+        Some(Failure { plan, place, why })
+    };
+    let mut history = match made {
+        Ok(history) => history,
+        Err(why) => return failed(NOWHERE, why),
+    };
     for place in 0.. {
         if Instant::now() > until {
             return None;
@@ -57,10 +67,7 @@ pub fn first_failure(
         match tried {
             Ok(true) => {}
             Ok(false) => return None,
-            Err(why) => {
-                let plan = plan.clone();
-                return Some(Failure { plan, place, why });
-            }
+            Err(why) => return failed(place, why),
         }
     }
     None
@@ -83,10 +90,14 @@ fn kind(why: &str) -> Vec<&str> {
     words
 }
 
-/// Looks for a smaller plan that fails as well, for so long. Returns the smallest found, and the number of plans that were tried.
-pub fn shrink(failure: Failure, trouble: Trouble, most: Duration) -> (Failure, u64) {
+/// Looks for a smaller plan that fails in the same way, for so long; `fails` tries one. Returns the smallest found, and the number of
+/// plans that were tried.
+pub fn shrink(
+    failure: Failure,
+    most: Duration,
+    fails: impl Fn(&Plan, Instant) -> Option<Failure>,
+) -> (Failure, u64) {
     let until = Instant::now() + most;
-    let nowhere = Figures::default();
     let mut best = failure;
     let mut tried = 0;
     let mut try_plan = |plan: Plan, best: &mut Failure| {
@@ -94,7 +105,7 @@ pub fn shrink(failure: Failure, trouble: Trouble, most: Duration) -> (Failure, u
             return false;
         }
         tried += 1;
-        match first_failure(&plan, trouble, &nowhere, until) {
+        match fails(&plan, until) {
             Some(failure) if kind(&failure.why) == kind(&best.why) => {
                 *best = failure;
                 true
