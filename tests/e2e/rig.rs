@@ -2,12 +2,12 @@
 
 use serde_json::Value;
 use std::{
-    cell::RefCell,
     ffi::OsStr,
     fs,
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::Mutex,
     thread,
     time::{Duration, Instant},
 };
@@ -47,9 +47,9 @@ pub struct World {
     pub store: PathBuf,
     _keep: tempfile::TempDir,
     /// Devices that were attached, and which use of the device it was: they are taken away at the end.
-    devices: RefCell<Vec<(String, String)>>,
+    devices: Mutex<Vec<(String, String)>>,
     /// Processes to end.
-    children: RefCell<Vec<Child>>,
+    children: Mutex<Vec<Child>>,
 }
 
 impl World {
@@ -68,8 +68,8 @@ impl World {
             store: dir.join(path),
             dir,
             _keep: keep,
-            devices: RefCell::default(),
-            children: RefCell::default(),
+            devices: Mutex::default(),
+            children: Mutex::default(),
         }
     }
     /// A store with one base, `base`: a new ext4 filesystem of 256 MiB.
@@ -212,7 +212,8 @@ impl World {
         let device = printed.trim_end();
         if device.starts_with("/dev/loop") && !device.contains('\n') {
             self.devices
-                .borrow_mut()
+                .lock()
+                .unwrap()
                 .push((device.to_string(), sequence(device)));
         }
     }
@@ -220,11 +221,11 @@ impl World {
     pub fn child(&self, mut command: Command) -> i32 {
         let child = command.spawn().unwrap();
         let pid = child.id() as i32;
-        self.children.borrow_mut().push(child);
+        self.children.lock().unwrap().push(child);
         pid
     }
     pub fn end_children(&self) {
-        for mut child in self.children.borrow_mut().drain(..) {
+        for mut child in self.children.lock().unwrap().drain(..) {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -335,7 +336,7 @@ impl World {
             };
             let ours = file.starts_with(self.dir.as_os_str().as_bytes());
             let noted = (device.clone(), sequence(&device));
-            if ours || self.devices.borrow().contains(&noted) {
+            if ours || self.devices.lock().unwrap().contains(&noted) {
                 found.push(device);
             }
         }

@@ -484,3 +484,99 @@ fn killed_at_random_moments() {
     }));
     w.finish();
 }
+
+/// Commands under way when the server dies: they end, with success or one clear error, and leave nothing half-done.
+#[test]
+fn commands_outlive_servers() {
+    if !root() {
+        return;
+    }
+    let seconds = number("FORKDISK_COMMANDS_SECONDS", 8);
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base", "--count", "3"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d-1", "--mount", s(&m)]);
+    let stop = AtomicBool::new(false);
+    let (done, broken) = (AtomicU64::new(0), AtomicU64::new(0));
+    let mut kills = 0;
+    let loops = |work: &dyn Fn(u64) -> Vec<Vec<String>>| {
+        let mut n = 0;
+        while !stop.load(SeqCst) {
+            n += 1;
+            for args in work(n) {
+                let out = w.run(&args);
+                w.note(&out.stdout);
+                match out.code {
+                    0 => drop(done.fetch_add(1, SeqCst)),
+                    // The server ended in the midst of it, or another command's undoing is still under way.
+                    1 | 11 | 12 | 13 => {
+                        assert!(out.stderr.contains("hint:"), "{args:?}: {out:?}");
+                        broken.fetch_add(1, SeqCst);
+                    }
+                    _ => panic!("{args:?}: {out:?}\n{}", w.log()),
+                }
+            }
+        }
+    };
+    let words = |line: &str| line.split(' ').map(String::from).collect::<Vec<_>>();
+    let file = m.join("f");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            loops(&|_| {
+                vec![
+                    words("attach d-2"),
+                    words("ls attached"),
+                    words("detach d-2"),
+                ]
+            })
+        });
+        scope.spawn(|| loops(&|_| vec![words("attach d-3 --via file"), words("detach d-3")]));
+        scope.spawn(|| {
+            loops(&|n| {
+                vec![
+                    words(&format!("snapshot d-1@s{n}")),
+                    words(&format!("create f{n} --from d-1")),
+                    words(&format!("rm f{n}")),
+                ]
+            })
+        });
+        scope.spawn(|| {
+            let mut n = 0;
+            while !stop.load(SeqCst) {
+                n += 1;
+                fs::write(&file, noise(n, 100_000)).expect("a write on a mounted disk");
+                tool("sync", [s(&file)]);
+                assert!(fs::read(&file).unwrap() == noise(n, 100_000));
+            }
+        });
+        let end = Instant::now() + Duration::from_secs(seconds);
+        while Instant::now() < end {
+            thread::sleep(Duration::from_millis(30 + random(200)));
+            let out = w.run(["--json", "daemon", "status"]);
+            let status: serde_json::Value = serde_json::from_str(&out.stdout).unwrap_or_default();
+            if let Some(server) = status["server_pid"].as_i64() {
+                kill(server as i32, "KILL");
+                kills += 1;
+            }
+        }
+        stop.store(true, SeqCst);
+    });
+    // What a broken command had begun is decided within seconds.
+    eventually("nothing is under way", || {
+        ["d-2", "d-3"].iter().all(|d| {
+            let out = w.run(["detach", d]);
+            out.code == 0 || out.code == 12
+        })
+    });
+    for d in ["d-2", "d-3"] {
+        let device = w.ok(["attach", d]);
+        tool("e2fsck", ["-fn", &device]);
+        w.ok(["detach", d]);
+    }
+    w.ok(["detach", "d-1"]);
+    w.ok(["gc"]);
+    figures(&json!({
+        "test": "commands", "kills": kills, "commands": done.load(SeqCst), "commands_broken_off": broken.load(SeqCst),
+    }));
+    w.finish();
+}
