@@ -716,6 +716,12 @@ impl Store {
                 );
             }
         }
+        // A link or a directory in the place of a name is unreadable, too.
+        graph.unreadable |= self
+            .names
+            .list()?
+            .iter()
+            .any(|(name, kind)| *kind != EntryKind::File && !name.starts_with('.'));
         for name in self.all_names()? {
             match names::read_name(&*self.names, &name) {
                 Ok(record) => graph.names.entry(record.target).or_default().push(name),
@@ -892,10 +898,12 @@ impl Graph {
                 at = self.nodes.get(&b).and_then(|n| n.parent);
             }
         }
-        if needed
-            .iter()
-            .any(|b| self.nodes.get(b).is_some_and(|n| n.damaged))
-        {
+        // What is needed and damaged, missing, or something else than a file may stand on anything; a base stands on nothing.
+        let unknown = |b: &Below| match self.nodes.get(b) {
+            None => matches!(b, Below::Layer(_)),
+            Some(node) => node.damaged,
+        };
+        if needed.iter().any(unknown) {
             return Vec::new();
         }
         self.nodes
