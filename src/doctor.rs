@@ -3,7 +3,7 @@
 //! Always true: examining changes nothing that outlives it. What is tried out on the store's
 //! filesystem is tried on a file without a name, or on one that is removed at once.
 
-use crate::{daemon::Client, store::Store, units::BLOCK};
+use crate::{daemon::Client, store::Store, sys::private, units::BLOCK};
 use rustix::{
     fs::{Access, AtFlags, CWD, FallocateFlags, Mode, OFlags},
     io::Errno,
@@ -115,9 +115,32 @@ pub fn examine(path: &Path) -> Vec<Probe> {
             "run as the owner of the store, or use another one with -S",
         )),
     }
+    probes.push(privacy(path));
     probes.push(space(&place));
     probes.push(daemon(path));
     probes
+}
+
+/// Who but the owner may change what is in the store.
+fn privacy(path: &Path) -> Probe {
+    let name = "privacy";
+    let dirs = ["", "names", "layers", "bases", "run"].map(|dir| path.join(dir));
+    // Before there is a store there is nothing to protect: it is made for its owner alone.
+    let open: Vec<String> = dirs
+        .iter()
+        .filter(|_| path.join("forkdisk.toml").exists())
+        .filter(|dir| private::open_to_others(dir).is_some())
+        .map(|dir| dir.display().to_string().trim_end_matches('/').to_string())
+        .collect();
+    if open.is_empty() {
+        return ok(name, "only the owner can change the store");
+    }
+    let all = open.join(" ");
+    warn(
+        name,
+        format!("other users can change {all}"),
+        format!("`chmod 700 {all}`"),
+    )
 }
 
 fn text(e: Errno) -> String {

@@ -37,6 +37,16 @@ pub(crate) struct Import {
     /// Leave the file where it is; it must not change any more
     #[arg(long, group = "how")]
     link: bool,
+    /// What the file is, whatever its first bytes look like
+    #[arg(short = 'O', long, value_name = "FORMAT")]
+    format: Option<ImportFormat>,
+}
+
+/// A format whose name was given: contents never choose one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum ImportFormat {
+    /// Every byte is the disk's
+    Raw,
 }
 
 impl Import {
@@ -69,7 +79,8 @@ impl Import {
                 .hint("leave out --reflink and --link")
                 .into());
             }
-        } else {
+        } else if self.format.is_none() {
+            // A guest decides what its disk begins with: that may refuse the file, and never has it read in another way.
             convert::must_be_raw(&self.source)?;
         }
         if context.dry_run {

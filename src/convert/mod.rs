@@ -66,7 +66,9 @@ pub fn must_be_raw(path: &Path) -> Result<()> {
         };
         format!("unpack it on the way: `{tool} {shown} | forkdisk import - NAME`")
     } else {
-        format!("convert it first: `qemu-img convert -O raw {shown} FILE.img`")
+        format!(
+            "convert it first: `qemu-img convert -O raw {shown} FILE.img`; if it is a raw image that begins like one, `--format raw`"
+        )
     }))
 }
 

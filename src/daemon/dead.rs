@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sys::{holders, loopdev};
 use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// The file in the run directory that lists them.
@@ -113,6 +115,18 @@ pub(super) fn note(run_dir: &Path, mount: &Path) {
     write(run_dir, &all);
 }
 
+/// Of a link in the place of the file, nothing is written where it leads.
+fn write_new(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    file.write_all(text.as_bytes())
+}
+
 fn write(run_dir: &Path, all: &[Dead]) {
     let path = run_dir.join(LIST);
     if all.is_empty() {
@@ -125,7 +139,7 @@ fn write(run_dir: &Path, all: &[Dead]) {
         .collect();
     // Replaced as a whole: it may be read at this moment.
     let new = run_dir.join(format!("{LIST}.new"));
-    let written = fs::write(&new, text).and_then(|()| fs::rename(&new, &path));
+    let written = write_new(&new, &text).and_then(|()| fs::rename(&new, &path));
     if let Err(e) = written {
         let e = Error::io("write", path, &e);
         tracing::warn!("dead devices are not remembered: {e}");

@@ -21,7 +21,7 @@ use crate::serve::fuse::mount as fuse_mount;
 use crate::serve::fuse::session::Negotiated;
 use crate::store::Store;
 use crate::sys::loopdev;
-use crate::sys::{fdpass, mounts, process};
+use crate::sys::{fdpass, mounts, private, process};
 use rustix::fs::{FlockOperation, Mode};
 use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -232,6 +232,7 @@ impl Keeper {
             .recursive(true)
             .create(&run_dir)
             .map_err(|e| Error::io("create", &run_dir, &e))?;
+        private::must_be_private(&run_dir)?;
         let lock = take_lock(&run_dir)?;
         log::begin(&run_dir, foreground)?;
         process::raise_open_files_limit();
@@ -244,6 +245,8 @@ impl Keeper {
             }
             _ => {}
         }
+        // A mount goes where a link leads.
+        private::must_be_private(&mount)?;
         let open = File::open(&run_dir).map_err(|e| Error::io("open", &run_dir, &e))?;
         // Signals are waited for, not caught; a child starts without this mask.
         signals(true);

@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session};
 use crate::store::{Object, ObjectKind, Store};
-use crate::sys::{fdpass, holders, loopdev, process};
+use crate::sys::{fdpass, holders, loopdev, private, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -257,6 +257,11 @@ fn accept(server: &Arc<Server>, listener: &UnixListener) {
                 continue;
             }
         };
+        // The mode of the socket keeps others away; this holds also where somebody changed it.
+        if let Err(e) = private::check_peer(&stream) {
+            tracing::warn!("a conversation was refused: {e}");
+            continue;
+        }
         if server.leaving.load(SeqCst) {
             // Whoever it is asks again, and reaches the successor.
             continue;

@@ -80,6 +80,14 @@ impl OsDir {
         }
         OsDir::open(path)
     }
+    /// Takes reading and writing from everybody but the owner: what is in it will be the owner's alone.
+    pub fn make_private(&self) -> Result<()> {
+        match retry_on_intr(|| fs::fchmod(&self.fd, DIR_MODE)) {
+            // Somebody else's directory that this user may write to; or a filesystem without modes.
+            Err(Errno::PERM | Errno::OPNOTSUPP) => Ok(()),
+            done => done.map_err(|e| fail("protect", &self.path, e.raw_os_error())),
+        }
+    }
     fn at(&self, name: &str) -> Result<PathBuf> {
         check_name(&self.path, name)?;
         Ok(self.path.join(name))

@@ -27,6 +27,7 @@ use crate::io::os::OsDir;
 use crate::io::{Access, Dir, EntryKind, File};
 use crate::layer::{Layer, ReadLayer, read_header, volatile};
 use crate::sync::Mutex;
+use crate::sys::private;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, Id, blocks};
 use names::{NameRecord, read_name, read_record};
@@ -123,7 +124,11 @@ impl Store {
             return Err(no_directory(path));
         }
         let dir = OsDir::create(path)?;
-        Store::init_on(Arc::new(dir), path, Env::os())
+        let dir = Arc::new(dir);
+        let store = Store::init_on(dir.clone(), path, Env::os())?;
+        // Only now is it known to be a store's: an empty directory may have been made with any mode.
+        dir.make_private()?;
+        Ok(store)
     }
     /// Opens the store at `path`; `NoStore` if there is none.
     pub fn open(path: &Path) -> Result<Store> {
@@ -132,7 +137,14 @@ impl Store {
             _ if path.metadata().is_ok_and(|m| !m.is_dir()) => no_directory(path),
             _ => e,
         })?;
-        Store::open_on(Arc::new(dir), path, Env::os())
+        let store = Store::open_on(Arc::new(dir), path, Env::os())?;
+        if let Some(mode) = private::open_to_others(path) {
+            let path = path.display();
+            tracing::warn!(
+                "other users can change the store {path} (mode {mode:o}): `chmod 700 {path}`"
+            );
+        }
+        Ok(store)
     }
     /// Opens the store at `path`, making it first if there is none.
     pub fn open_or_init(path: &Path) -> Result<Store> {
@@ -226,6 +238,21 @@ impl Store {
                     .hint("restore the directory from a backup; `forkdisk check` tells what is missing")
             })
         };
+        // The daemon makes it again if it is missing; anything else in its place would lead it elsewhere.
+        if root
+            .entry("run")?
+            .is_some_and(|kind| kind != EntryKind::Dir)
+        {
+            let run = path.join("run");
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!(
+                    "{} is no directory, and symbolic links are never followed",
+                    run.display()
+                ),
+            )
+            .hint(format!("remove {}: it is made again", run.display())));
+        }
         Ok(Store {
             path: path.to_path_buf(),
             id,

@@ -9,6 +9,7 @@ pub mod holders;
 pub mod idle;
 pub mod loopdev;
 pub mod mounts;
+pub mod private;
 pub mod probe;
 pub mod process;
 pub mod shared;

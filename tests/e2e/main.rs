@@ -17,6 +17,7 @@ mod names;
 mod places;
 mod races;
 mod rig;
+mod security;
 mod space;
 mod survive;
 mod users;

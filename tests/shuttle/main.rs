@@ -5,7 +5,7 @@
 //! of it in a build for use. Two schedulers take turns: one that chooses at random, and PCT (Burckhardt and others, 2010), which
 //! finds what takes few, but particular, changes between threads. A scenario that fails prints the command that replays it.
 //!
-//!     cargo test --test shuttle                                     # about eight seconds
+//!     cargo test --test shuttle                                     # about six seconds
 //!     FORKDISK_SHUTTLE_SECONDS=300 cargo test --test shuttle        # longer, over all scenarios
 //!     FORKDISK_SHUTTLE_SEED=1234 cargo test --test shuttle seals    # one batch of one scenario
 #![allow(
@@ -49,7 +49,7 @@ const BATCH: usize = 20;
 /// Changes of priority that PCT places in one schedule: each seed one of these.
 const DEPTHS: [usize; 4] = [3, 4, 5, 6];
 /// For all scenarios together.
-const SECONDS: f64 = 8.0;
+const SECONDS: f64 = 6.0;
 
 fn batch(seed: u64, scenario: fn()) {
     let mut config = Config::new();

@@ -1,0 +1,96 @@
+//! What belongs to this user alone: directories that nobody else can change, and peers of a socket that are this user or root.
+
+use crate::error::{Error, Kind, Result};
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Bits of the mode by which others than the owner change a directory.
+const OTHERS_WRITE: u32 = 0o022;
+
+fn ours(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
+/// Refuses what is no directory (a symbolic link to one is none), or one in which another user can put something else in the place of what
+/// was looked at. Root may work in the directory of whoever trusts root.
+pub fn must_be_private(dir: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(dir).map_err(|e| Error::io("look at", dir, &e))?;
+    let bad = |why: &str, hint: String| {
+        let shown = dir.display();
+        Err(Error::new(Kind::Permission, format!("{shown} {why}"))
+            .path(dir)
+            .hint(hint))
+    };
+    let shown = dir.display();
+    if !meta.is_dir() {
+        return bad(
+            "is no directory, and symbolic links are never followed",
+            format!("remove {shown}: it is made again"),
+        );
+    }
+    if !ours(meta.uid()) && !rustix::process::geteuid().is_root() {
+        return bad(
+            "belongs to another user",
+            "run as the owner of the store, or as root".into(),
+        );
+    }
+    if meta.mode() & OTHERS_WRITE != 0 {
+        return bad(
+            "can be changed by other users",
+            format!("`chmod 700 {shown}`"),
+        );
+    }
+    Ok(())
+}
+
+/// Can other users change what is in the directory? Then its mode.
+pub fn open_to_others(dir: &Path) -> Option<u32> {
+    let mode = fs::metadata(dir).ok()?.mode() & 0o7777;
+    (mode & OTHERS_WRITE != 0).then_some(mode)
+}
+
+/// Refuses the other side of a socket unless it is this user or root.
+pub fn check_peer(socket: impl AsFd) -> Result<()> {
+    let peer = rustix::net::sockopt::socket_peercred(socket)
+        .map_err(|e| Error::io("ask who is behind", "the control socket", &e.into()))?;
+    let uid = peer.uid.as_raw();
+    if ours(uid) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Permission,
+        format!("the other side of the control socket is user {uid}"),
+    )
+    .hint("run forkdisk as the user whose daemon runs"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn directories_of_others_and_links_are_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let own = dir.path().join("own");
+        fs::create_dir(&own).expect("a directory");
+        for (mode, good) in [(0o700, true), (0o755, true), (0o775, false), (0o702, false)] {
+            fs::set_permissions(&own, fs::Permissions::from_mode(mode)).expect("chmod");
+            assert_eq!(must_be_private(&own).is_ok(), good, "{mode:o}");
+            assert_eq!(open_to_others(&own).is_none(), good, "{mode:o}");
+        }
+        fs::set_permissions(&own, fs::Permissions::from_mode(0o700)).expect("chmod");
+        symlink(&own, dir.path().join("link")).expect("a link");
+        must_be_private(&dir.path().join("link")).expect_err("a link");
+        must_be_private(&dir.path().join("none")).expect_err("nothing");
+        must_be_private(Path::new("/proc/self/stat")).expect_err("a file");
+    }
+
+    #[test]
+    fn a_peer_of_this_user_is_welcome() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        check_peer(&a).expect("this user");
+    }
+}
