@@ -287,6 +287,8 @@ fn keys_of_the_records() {
         .snapshot("disk", "s", Some("why"))
         .expect("a snapshot");
     store.rename("disk@s", "disk@t").expect("a new name");
+    let disk = store.resolve("disk").expect("a disk");
+    drop(store.open_disk(&disk, true).expect("open"));
     struct Stop;
     impl forkdisk::store::Progress for Stop {
         fn update(&self, done: u64, _: u64) -> bool {

@@ -177,6 +177,15 @@ impl<'a> Check<'a> {
             );
             return;
         }
+        if self.survey.fresh.contains(&id) && self.survey.opened.contains(&id) {
+            self.corrupt(
+                below,
+                format!(
+                    "layers/{} is cut: nothing is left of it but its header",
+                    layer_file(id)
+                ),
+            );
+        }
         match parent_of(&header) {
             Below::Base(base) => {
                 let there = self.store.bases_dir().entry(&base.to_string());

@@ -369,15 +369,19 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
     };
     match &step.action {
         Action::Name(name, kind, below) => {
-            let created = match below {
-                Below::Layer(id) => open_header(store, *id)?.created.get(),
-                Below::Base(_) => 0,
+            let (created, opened) = match below {
+                Below::Layer(id) => {
+                    let (header, fresh) = open_header(store, *id)?;
+                    (header.created.get(), *kind == NameKind::Disk && !fresh)
+                }
+                Below::Base(_) => (0, false),
             };
             let record = NameRecord {
                 kind: kind.kind(),
                 target: *below,
                 created,
                 message: None,
+                opened,
             };
             let names = store.names_dir();
             let (temporary, file) = stage(&**names, name, &record.encode(name))?;
@@ -437,9 +441,11 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
     }
 }
 
-fn open_header(store: &Store, id: Id) -> Result<Header> {
+/// A layer's header; and is the header all there is?
+fn open_header(store: &Store, id: Id) -> Result<(Header, bool)> {
     let file = store.layers_dir().open(&layer_file(id), Access::Read)?;
-    crate::layer::read_header(&*file)
+    let header = crate::layer::read_header(&*file)?;
+    Ok((header, recover::superblock(&*file, &header)?.fresh))
 }
 
 /// Removes the directory of an import that died.

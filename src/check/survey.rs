@@ -30,6 +30,10 @@ pub(super) struct Survey<'a> {
     pub headers: HashMap<Id, (Header, u32)>,
     /// Layer files without a readable header, and why.
     pub unreadable: Vec<(Id, Error)>,
+    /// Layers that are their header alone.
+    pub fresh: HashSet<Id>,
+    /// Layers that were opened for writing, as a name says.
+    pub opened: HashSet<Id>,
     children: HashMap<Below, Vec<Id>>,
     called: HashMap<Below, Vec<String>>,
     open: RefCell<HashMap<Id, Option<Arc<ReadLayer>>>>,
@@ -46,6 +50,8 @@ impl<'a> Survey<'a> {
             foreign: Vec::new(),
             headers: HashMap::new(),
             unreadable: Vec::new(),
+            fresh: HashSet::new(),
+            opened: HashSet::new(),
             children: HashMap::new(),
             called: HashMap::new(),
             open: RefCell::default(),
@@ -63,6 +69,9 @@ impl<'a> Survey<'a> {
                 Ok(record) => {
                     let all = survey.called.entry(record.target).or_default();
                     all.push(name.clone());
+                    if record.opened {
+                        survey.opened.insert(record.target.id());
+                    }
                     survey.names.insert(name, record.target);
                 }
                 Err(e) => survey.bad_names.push((name, kind, e.to_string())),
@@ -89,11 +98,14 @@ impl<'a> Survey<'a> {
             .open(&layer_file(id), Access::Read)
             .and_then(|file| {
                 let header = read_header(&*file)?;
-                let state = recover::superblock(&*file, &header)?.superblock.state.get();
-                Ok((header, state))
+                let found = recover::superblock(&*file, &header)?;
+                Ok((header, found.superblock.state.get(), found.fresh))
             });
         match read {
-            Ok((header, state)) => {
+            Ok((header, state, fresh)) => {
+                if fresh {
+                    self.fresh.insert(id);
+                }
                 // What calls itself something else than its file stands on nothing that can be relied on.
                 if header.layer == id.0 {
                     let above = self.children.entry(parent_of(&header)).or_default();

@@ -209,6 +209,7 @@ impl Store {
                     target: Below::Base(id),
                     created: (self.env.now)(),
                     message: None,
+                    opened: false,
                 };
                 let (staged, file) = names::stage(&*self.names, name, &record.encode(name))?;
                 file.sync()?;

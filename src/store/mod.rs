@@ -357,7 +357,18 @@ impl Store {
                 None,
             ),
             Below::Layer(id) => {
-                let (header, size) = self.layer_head(id).map_err(missing)?;
+                let (header, size, fresh) = self.layer_head(id).map_err(missing)?;
+                if fresh && record.opened {
+                    return Err(missing(
+                        Error::new(
+                            Kind::Corrupt,
+                            "the layer file is cut: nothing is left of it but its header",
+                        )
+                        .layer(id)
+                        .path(self.layers.path().join(layer_file(id)))
+                        .hint("restore the file from a backup; what it stands on is not affected"),
+                    ));
+                }
                 (size, Some(parent_of(&header)))
             }
         };
@@ -371,8 +382,8 @@ impl Store {
             message: record.message,
         })
     }
-    /// Header and present size of a layer file, without opening its maps.
-    fn layer_head(&self, id: Id) -> Result<(Header, u64)> {
+    /// Header and present size of a layer file, without opening its maps; and is the header all there is?
+    fn layer_head(&self, id: Id) -> Result<(Header, u64, bool)> {
         let file = self.layers.open(&layer_file(id), Access::Read)?;
         let header = read_header(&*file)?;
         if header.layer != id.0 {
@@ -383,11 +394,8 @@ impl Store {
             .path(file.path())
             .hint("restore the file from a backup"));
         }
-        let size = crate::layer::recover::superblock(&*file, &header)?
-            .superblock
-            .size
-            .get();
-        Ok((header, size))
+        let found = crate::layer::recover::superblock(&*file, &header)?;
+        Ok((header, found.superblock.size.get(), found.fresh))
     }
     /// Finds an object by name, or by a unique beginning of its id (at least four digits).
     pub fn resolve(&self, reference: &str) -> Result<Object> {
@@ -569,6 +577,7 @@ impl Store {
         // It may have been renamed, snapshotted or removed since it was looked up.
         let object = self.object(&object.name)?;
         let (layer, chain) = self.open_top(&object, memory)?;
+        self.note_opened(&object.name, true);
         Ok(Arc::new(CowDisk::writable(layer, chain)))
     }
     /// Opens a disk that a dead process had open with [`Store::open_cow_on`] and the same memory, with all that it had accepted.
@@ -656,6 +665,34 @@ impl Store {
             );
         }
         Ok((layer, chain))
+    }
+    /// Notes at a disk's name that its layer is more than a header from now on (its first superblock is durable): so a file that is cut
+    /// to its header can be told from a fork that was never opened. The names lock is held.
+    fn note_opened(&self, name: &str, durable: bool) {
+        let noted = (|| {
+            let mut record = read_name(&*self.names, name)?;
+            if record.opened {
+                return Ok(());
+            }
+            record.opened = true;
+            let (temporary, file) = names::stage(&*self.names, name, &record.encode(name))?;
+            let placed = file
+                .sync()
+                .and_then(|()| self.names.rename(&temporary, name));
+            if placed.is_err() {
+                let _ = self.names.remove(&temporary);
+            }
+            placed?;
+            match durable {
+                true => self.names.sync(),
+                // Users wait: a note that a power cut takes back is worth no more than that.
+                false => Ok(()),
+            }
+        })();
+        if let Err(e) = noted {
+            // Nothing depends on it; on a full host disk there may be no room for it.
+            tracing::debug!(disk = name, "cannot note that it was opened: {e}");
+        }
     }
     fn open_exclusive(&self, object: &Object) -> Result<Arc<dyn File>> {
         let file = self.layers.open(&layer_file(object.id), Access::Write)?;

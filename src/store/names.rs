@@ -79,6 +79,8 @@ pub struct NameRecord {
     pub created: u64,
     /// Message.
     pub message: Option<String>,
+    /// Its layer was opened for writing, and so is more than its header.
+    pub opened: bool,
 }
 
 impl NameRecord {
@@ -93,6 +95,7 @@ impl NameRecord {
             .with("id", self.target.id().to_string())
             .with("created", self.created.to_string())
             .with_some("message", self.message.as_deref())
+            .with_some("opened", self.opened.then_some("1"))
     }
     /// Reads the record that stands in the file of `name`. One that belongs elsewhere is damage: a file copied over another.
     pub fn decode(bytes: &[u8], name: &str) -> Result<NameRecord> {
@@ -124,6 +127,7 @@ impl NameRecord {
             target,
             created: record.number("created")?,
             message: record.get("message").map(String::from),
+            opened: record.get("opened").is_some(),
         })
     }
 }

@@ -103,6 +103,7 @@ impl Store {
                     target: Below::Layer(id),
                     created,
                     message: None,
+                    opened: false,
                 };
                 unsynced.push(stage(&*self.names, name, &record.encode(name))?.1);
                 if !one {
@@ -223,7 +224,7 @@ impl Store {
     }
     /// What a seal needs beside the layer itself, durable: the layer that will be above it, and the names as they will be.
     fn prepare(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Prepared> {
-        let (header, size) = self.layer_head(source.id)?;
+        let (header, size, _) = self.layer_head(source.id)?;
         let depth = header.depth.get() + 1;
         if depth > MAX_DEPTH {
             return Err(too_deep(&source.name));
@@ -240,6 +241,7 @@ impl Store {
                     target,
                     created,
                     message,
+                    opened: false,
                 };
                 let (temporary, file) = stage(&*self.names, &name, &record.encode(&name))?;
                 unsynced.push(file);
@@ -333,8 +335,10 @@ impl Store {
             let chain: Arc<Chain> = self.chain(Below::Layer(sealed.id()))?;
             Ok((layer, chain))
         });
-        if done.is_err() && !sealed_at {
-            self.abandon(&prepared);
+        match &done {
+            Ok(()) => self.note_opened(&source.name, false),
+            Err(_) if !sealed_at => self.abandon(&prepared),
+            Err(_) => {}
         }
         done
     }
