@@ -437,7 +437,11 @@ impl<B: Deref<Target = [u8]>> Run<B> {
         if let Some(fence) = group.checked_sub(1).map(|g| &self.fences[g]) {
             let entries = self.group(fence)?;
             if let Ok(found) = entries.binary_search_by_key(&region.0, |e| e.region.get()) {
-                return self.body(&entries[found]).map(Some);
+                let mut map = self.body(&entries[found])?;
+                if self.in_zero_range(region.0) {
+                    map.underlay(&RegionMap::zeros());
+                }
+                return Ok(Some(map));
             }
         }
         Ok(self.in_zero_range(region.0).then(RegionMap::zeros))
