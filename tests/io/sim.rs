@@ -693,6 +693,70 @@ fn faults_hit_the_calls_they_were_put_on() {
 }
 
 #[test]
+fn faults_on_any_calls_come_in_their_order() {
+    let disk = disk_with("f", &[b'o'; K4]);
+    let root = disk.root();
+    let file = root.open("f", Access::Write).unwrap();
+    // Calls of all kinds count, also those that change nothing; no space is missed only where some is needed.
+    disk.fail_calls(disk.calls() + 1, 3, FaultKind::Enospc);
+    file.len().unwrap();
+    assert_eq!(kind(file.write_at(&[1; 10], 0)), Kind::NoSpace);
+    assert_eq!(kind(file.read_at(&mut [0; 10], 0)), Kind::Io);
+    // Somebody who looks from outside meets no fault, and changes nothing of what comes.
+    disk.hold_faults(true);
+    assert_eq!(names(&root), ["f"]);
+    disk.hold_faults(false);
+    assert_eq!(kind(root.list().map(drop)), Kind::Io);
+    root.list().unwrap();
+    let harm = disk.harm();
+    assert_eq!((harm.of("ENOSPC"), harm.of("EIO"), harm.total()), (1, 2, 3));
+    // The power stays on as long as somebody looks.
+    disk.cut_at(disk.ops());
+    disk.hold_faults(true);
+    file.sync().unwrap();
+    disk.hold_faults(false);
+    file.sync().unwrap_err();
+    assert!(disk.is_off());
+    let left = disk.crash_with(Policy::AllDropped).harm();
+    assert_eq!(
+        left.of("power cuts"),
+        1,
+        "counted where its results are found"
+    );
+}
+
+#[test]
+fn others_come_in_between() {
+    let disk = disk_with("f", &[b'o'; K4]);
+    let file = disk.root().open("f", Access::Write).unwrap();
+    let other = file.clone();
+    disk.meanwhile(Verb::Sync, move || other.write_at(b"other", 8).unwrap());
+    file.write_at(b"mine", 0).unwrap();
+    assert_eq!(disk.unsynced(), 1, "not before the sync");
+    file.sync().unwrap();
+    assert!(!disk.take_meanwhile(), "it was called");
+    assert_eq!(
+        disk.unsynced(),
+        0,
+        "what was written before a sync is synced"
+    );
+    assert_eq!(&contents(&file)[..13], b"mineooooother");
+    disk.meanwhile(Verb::Punch, || panic!("nobody punches"));
+    file.sync().unwrap();
+    assert!(disk.take_meanwhile(), "it waits, and is taken back");
+}
+
+#[test]
+fn rot_is_durable_and_changes_no_length() {
+    let disk = disk_with("f", &[b'o'; K4]);
+    disk.overwrite("f", 4000, &[b'x'; 512]).unwrap();
+    let left = disk.crash_with(Policy::AllDropped).read_file("f").unwrap();
+    assert_eq!(left.len(), K4);
+    assert_eq!(left.iter().filter(|b| **b == b'x').count(), 96);
+    assert_eq!(disk.harm().of("rot"), 1);
+}
+
+#[test]
 fn a_failed_write_may_be_done_in_part() {
     let seen: BTreeSet<u64> = (0..100)
         .map(|seed| {
