@@ -12,7 +12,8 @@ mod common;
 use common::mortal::{Mortal, until_death};
 use common::{Rng, base_image, env};
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::error::Kind;
+use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
 use forkdisk::layer::volatile;
 use forkdisk::store::{ImportMode, ImportSource, Quiet, Store};
 use forkdisk::sys::shared::SharedMemory;
@@ -361,4 +362,110 @@ fn the_next_process_finds_all_that_was_accepted() {
         count < HISTORIES || deaths > 5 * count,
         "only {deaths} deaths"
     );
+}
+
+/// After a failed sync nobody knows what is on the disk. The next process must not accept what the last one refused.
+#[test]
+fn a_failed_sync_is_not_forgotten() {
+    let sim = SimDisk::new(5);
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env(5)).unwrap();
+    let image = vec![1u8; 20 * BLOCK];
+    store
+        .import(
+            ImportSource::Reader(&mut &image[..]),
+            "image",
+            ImportMode::Copy,
+            &Quiet,
+        )
+        .unwrap();
+    store.create(&["a".to_string()], "image", None).unwrap();
+    let memory = volatile::private().unwrap();
+    let object = store.resolve("a").unwrap();
+    let disk = store.open_cow_on(&object, memory.clone()).unwrap();
+    disk.write(&vec![2; BLOCK], 0).unwrap();
+    disk.flush().unwrap();
+    disk.write(&vec![3; BLOCK], 0).unwrap();
+    sim.fail_nth(Verb::Sync, 0, FaultKind::Eio);
+    disk.flush().unwrap_err();
+    drop(disk);
+    let sim = sim.kill();
+    let store = Store::open_on(sim.root(), Path::new("/sim"), env(6)).unwrap();
+    let refused = store
+        .resume_cow("a", memory.clone())
+        .err()
+        .expect("refused");
+    assert_eq!(refused.kind(), Kind::Poisoned);
+    // Attached anew it is as of a flush.
+    let disk = store
+        .open_cow_on(&store.resolve("a").unwrap(), memory)
+        .unwrap();
+    let found = read(&disk, BLOCK as u64);
+    assert!(found == vec![2; BLOCK] || found == vec![3; BLOCK]);
+}
+
+/// Memory that cannot be that of the disk is refused, never taken for its changes.
+#[test]
+fn a_strange_log_is_refused() {
+    let sim = SimDisk::new(5);
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env(5)).unwrap();
+    let image = vec![1u8; 20 * BLOCK];
+    store
+        .import(
+            ImportSource::Reader(&mut &image[..]),
+            "image",
+            ImportMode::Copy,
+            &Quiet,
+        )
+        .unwrap();
+    store
+        .create(&["a".to_string(), "b".to_string()], "image", None)
+        .unwrap();
+    let memory = volatile::private().unwrap();
+    let disk = store
+        .open_cow_on(&store.resolve("a").unwrap(), memory.clone())
+        .unwrap();
+    disk.write(&vec![2; 3 * BLOCK], 0).unwrap();
+    drop(disk);
+    // That of another disk.
+    assert_eq!(
+        store
+            .resume_cow("b", memory.clone())
+            .err()
+            .expect("refused")
+            .kind(),
+        Kind::Poisoned
+    );
+    let area = 4096;
+    let count = |n: u64| memory.store(48, n);
+    for (what, at, value) in [
+        ("a block behind the end", area, 20u64),
+        ("a slot of the header", area + 4, 3),
+        ("a slot behind the end", area + 4, 1 << 30),
+    ] {
+        let mut before = [0; 12];
+        memory.read(area, &mut before);
+        memory.write(at, &(value as u32).to_le_bytes());
+        assert_eq!(
+            store
+                .resume_cow("a", memory.clone())
+                .err()
+                .expect(what)
+                .kind(),
+            Kind::Poisoned,
+            "{what}"
+        );
+        memory.write(area, &before);
+    }
+    count(u64::MAX);
+    assert_eq!(
+        store
+            .resume_cow("a", memory.clone())
+            .err()
+            .expect("too many")
+            .kind(),
+        Kind::Poisoned
+    );
+    count(3);
+    let disk = store.resume_cow("a", memory.clone()).unwrap();
+    assert!(read(&disk, 3 * BLOCK as u64) == vec![2; 3 * BLOCK]);
 }
