@@ -188,6 +188,20 @@ impl World {
             }
         }
     }
+    /// Other requests to a disk whose flush is still to be sent again.
+    fn meanwhile(&mut self, name: &str, rng: &mut Rng, story: &str) {
+        for _ in 0..rng.below(6) {
+            let at = rng.below(self.size / 4096) * 4096;
+            let mut data = vec![0; 4096.min(self.size - at) as usize];
+            data.chunks_mut(8)
+                .for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
+            self.run(name, &Op::Maintain);
+            self.run(name, &Op::Write(at, data));
+        }
+        if rng.below(2) == 0 {
+            self.power_cut(Policy::Random(rng.next()), story);
+        }
+    }
     /// The next process. It may die as well.
     fn take_over(&mut self, rng: &mut Rng) {
         loop {
@@ -298,6 +312,13 @@ fn history(seed: u64) -> u64 {
         }
         while until_death(|| world.run(&name, &op)).is_none() {
             deaths += 1;
+            // It could have been the power.
+            if rng.below(3) == 0 {
+                world.power_cut(
+                    Policy::Random(rng.next()),
+                    &format!("{story}, death {deaths} in {op:.40?}"),
+                );
+            }
             if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
                 eprintln!("death {deaths} in operation {n}: {name} {op:.60?}");
             }
@@ -306,6 +327,10 @@ fn history(seed: u64) -> u64 {
                 Some((&name, &op)),
                 &format!("{story}, death {deaths} in {op:.40?}"),
             );
+            // Others may be faster than what is sent again.
+            if matches!(op, Op::Flush) {
+                world.meanwhile(&name, &mut rng, &format!("{story}, after death {deaths}"));
+            }
             next_death = rng.below(40);
             world.mortal.die_after(next_death, rng.next());
         }
