@@ -133,10 +133,15 @@ fn death_while_removing_then_gc_then_a_power_cut() {
         store(&dead, 3).gc(false).expect("gc");
         for seed in 0..20 {
             let left = store(&dead.crash(seed), 4);
-            let names = left
-                .list()
+            let found = left
+                .survey()
                 .unwrap_or_else(|e| panic!("{cut}, seed {seed}: {e:?}"));
-            assert!(names.iter().any(|o| o.name == "image"));
+            assert!(found.sound.iter().any(|o| o.name == "image"));
+            assert!(
+                found.damaged.is_empty(),
+                "{cut}, seed {seed}: {:?}",
+                found.damaged
+            );
         }
     });
 }

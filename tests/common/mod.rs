@@ -625,7 +625,10 @@ impl World {
             BTreeMap::new(),
             self.made + 100,
         )?;
-        let listed: Vec<String> = world.store.list()?.into_iter().map(|o| o.name).collect();
+        let found = world.store.survey()?;
+        // Also of names that may be there or not: if one is there, so is what it refers to.
+        assert!(found.damaged.is_empty(), "{story}: {:?}", found.damaged);
+        let listed: Vec<String> = found.sound.into_iter().map(|o| o.name).collect();
         let making = |name: &str| self.under_way.making.iter().find(|m| m.0 == name);
         let moving = &self.under_way.moving;
         for name in &listed {

@@ -1,6 +1,6 @@
 //! Rot: a bit or a sector of what a crash left is not what it was. What is found is right, or refused.
 
-use super::{Rng, World, header_of, with_all};
+use super::{Rng, World, audit, header_of, with_all};
 use forkdisk::error::{Error, Kind, Result};
 use forkdisk::io::sim::SimDisk;
 use forkdisk::store::{Below, Object, ObjectKind};
@@ -148,7 +148,21 @@ fn rot(sim: &SimDisk, rng: &mut Rng) -> Option<(String, String)> {
     // Half of the time in the front: header, superblocks, journal.
     let front = used.partition_point(|s| *s < 1024 * 8).max(1);
     let among = if rng.below(2) == 0 { front } else { used.len() };
-    let sector = used[rng.below(among as u64) as usize];
+    let mut sector = used[rng.below(among as u64) as usize];
+    // And sometimes in a block map: few sectors, on which all depends.
+    let superblock = audit::superblock(&bytes);
+    let runs = superblock.as_ref().map_or(&[][..], |s| s.run_refs());
+    let in_runs = used.iter().copied().filter(|s| {
+        let slot = s / 8;
+        runs.iter().any(|r| {
+            let start = u64::from(r.slot.get());
+            (start..start + u64::from(r.slots.get())).contains(&slot)
+        })
+    });
+    let in_runs: Vec<u64> = in_runs.collect();
+    if !in_runs.is_empty() && rng.below(2) == 0 {
+        sector = in_runs[rng.below(in_runs.len() as u64) as usize];
+    }
     let (at, len) = (
         sector * SECTOR,
         SECTOR.min(bytes.len() as u64 - sector * SECTOR),

@@ -56,12 +56,6 @@ impl Plan {
             .collect();
         let len = if blocks > 500 { 14 } else { 18 };
         let mut stretch: Vec<Op> = (0..len).map(|_| random_op(&mut rng, size, true)).collect();
-        if blocks > 500 {
-            let disk = rng.below(8) as usize;
-            let len = size;
-            stretch[rng.below(8) as usize] = Op::Discard { disk, at: 0, len };
-            stretch.insert(rng.below(10) as usize + 4, Op::Flush { disk });
-        }
         if rng.below(3) == 0 {
             // The journal from its first slot again, and slots that come back.
             let disk = rng.below(8) as usize;
@@ -81,6 +75,16 @@ impl Plan {
             ];
             let at = rng.below(stretch.len() as u64 - 4) as usize;
             stretch.splice(at..at + turns.len(), turns);
+        }
+        if blocks > 500 {
+            let disk = rng.below(8) as usize;
+            let len = size;
+            stretch[rng.below(8) as usize] = Op::Discard { disk, at: 0, len };
+            stretch.insert(rng.below(10) as usize + 4, Op::Flush { disk });
+        }
+        if blocks < 40 && rng.below(4) == 0 {
+            let at = rng.below(stretch.len() as u64) as usize;
+            stretch.insert(at, Op::Import { seed: rng.next() });
         }
         Plan {
             seed,
@@ -172,7 +176,10 @@ impl History {
             Trouble::Failing => shapes.of_a_failing_disk(seed),
         }
         figures.harm(&world.sim);
-        figures.reached(&world.reached);
+        if trouble == Trouble::Failing {
+            // Of a cut it was counted once, when the history was run to its end.
+            figures.reached(&world.reached);
+        }
         true
     }
     /// What the disk was asked to do in the stretch until the trouble came, for people.
