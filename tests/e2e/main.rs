@@ -13,6 +13,7 @@ mod figures;
 mod flow;
 mod full;
 mod import;
+mod memory;
 mod names;
 mod places;
 mod races;
