@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::mount as fuse_mount;
 use crate::serve::fuse::session::Negotiated;
 use crate::store::Store;
-use crate::sys::loopdev;
+use crate::sys::{cgroup, loopdev};
 use crate::sys::{fdpass, mounts, private, process};
 use rustix::fs::{FlockOperation, Mode};
 use rustix::io::FdFlags;
@@ -34,6 +34,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 /// The hidden command that becomes the server.
@@ -141,7 +143,11 @@ pub fn keep(store: Store, how: Keep, foreground: bool) -> Result<()> {
     // In the background: no terminal, no directory that could not be unmounted.
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
+    let left = cgroup::leave_limited_memory();
     let begun = Keeper::begin(store, false);
+    if let Some(group) = left {
+        tracing::info!(group = %group.display(), "left a group whose memory is limited");
+    }
     let answer = match &begun {
         Ok(_) => json!({"ready": true}),
         Err(e) => protocol::failure(e),
@@ -175,7 +181,7 @@ pub(super) fn wait_for_end(pid: i32) -> Result<()> {
 }
 
 struct Keeper {
-    store: Store,
+    store: Arc<Store>,
     /// Held for its lock.
     lock: File,
     /// The run directory, which may be moved with the store.
@@ -186,7 +192,18 @@ struct Keeper {
     /// What servers leave to each other.
     memory: File,
     foreground: bool,
+    ending: Ending,
     server: Server,
+}
+
+/// How far the end of the daemon, which a signal asked for, has come.
+enum Ending {
+    /// Nobody asked.
+    No,
+    /// What nobody uses is being detached; true when that is done.
+    Detaching(Arc<AtomicBool>),
+    /// The server was told to end.
+    Told,
 }
 
 /// The server, as the keeper sees it.
@@ -261,13 +278,14 @@ impl Keeper {
             Ok((listener, memory, server)) => {
                 tracing::info!(store = %store.path().display(), "the daemon serves");
                 Ok(Keeper {
-                    store,
+                    store: Arc::new(store),
                     lock,
                     run_dir: open,
                     fuse,
                     listener,
                     memory,
                     foreground,
+                    ending: Ending::No,
                     server,
                 })
             }
@@ -303,13 +321,14 @@ impl Keeper {
         };
         Ok(Keeper {
             server: server?,
-            store,
+            store: Arc::new(store),
             lock,
             run_dir,
             fuse,
             listener,
             memory,
             foreground,
+            ending: Ending::No,
         })
     }
     /// Takes the place of a dead keeper.
@@ -342,13 +361,14 @@ impl Keeper {
         (&line).write_all(b"k").map_err(io)?;
         tracing::info!("a new keeper, as the last one died");
         Ok(Keeper {
-            store,
+            store: Arc::new(store),
             lock,
             run_dir: open,
             fuse,
             listener,
             memory: memory.into(),
             foreground: false,
+            ending: Ending::No,
             server: Server {
                 process: Process::Adopted(pidfd),
                 line,
@@ -430,11 +450,52 @@ impl Keeper {
                 return Ok(ended);
             }
             match wait_signal() {
-                libc::SIGTERM | libc::SIGINT => self.shut_down(),
+                libc::SIGTERM | libc::SIGINT => self.begin_to_end(),
                 // SIGCHLD: the loop looks; SIGHUP: there is no terminal to lose.
                 _ => {}
             }
+            if let Ending::Detaching(done) = &self.ending
+                && done.load(SeqCst)
+            {
+                self.ending = Ending::Told;
+                self.tell_to_end();
+            }
         }
+    }
+    /// On SIGTERM, once: unmounts and detaches what nobody uses, then ends the server, which flushes the rest. On a thread of its own: should
+    /// the server die meanwhile, another one must be started for it to talk to.
+    fn begin_to_end(&mut self) {
+        let Ending::No = self.ending else {
+            return;
+        };
+        tracing::info!("asked to end: detaching what is attached");
+        let (store, run_dir) = (self.store.clone(), self.run_dir.try_clone());
+        let done = Arc::new(AtomicBool::new(false));
+        let detached = done.clone();
+        let work = std::thread::Builder::new().spawn(move || {
+            if let Err(e) = run_dir
+                .map_err(|e| Error::io("open", store.run_dir(), &e))
+                .and_then(|run_dir| detach_all(&run_dir, &store))
+            {
+                tracing::warn!("{e}");
+            }
+            detached.store(true, SeqCst);
+            // Wakes whoever waits for signals.
+            let own = rustix::process::getpid();
+            let _ = rustix::process::kill_process(own, rustix::process::Signal::HUP);
+        });
+        self.ending = match work {
+            Ok(_) => Ending::Detaching(done),
+            Err(e) => {
+                tracing::warn!("{}", Error::io("start", "a thread", &e));
+                self.tell_to_end();
+                Ending::Told
+            }
+        };
+    }
+    /// Not by a signal: those the server passes on to us.
+    fn tell_to_end(&self) {
+        let _ = (&self.server.line).write_all(b"q");
     }
     fn start_another(&mut self) -> Result<()> {
         // Whatever the last one wanted to make way for: it is this program that goes on.
@@ -452,6 +513,9 @@ impl Keeper {
             match start_server(&self.store, &self.fuse, &self.listener, &self.memory) {
                 Ok(server) => {
                     self.server = server;
+                    if let Ending::Told = self.ending {
+                        self.tell_to_end();
+                    }
                     return Ok(());
                 }
                 Err(e) if attempt == ATTEMPTS => return Err(e),
@@ -478,37 +542,30 @@ impl Keeper {
         ];
         become_program(&self.store, program, descriptors, self.foreground)
     }
-    /// On SIGTERM: unmounts and detaches what nobody uses, then ends the server, which flushes the rest.
-    fn shut_down(&self) {
-        tracing::info!("asked to end: detaching what is attached");
-        let detached = Client::connect_in(&self.run_dir, &self.store).and_then(|client| {
-            let Some(mut client) = client else {
-                return Ok(());
-            };
-            for a in client.attached()? {
-                if let Some(device) = &a.device {
-                    for dir in attach::mounts_of(Path::new(device))?.iter().rev() {
-                        if let Err(e) = attach::unmount(dir) {
-                            tracing::warn!("{e}");
-                        }
-                    }
-                }
-                for _ in 0..a.count {
-                    if let Err(e) = client.detach(&a.name) {
-                        tracing::warn!("{e}");
-                        write_back(&a);
-                        break;
-                    }
+}
+
+/// Unmounts and detaches what nobody uses.
+fn detach_all(run_dir: &File, store: &Store) -> Result<()> {
+    let Some(mut client) = Client::connect_in(run_dir, store)? else {
+        return Ok(());
+    };
+    for a in client.attached()? {
+        if let Some(device) = &a.device {
+            for dir in attach::mounts_of(Path::new(device))?.iter().rev() {
+                if let Err(e) = attach::unmount(dir) {
+                    tracing::warn!("{e}");
                 }
             }
-            Ok(())
-        });
-        if let Err(e) = detached {
-            tracing::warn!("{e}");
         }
-        // Not by a signal: those the server passes on to us.
-        let _ = (&self.server.line).write_all(b"q");
+        for _ in 0..a.count {
+            if let Err(e) = client.detach(&a.name) {
+                tracing::warn!("{e}");
+                write_back(&a);
+                break;
+            }
+        }
     }
+    Ok(())
 }
 
 /// Whoever uses what stays attached will get errors; what was written until now is not to be lost.

@@ -165,6 +165,7 @@ fn a_signal_to_all_processes_or_to_the_server_loses_nothing() {
             "both" => assert!(kill(server, signal) && kill(keeper, signal)),
             _ => assert!(kill(server, signal)),
         }
+        eventually("it ends", || child.try_wait().unwrap().is_some());
         let status = child.wait().unwrap();
         assert!(status.success(), "{to}: {status}\n{}", w.log());
         w.nothing_left();

@@ -8,6 +8,7 @@ mod damage;
 mod failing;
 mod hooked;
 mod limits;
+mod stress;
 mod threads;
 
 use common::env;
