@@ -101,7 +101,7 @@ fn work(
                 done.store(next, SeqCst);
             }
             10..=11 => {
-                let next = (version + 1) / 2 * 2 + 1;
+                let next = version.next_multiple_of(2) + 1;
                 begun.store(next, SeqCst);
                 disk.discard(at, 4096).expect("discard");
                 done.store(next, SeqCst);
