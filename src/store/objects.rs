@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{Header, MAX_DEPTH, valid_size};
 use crate::io::{Access, EntryKind, File};
 use crate::layer::{self, Layer, ReadLayer, State, read_header, volatile};
-use crate::units::{Id, MAX_DISK, round_up};
+use crate::units::{BLOCK, Id, MAX_DISK, Slot, round_up};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -235,6 +235,8 @@ impl Store {
         let mut unsynced = vec![file];
         let mut staged = Vec::new();
         let written = (|| {
+            // Its superblock is written when the layer below is sealed already: then it is too late for a full host disk to refuse.
+            reserve_superblock(&*unsynced[0])?;
             let mut put = |name: String, kind, target, created, message: Option<String>| {
                 let record = NameRecord {
                     kind,
@@ -820,6 +822,16 @@ pub(super) fn object_target(object: &Object) -> Below {
 fn taken(name: &str) -> Error {
     Error::new(Kind::Exists, format!("`{name}` exists already"))
         .hint("choose another name, or `forkdisk rm` the old one")
+}
+
+/// Host space for both copies of the superblock of a layer that is its header alone.
+fn reserve_superblock(file: &dyn File) -> Result<()> {
+    let (at, len) = (Slot(1).at(), 2 * BLOCK);
+    match file.allocate(at, len) {
+        // Zeros are as good as nothing, and take space.
+        Err(e) if e.kind() == Kind::Unsupported => file.write_at(&vec![0; len as usize], at),
+        other => other,
+    }
 }
 
 fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {

@@ -99,7 +99,10 @@ impl Layer {
         space.journal_head = replay.head;
         space.entries = counted.reserved;
         // Reserved by whoever accepted these entries.
-        space.journal_reserved = (replay.head + commit_slots(counted.reserved)).min(JOURNAL_SLOTS);
+        space.journal_reserved = match counted.reserved {
+            0 => replay.head,
+            entries => (replay.head + commit_slots(entries)).min(JOURNAL_SLOTS),
+        };
         let at_once = left.len() > 1;
         let log = match left[..] {
             [only] if !fresh.is_empty() => VolatileLog::adopt(memory.clone(), only),
