@@ -644,6 +644,8 @@ impl World {
         }
         world.under_way.moving = moving.clone();
         let mut opened = false;
+        // There, and nobody was told so: until the names are synced a power cut may take them away.
+        let mut unsure_frozen = Vec::new();
         let expected = self.disks.keys().chain(self.frozen.keys());
         let unsure = self.under_way.making.iter().map(|m| &m.0);
         for known in expected.chain(unsure) {
@@ -683,6 +685,9 @@ impl World {
             });
             let mut contents = seen.unwrap_or_else(|why| panic!("{story}: {name} {why}"));
             if object.kind != forkdisk::store::ObjectKind::Disk {
+                if making(known).is_some() {
+                    unsure_frozen.push(name.clone());
+                }
                 world.frozen.insert(name.clone(), contents);
                 continue;
             }
@@ -702,6 +707,12 @@ impl World {
         if opened {
             // Opening for writing has synced the names.
             world.under_way = UnderWay::default();
+        } else {
+            for name in unsure_frozen {
+                if let Some(contents) = world.frozen.remove(&name) {
+                    world.under_way.making.push((name, false, contents));
+                }
+            }
         }
         Ok(world)
     }
