@@ -212,7 +212,7 @@ impl Export {
         let ui = &context.ui;
         let stdout = self.file == Path::new("-");
         self.must_be_raw()?;
-        let store = context.open()?;
+        let store = context.open_to_change()?;
         let object = store.resolve(&self.reference)?;
         if stdout {
             if ui.json && !context.dry_run {

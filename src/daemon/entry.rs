@@ -154,38 +154,47 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
 fn reopen(store: &Store, attached: &Attached, place: &Place) -> Result<Arc<CowDisk>> {
     let deadline = Instant::now() + HELD;
     loop {
-        let opened = if attached.read_only {
-            store.open_cow(
-                &Object {
-                    name: attached.name.clone(),
-                    kind: attached.kind,
-                    id: attached.id,
-                    size: attached.size,
-                    parent: None,
-                    created: 0,
-                    message: None,
-                },
-                false,
-            )
-        } else {
-            store.resume_cow(&attached.name, place.volatile()?)
-        };
-        match opened {
+        match open_again(store, attached, place) {
             // A command looks at it, which found it free. Its users wait as long as they would for a slow disk.
             Err(e) if e.kind() == Kind::Busy && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10));
             }
-            Ok(disk) if disk.size() != attached.size => {
-                return Err(Error::new(
-                    Kind::Corrupt,
-                    format!(
-                        "it has {} bytes now, and had {}",
-                        disk.size(),
-                        attached.size
-                    ),
-                ));
-            }
             other => return other,
         }
     }
+}
+
+/// Opens what a predecessor had attached, with all that it had accepted. `Busy` while another process has it.
+pub(super) fn open_again(
+    store: &Store,
+    attached: &Attached,
+    place: &Place,
+) -> Result<Arc<CowDisk>> {
+    let disk = if attached.read_only {
+        store.open_cow(
+            &Object {
+                name: attached.name.clone(),
+                kind: attached.kind,
+                id: attached.id,
+                size: attached.size,
+                parent: None,
+                created: 0,
+                message: None,
+            },
+            false,
+        )?
+    } else {
+        store.resume_cow(&attached.name, place.volatile()?)?
+    };
+    if disk.size() != attached.size {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!(
+                "it has {} bytes now, and had {}",
+                disk.size(),
+                attached.size
+            ),
+        ));
+    }
+    Ok(disk)
 }

@@ -68,12 +68,18 @@ fn own_program() -> Result<PathBuf> {
     })
 }
 
-fn own_command(store: &Store, command: &str) -> Result<Command> {
+/// The store's directory, where it is now: it may have been moved since the run directory was opened.
+fn store_of(run_dir: &File) -> PathBuf {
+    let run_dir = place_of(run_dir);
+    run_dir.parent().unwrap_or(&run_dir).to_path_buf()
+}
+
+fn own_command(store: &Path, command: &str) -> Result<Command> {
     let exe = own_program()?;
     let mut child = Command::new(exe);
     child
         .arg("--store")
-        .arg(store.path())
+        .arg(store)
         .args(["daemon", command])
         .stdin(Stdio::null());
     Ok(child)
@@ -84,7 +90,7 @@ pub(super) fn start(store: &Store) -> Result<()> {
     let path =
         std::path::absolute(store.path()).map_err(|e| Error::io("find", store.path(), &e))?;
     let store = Store::open(&path)?;
-    let mut child = own_command(&store, KEEP_COMMAND)?
+    let mut child = own_command(store.path(), KEEP_COMMAND)?
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -251,6 +257,16 @@ impl Keeper {
             .map_err(|e| Error::io("create", &run_dir, &e))?;
         private::must_be_private(&run_dir)?;
         let lock = take_lock(&run_dir)?;
+        if let Ok((_dir, path)) = socket_path(&run_dir)
+            && UnixStream::connect(path).is_ok()
+        {
+            // A server that is just getting another keeper. Its mount is not ours to take away.
+            return Err(
+                Error::new(Kind::Busy, "a server runs for this store already")
+                    .path(run_dir.join(SOCKET))
+                    .hint("try again in a moment; `forkdisk daemon status` shows it"),
+            );
+        }
         log::begin(&run_dir, foreground)?;
         process::raise_open_files_limit();
         let mount = std::path::absolute(run_dir.join(MOUNT))
@@ -271,7 +287,7 @@ impl Keeper {
         let begun = (|| {
             let listener = listen(&run_dir)?;
             let memory = Handover::create()?;
-            let server = start_server(&store, &fuse, &listener, &memory)?;
+            let server = start_server(&store_of(&open), &fuse, &listener, &memory)?;
             Ok((listener, memory, server))
         })();
         match begun {
@@ -307,7 +323,8 @@ impl Keeper {
             version = env!("CARGO_PKG_VERSION"),
             "the keeper is another program now"
         );
-        let server = match start_server(&store, &fuse, &listener, &memory) {
+        let path = store_of(&run_dir);
+        let server = match start_server(&path, &fuse, &listener, &memory) {
             Ok(server) => Ok(server),
             Err(e) => {
                 // Back to what worked, if that can be.
@@ -316,7 +333,12 @@ impl Keeper {
                 let rest = [&memory, &lock, &run_dir].map(|fd| fd.as_fd());
                 let all = [all[0], all[1], rest[0], rest[1], rest[2], former.as_fd()];
                 let path = format!("/proc/self/fd/{}", former.as_raw_fd());
-                Err(become_program(&store, Path::new(&path), all, foreground))
+                Err(become_program(
+                    &store_of(&run_dir),
+                    Path::new(&path),
+                    all,
+                    foreground,
+                ))
             }
         };
         Ok(Keeper {
@@ -426,6 +448,10 @@ impl Keeper {
                         return Over::Failed(format!("the server died ({ended})"));
                     }
                     tracing::error!("the server died ({ended}): another one takes over");
+                    if said["ending"] == true {
+                        // It had promised to end.
+                        self.ending = Ending::Told;
+                    }
                 }
             }
             short_lives = match self.server.since.elapsed() < SHORT_LIFE {
@@ -510,7 +536,12 @@ impl Keeper {
         drop(handover);
         let mut pause = Duration::from_millis(20);
         for attempt in 1.. {
-            match start_server(&self.store, &self.fuse, &self.listener, &self.memory) {
+            match start_server(
+                &store_of(&self.run_dir),
+                &self.fuse,
+                &self.listener,
+                &self.memory,
+            ) {
                 Ok(server) => {
                     self.server = server;
                     if let Ending::Told = self.ending {
@@ -540,7 +571,12 @@ impl Keeper {
             self.run_dir.as_fd(),
             former.as_fd(),
         ];
-        become_program(&self.store, program, descriptors, self.foreground)
+        become_program(
+            &store_of(&self.run_dir),
+            program,
+            descriptors,
+            self.foreground,
+        )
     }
 }
 
@@ -687,7 +723,7 @@ fn listen(run_dir: &Path) -> Result<OwnedFd> {
 
 /// Becomes another program, which gets these descriptors; returns only if that fails.
 fn become_program(
-    store: &Store,
+    store: &Path,
     program: &Path,
     descriptors: [BorrowedFd<'_>; 6],
     foreground: bool,
@@ -706,12 +742,10 @@ fn become_program(
         .map(|fd| fd.as_raw_fd().to_string())
         .collect();
     let mut command = Command::new(program);
-    command.arg("--store").arg(store.path()).args([
-        "daemon",
-        "keep",
-        "--go-on",
-        &numbers.join(","),
-    ]);
+    command
+        .arg("--store")
+        .arg(store)
+        .args(["daemon", "keep", "--go-on", &numbers.join(",")]);
     if foreground {
         command.arg("--foreground");
     }
@@ -750,12 +784,7 @@ fn inherited(numbers: &str) -> Result<[OwnedFd; 6]> {
     taken.try_into().map_err(|_| wrong())
 }
 
-fn start_server(
-    store: &Store,
-    fuse: &OwnedFd,
-    listener: &OwnedFd,
-    memory: &File,
-) -> Result<Server> {
+fn start_server(store: &Path, fuse: &OwnedFd, listener: &OwnedFd, memory: &File) -> Result<Server> {
     let io = |e: std::io::Error| Error::io("start", "the server", &e);
     let (here, there) = UnixStream::pair().map_err(io)?;
     let mut process = own_command(store, SERVE_COMMAND)?
@@ -780,7 +809,7 @@ fn start_server(
             let status = process.wait().map_err(io)?;
             Err(
                 Error::new(Kind::Io, format!("the server could not begin ({status})"))
-                    .path(store.run_dir().join(LOG))
+                    .path(store.join("run").join(LOG))
                     .hint("its log tells why"),
             )
         }
@@ -789,7 +818,7 @@ fn start_server(
 
 /// Starts a keeper in the place of one that died, for the server that we are. Returns the line to it, and its number.
 pub(super) fn replace(
-    store: &Store,
+    run_dir: &File,
     fuse: impl AsFd,
     listener: impl AsFd,
     memory: impl AsFd,
@@ -797,7 +826,7 @@ pub(super) fn replace(
     let io = |e: std::io::Error| Error::io("start", "a keeper", &e);
     let (here, there) = UnixStream::pair().map_err(io)?;
     let own = std::process::id().to_string();
-    let child = own_command(store, KEEP_COMMAND)?
+    let mut child = own_command(&store_of(run_dir), KEEP_COMMAND)?
         .args(["--adopt", &own])
         .stdin(Stdio::from(OwnedFd::from(there)))
         .stdout(Stdio::null())
@@ -811,7 +840,13 @@ pub(super) fn replace(
     )
     .map_err(io)?;
     match (&here).read(&mut [0; 1]) {
-        Ok(1) => Ok((here, child.id() as i32)),
+        Ok(1) => {
+            let pid = child.id() as i32;
+            // So that it is no zombie when it ends.
+            let waiting = std::thread::Builder::new().name("new keeper".into());
+            let _ = waiting.spawn(move || child.wait());
+            Ok((here, pid))
+        }
         _ => Err(Error::new(Kind::Io, "the new keeper could not begin")),
     }
 }

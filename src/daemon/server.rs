@@ -8,7 +8,7 @@
 //! - what a successor needs stands in the handover before anybody is told that it is done.
 
 use super::client::answer;
-use super::entry::{Entry, Phase, inherit};
+use super::entry::{self, Entry, Phase, inherit};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
@@ -61,6 +61,10 @@ struct Server {
     conversations: Mutex<usize>,
     end: Mutex<Sender<End>>,
     handover: Arc<Handover>,
+    /// Held while word of the session is left.
+    noting: Mutex<()>,
+    /// Requests that are being answered.
+    answering: AtomicI32,
     /// How many servers there were before this one.
     before: u64,
     /// A successor is about to take over: no conversation begins any more.
@@ -138,6 +142,8 @@ fn serve(store: Store) -> Result<()> {
         conversations: Mutex::new(0),
         end: Mutex::new(end.clone()),
         handover,
+        noting: Mutex::default(),
+        answering: AtomicI32::new(0),
         before,
         leaving: AtomicBool::new(false),
     });
@@ -187,7 +193,12 @@ fn serve(store: Store) -> Result<()> {
             while !matches!((&line).read(&mut [0; 1]), Ok(1)) {
                 tracing::error!("the keeper is gone: another one is started");
                 kept.keeper.store(0, SeqCst);
-                match keeper::replace(&kept.store, &own_fuse, &own_listener, kept.handover.file()) {
+                match keeper::replace(
+                    &kept.run_dir,
+                    &own_fuse,
+                    &own_listener,
+                    kept.handover.file(),
+                ) {
                     Ok((new, pid)) => {
                         line = new;
                         kept.keeper.store(pid, SeqCst);
@@ -213,6 +224,16 @@ fn serve(store: Store) -> Result<()> {
         End::Handover => {
             // What is under way is answered. Nothing is closed: all stands in the handover.
             server.session.stop();
+            // A keeper that was killed is being replaced: without one nobody would hold what we leave.
+            let deadline = Instant::now() + CALM;
+            while !process::is_alive_and_well(server.keeper.load(SeqCst)) {
+                if Instant::now() > deadline {
+                    tracing::error!("there is no keeper to leave anything to");
+                    server.shut_down();
+                    return Ok(());
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
             tracing::info!("the server leaves everything to its successor");
             std::process::exit(0);
         }
@@ -236,6 +257,7 @@ fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
                 .filter_map(|(n, e)| Some((n.clone(), e.disk.clone()?)))
                 .collect()
         };
+        server.reopen_held();
         for (name, disk) in disks {
             match disk.maintain() {
                 Err(e) if e.kind() == Kind::Poisoned => {}
@@ -307,9 +329,19 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
                 return;
             }
         };
+        server.answering.fetch_add(1, SeqCst);
+        // To a server that leaves nothing new is brought: whoever it is finds the successor.
+        let ends_something = request["op"]
+            .as_str()
+            .is_some_and(|op| op.ends_with("-done") || op.ends_with("-undo"));
+        if server.leaving.load(SeqCst) && !ends_something {
+            server.answering.fetch_sub(1, SeqCst);
+            return;
+        }
         let said = server
             .answer(&request, begun)
             .unwrap_or_else(|e| failure(&e));
+        server.answering.fetch_sub(1, SeqCst);
         server.settled.notify_all();
         if send(&mut writer, &said).is_err() {
             return;
@@ -423,6 +455,21 @@ impl Server {
                         "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
                     ));
                 }
+                let keeper = self.keeper.load(SeqCst);
+                if keeper == 0 {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        "the daemon is just getting another keeper",
+                    )
+                    .hint("try again in a moment"));
+                }
+                // If we die before we end, the next server ends in our place.
+                self.handover.set_session(json!({
+                    "negotiated": self.session.negotiated(),
+                    "next_ino": self.files.next_ino(),
+                    "servers": self.before + 1,
+                    "ending": true,
+                }))?;
                 let _ = self.end.lock().send(End::Stop);
                 Ok(json!({"keeper_pid": self.keeper.load(SeqCst)}))
             }
@@ -638,8 +685,46 @@ impl Server {
         }
     }
 
+    /// Tries again to open what a command held when we took over: its log is still there.
+    fn reopen_held(&self) {
+        let held: Vec<(String, u64)> = {
+            let table = self.table.lock();
+            let held = table.values().filter(|e| {
+                e.phase == Phase::Ready
+                    && e.failed
+                        .as_ref()
+                        .is_some_and(|why| why.kind() == Kind::Busy)
+            });
+            held.map(|e| (e.attached.name.clone(), e.ino)).collect()
+        };
+        for (name, ino) in held {
+            let mut table = self.table.lock();
+            let Some(entry) = table.get_mut(&name).filter(|e| e.phase == Phase::Ready) else {
+                continue;
+            };
+            match entry::open_again(&self.store, &entry.attached, &entry.place) {
+                Err(e) if e.kind() == Kind::Busy => {}
+                Err(e) => {
+                    tracing::error!(disk = name, "cannot be taken over: {e:?}");
+                    entry.failed = Some(e);
+                }
+                Ok(disk) => {
+                    if let Err(e) = self.files.replace(ino, disk.clone()) {
+                        tracing::error!(disk = name, "{e}");
+                        continue;
+                    }
+                    entry.disk = Some(disk);
+                    entry.failed = None;
+                    tracing::info!(disk = name, "taken over late");
+                }
+            }
+        }
+    }
+
     /// What a successor must know of the session.
     fn note_session(&self) -> Result<()> {
+        // One after the other: what is read last is what is written last.
+        let _noting = self.noting.lock();
         self.handover.set_session(json!({
             "negotiated": self.session.negotiated(),
             "next_ino": self.files.next_ino(),
@@ -690,11 +775,13 @@ impl Server {
             let deadline = Instant::now() + CALM;
             loop {
                 let busy = table.values().find(|e| e.phase != Phase::Ready);
-                let Some(busy) = busy.map(|e| e.attached.name.clone()) else {
+                let busy = busy.map(|e| e.attached.name.clone());
+                // The one request is this one.
+                if busy.is_none() && self.answering.load(SeqCst) <= 1 {
                     break Ok(());
-                };
+                }
                 if self.settled.wait_until(&mut table, deadline).timed_out() {
-                    break Err(in_transit(&busy));
+                    break Err(in_transit(&busy.unwrap_or_else(|| "something".into())));
                 }
             }
         };

@@ -783,7 +783,7 @@ impl Layer {
             let epoch = self.epoch.load(SeqCst);
             let done = (region.0..end).try_for_each(|r| {
                 // A checkpoint may have put new runs in place meanwhile: then their word counts, roughly.
-                let known = {
+                let known = || {
                     let now = self.runs.read();
                     if Arc::ptr_eq(&now, &runs) {
                         in_runs.get(r).is_some()
@@ -791,7 +791,7 @@ impl Layer {
                         now.iter().any(|run| run.may_touch(r, r + 1))
                     }
                 };
-                self.zero_region(Region(r), known, epoch, &mut reusable)
+                self.zero_region(Region(r), &known, epoch, &mut reusable)
             });
             self.log.lock().counted.reserved += taken.entries;
             self.expected.fetch_sub(taken.logged, SeqCst);
@@ -805,14 +805,15 @@ impl Layer {
     fn zero_region(
         &self,
         region: Region,
-        in_runs: bool,
+        in_runs: &dyn Fn() -> bool,
         epoch: u64,
         reusable: &mut Vec<(u32, u32)>,
     ) -> Result<()> {
         let all = REGION_BLOCKS as i64;
         let r = region.0;
         let mut table = self.shard(region).write();
-        let known = in_runs || table.contains_key(&r) || self.zeroed.read().get(r).is_some();
+        // The runs last: a checkpoint installs its run before it forgets the zeroed ranges that are in it.
+        let known = table.contains_key(&r) || self.zeroed.read().get(r).is_some() || in_runs();
         if known {
             let resident = self.resident(&mut table, region)?;
             let fresh = resident.changed == epoch;

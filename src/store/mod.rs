@@ -612,6 +612,8 @@ impl Store {
         }
         let layer = Layer::resume(file, memory)
             .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
+        // The one that died may not have come to that.
+        self.note_opened(name, false);
         let chain = self.chain(parent_of(&header))?;
         Ok(Arc::new(CowDisk::writable(layer, chain)))
     }

@@ -85,6 +85,11 @@ pub fn is_alive(pid: i32) -> bool {
     })
 }
 
+/// Is there a process of this number that has not ended? (A zombie has.)
+pub fn is_alive_and_well(pid: i32) -> bool {
+    pid > 0 && pidfd(pid).is_ok_and(|fd| !wait_for_end(fd, Duration::ZERO).unwrap_or(true))
+}
+
 /// The short name of a process, as the kernel keeps it.
 pub fn comm(pid: i32) -> Option<String> {
     let bytes = fs::read(format!("/proc/{pid}/comm")).ok()?;

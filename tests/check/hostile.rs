@@ -162,7 +162,10 @@ impl Victim {
                 .get(n * SLOT..)
                 .is_some_and(|b| format::decode_commit(b, &self.id).is_some())
         });
-        let at = found.next().expect("a record") * SLOT;
+        // What is no record any more cannot be changed again.
+        let Some(at) = found.next().map(|n| n * SLOT) else {
+            return;
+        };
         let mut record = self.bytes[at..at + SLOT].to_vec();
         change(&mut record);
         let crc = offset_of!(CommitHeader, crc);

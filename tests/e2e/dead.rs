@@ -171,3 +171,85 @@ fn detached_is_durable() {
     w.ok(["detach", "d"]);
     w.finish();
 }
+
+/// The keeper dies while one server makes way for the next: there is always somebody who has everything.
+#[test]
+fn the_keeper_is_killed_in_a_takeover() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    for round in 0..8u64 {
+        fs::write(m.join("g"), noise(round, 200_000)).unwrap();
+        let keeper = w.pid("keeper_pid");
+        let mut takeover = w.command(["daemon", "takeover"]);
+        let mut takeover = takeover
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // While the old server still serves: once it has left, both would be dead.
+        std::thread::sleep(std::time::Duration::from_micros(500 * round));
+        let left = w.log().matches("leaves everything").count();
+        kill(keeper, "KILL");
+        let after = w.log().matches("leaves everything").count();
+        let _ = takeover.wait();
+        if left != after || w.run(["daemon", "status"]).code != 0 {
+            // Too late: the server had gone, and the keeper was alone.
+            eprintln!("round {round}: both were dead");
+            w.run(["detach", s(&m)]);
+            w.run(["detach", "d-1"]);
+            w.ok(["attach", "d-1"]);
+            w.ok(["attach", "d-2", "--mount", s(&m)]);
+            continue;
+        }
+        assert!(
+            fs::read(m.join("g")).unwrap() == noise(round, 200_000),
+            "round {round}"
+        );
+        eventually("there is a keeper", || w.pid("keeper_pid") != 0);
+    }
+    w.ok(["detach", "d-1", "d-2"]);
+    w.finish();
+}
+
+/// A new daemon does not take the mount away from under a server that is just getting another keeper.
+#[test]
+fn a_new_daemon_leaves_a_living_server_alone() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    for _ in 0..8 {
+        let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+        kill(keeper, "KILL");
+        let out = w.run(["daemon", "run"]);
+        assert_eq!(out.code, 11, "{out:?}");
+        eventually("another keeper", || {
+            ![0, keeper].contains(&w.pid("keeper_pid"))
+        });
+        assert_eq!(w.pid("server_pid"), server);
+        assert!(fs::read(m.join("f")).unwrap() == noise(1, 3 << 20));
+    }
+    w.ok(["detach", "d-1", "d-2"]);
+    w.finish();
+}
+
+#[test]
+fn a_store_that_was_moved_is_taken_over() {
+    if !root() {
+        return;
+    }
+    let (w, m) = in_use();
+    let server = w.pid("server_pid");
+    let moved = w.path("moved");
+    fs::rename(&w.store, &moved).unwrap();
+    kill_and_wait(server);
+    fs::write(m.join("g"), noise(4, 1 << 20)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let out = finish(w.command_on(&moved, ["daemon", "takeover"]));
+    assert_eq!(out.code, 0, "{out:?}");
+    assert!(fs::read(m.join("g")).unwrap() == noise(4, 1 << 20));
+    fs::rename(&moved, &w.store).unwrap();
+    w.ok(["detach", "d-1", "d-2"]);
+    w.finish();
+}
