@@ -283,7 +283,9 @@ fn killed_and_upgraded_under_mounted_disks() {
             assert!(kill(server, "KILL"));
             killed += 1;
         }
-        eventually("work goes on", || db.acknowledged.load(SeqCst) > before + 2);
+        eventually(&format!("work goes on\n{}", w.log()), || {
+            db.acknowledged.load(SeqCst) > before + 2
+        });
         thread::sleep(Duration::from_millis(100));
         let pause = probe.longest();
         if upgrade {
