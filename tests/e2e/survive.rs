@@ -450,6 +450,8 @@ fn killed_at_random_moments() {
         if whole {
             died += 1;
             let out = w.run(["detach", s(&m)]);
+            // A device that somebody looks at, as udev does, goes with the last look.
+            eventually("the device goes", || w.loops().is_empty());
             assert!(
                 w.mounts().iter().all(|m| m.ends_with("run/disks")) && w.loops().is_empty(),
                 "{story}: {out:?} {:?} {:?}",

@@ -428,6 +428,8 @@ impl Buffer {
         // Best effort: users without root may lock little memory.
         let _ = map.lock();
         let _ = map.advise(Advice::DontFork);
+        // Nor are its pages taken away for a moment to be made one large page.
+        let _ = map.advise(Advice::NoHugePage);
         Ok(Buffer { map })
     }
     /// The whole request.
