@@ -24,7 +24,7 @@ use std::sync::Arc;
 const HISTORIES: u64 = 100;
 const BLOCK: usize = 4096;
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Op {
     Write(u64, Vec<u8>),
     Discard(u64, u64),
@@ -35,9 +35,25 @@ enum Op {
     Fork(String),
 }
 
+impl std::fmt::Debug for Op {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Op::Write(at, data) => write!(f, "write {}+{}", at, data.len()),
+            Op::Discard(at, len) => write!(f, "discard {at}+{len}"),
+            Op::Flush => write!(f, "flush"),
+            Op::Checkpoint => write!(f, "checkpoint"),
+            Op::Maintain => write!(f, "maintain"),
+            Op::Snapshot(name) => write!(f, "snapshot {name}"),
+            Op::Fork(name) => write!(f, "fork {name}"),
+        }
+    }
+}
+
 struct Open {
     disk: Option<Arc<CowDisk>>,
     memory: Arc<SharedMemory>,
+    /// It was refused, and what was not flushed is given up.
+    given_up: bool,
     /// What was accepted.
     now: Vec<u8>,
     /// What a power cut may leave: the last acknowledged flush, and what later commits that nobody acknowledged may hold.
@@ -53,6 +69,11 @@ struct World {
     frozen: BTreeMap<String, Vec<u8>>,
     lives: u64,
     size: u64,
+    /// A sync failed and nobody heard of it, since the last whole takeover.
+    failed: bool,
+    /// How often, and how often a disk was refused for it.
+    unheard: u64,
+    refused: u64,
 }
 
 fn read(disk: &CowDisk, size: u64) -> Vec<u8> {
@@ -72,7 +93,7 @@ impl World {
     fn new(seed: u64, blocks: u64) -> World {
         let size = blocks * BLOCK as u64;
         let sim = SimDisk::new(seed);
-        let mortal = Mortal::new(sim.root());
+        let mortal = Mortal::on(&sim);
         let store = Store::init_on(Arc::new(mortal.clone()), Path::new("/sim"), env(seed)).unwrap();
         let mut image = base_image(size as usize - 1000);
         store
@@ -93,6 +114,9 @@ impl World {
             frozen: BTreeMap::from([("image".into(), image)]),
             lives: 1,
             size,
+            failed: false,
+            unheard: 0,
+            refused: 0,
         };
         for name in ["a", "b"] {
             let store = world.store.as_ref().unwrap();
@@ -110,6 +134,7 @@ impl World {
         let open = Open {
             disk: Some(disk),
             memory,
+            given_up: false,
             durable: vec![now.clone()],
             now,
         };
@@ -209,24 +234,55 @@ impl World {
             for open in self.disks.values_mut() {
                 open.disk = None;
             }
+            let unheard = self.mortal.failed_unheard();
+            self.failed |= unheard;
+            self.unheard += u64::from(unheard);
             self.sim = self.sim.kill();
-            self.mortal = Mortal::new(self.sim.root());
+            self.mortal = Mortal::on(&self.sim);
             self.lives += 1;
             if rng.below(3) == 0 {
                 self.mortal.die_after(rng.below(12), rng.next());
             }
             let seed = self.seed ^ (self.lives << 32);
             let mortal = self.mortal.clone();
-            let disks = &mut self.disks;
+            let (history, size, failed) = (self.seed, self.size, self.failed);
+            let (disks, refused) = (&mut self.disks, &mut self.refused);
             let begun = until_death(|| {
                 let store = Store::open_on(Arc::new(mortal), Path::new("/sim"), env(seed)).unwrap();
                 for (name, open) in disks.iter_mut() {
                     // What was accepted may become one commit at once.
                     open.durable.push(open.now.clone());
-                    open.disk = Some(store.resume_cow(name, open.memory.clone()).unwrap());
+                    if !open.given_up {
+                        match store.resume_cow(name, open.memory.clone()) {
+                            Ok(disk) => open.disk = Some(disk),
+                            // What a failed sync took with it is missed, and said.
+                            Err(e) => {
+                                assert!(failed && e.kind() == Kind::Poisoned, "{history}: {e:?}");
+                                open.given_up = true;
+                                *refused += 1;
+                            }
+                        }
+                    }
+                    if open.given_up {
+                        // As a user does: detached by force, and attached again.
+                        let object = store.resolve(name).unwrap();
+                        let disk = store.open_cow_on(&object, open.memory.clone()).unwrap();
+                        let found = read(&disk, size);
+                        assert!(
+                            open.durable.contains(&found),
+                            "history {history}: {name} comes back as no flush"
+                        );
+                        open.now = found.clone();
+                        open.durable = vec![found];
+                        open.disk = Some(disk);
+                        open.given_up = false;
+                    }
                 }
                 store
             });
+            if begun.is_some() {
+                self.failed = false;
+            }
             if let Some(store) = begun {
                 self.store = Some(store);
                 self.mortal.live_on();
@@ -287,7 +343,11 @@ impl World {
         }
         // What torn writes leave in files that nothing refers to is another matter.
         if !matches!(policy, Policy::Random(_)) {
-            let report = forkdisk::check::check(&store, None, &Quiet).unwrap();
+            let mut report = forkdisk::check::check(&store, None, &Quiet).unwrap();
+            // After a failed sync that is so, and said.
+            report.corruptions.retain(|c| {
+                self.unheard == 0 || !c.message.starts_with("copy 2 of the superblock is damaged")
+            });
             assert!(
                 report.corruptions.is_empty(),
                 "{story}: {policy:?}: {report:?}"
@@ -296,7 +356,8 @@ impl World {
     }
 }
 
-fn history(seed: u64) -> u64 {
+/// Deaths, failed syncs that nobody heard of, disks refused for them.
+fn history(seed: u64) -> [u64; 3] {
     let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9) ^ 0x7A);
     let blocks = [9, 37, 37, 600, 1200][rng.below(5) as usize];
     let mut world = World::new(seed, blocks);
@@ -308,7 +369,7 @@ fn history(seed: u64) -> u64 {
         let (name, op) = world.op(&mut rng, n);
         // The kernel sends what was under way again, until it is answered.
         if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
-            eprintln!("operation {n}: {name} {op:.60?}");
+            eprintln!("operation {n}: {name} {op:?}");
         }
         while until_death(|| world.run(&name, &op)).is_none() {
             deaths += 1;
@@ -316,16 +377,16 @@ fn history(seed: u64) -> u64 {
             if rng.below(3) == 0 {
                 world.power_cut(
                     Policy::Random(rng.next()),
-                    &format!("{story}, death {deaths} in {op:.40?}"),
+                    &format!("{story}, death {deaths} in {op:?}"),
                 );
             }
             if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
-                eprintln!("death {deaths} in operation {n}: {name} {op:.60?}");
+                eprintln!("death {deaths} in operation {n}: {name} {op:?}");
             }
             world.take_over(&mut rng);
             world.compare(
                 Some((&name, &op)),
-                &format!("{story}, death {deaths} in {op:.40?}"),
+                &format!("{story}, death {deaths} in {op:?}"),
             );
             // Others may be faster than what is sent again.
             if matches!(op, Op::Flush) {
@@ -356,7 +417,11 @@ fn history(seed: u64) -> u64 {
         open.durable = vec![open.now.clone()];
     }
     world.power_cut(Policy::AllDropped, &story);
-    deaths
+    [deaths, world.unheard, world.refused]
+}
+
+fn add(a: [u64; 3], b: [u64; 3]) -> [u64; 3] {
+    std::array::from_fn(|i| a[i] + b[i])
 }
 
 #[test]
@@ -372,20 +437,28 @@ fn the_next_process_finds_all_that_was_accepted() {
         None => 0..number("FORKDISK_TAKEOVER_HISTORIES").unwrap_or(HISTORIES),
     };
     let count = seeds.end - seeds.start;
-    let deaths: u64 = std::thread::scope(|scope| {
+    let [deaths, unheard, refused] = std::thread::scope(|scope| {
         let (first, last) = (seeds.start, seeds.end);
         let threads: Vec<_> = (0..2)
-            .map(|t| scope.spawn(move || (first + t..last).step_by(2).map(history).sum::<u64>()))
+            .map(|t| {
+                scope.spawn(move || (first + t..last).step_by(2).map(history).fold([0; 3], add))
+            })
             .collect();
         threads
             .into_iter()
             .map(|t| t.join().expect("a history"))
-            .sum()
+            .fold([0; 3], add)
     });
-    eprintln!("{count} histories, {deaths} deaths");
+    eprintln!(
+        "{count} histories, {deaths} deaths, {unheard} failed syncs that nobody heard of, {refused} disks refused for them"
+    );
     assert!(
         count < HISTORIES || deaths > 5 * count,
         "only {deaths} deaths"
+    );
+    assert!(
+        count < HISTORIES || (unheard > count / 4 && refused < unheard),
+        "{unheard} failed syncs, {refused} refused"
     );
 }
 

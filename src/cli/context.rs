@@ -42,9 +42,13 @@ impl Context {
     /// until then nobody holds the locks of the attached disks.
     pub fn open_to_change(&self) -> Result<Store> {
         let store = self.open()?;
-        // Without an answer the locks alone decide.
-        let _ = Client::connect(&store);
+        self.await_server(&store);
         Ok(store)
+    }
+    /// See [`Context::open_to_change`].
+    pub fn await_server(&self, store: &Store) {
+        // Without an answer the locks alone decide.
+        let _ = Client::connect(store);
     }
     /// Opens the store, and makes it if there is none.
     pub fn open_or_init(&self) -> Result<Store> {

@@ -268,6 +268,8 @@ impl Rm {
                     &listing(&plan),
                     &format!("Remove these {number} ({frees})?"),
                 )?;
+                // The answer may have taken its time.
+                context.await_server(&store);
             }
             store.remove(&plan)?;
         }

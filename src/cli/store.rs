@@ -291,7 +291,9 @@ impl Check {
                 let leaks = counted(report.leaks.len(), "leak");
                 let damage = counted(report.corruptions.len(), "corruption");
                 let next = match code {
-                    3 => "nothing is lost; `forkdisk gc` frees the leaks",
+                    3 => {
+                        "nothing that has a name is damaged; `forkdisk gc` frees the leaks, after `forkdisk check --repair` gave layers that hold data a name again"
+                    }
                     _ => "other objects are not affected",
                 };
                 ui.talk(format_args!("checked {checked}: {damage}, {leaks}; {next}"));
@@ -336,6 +338,13 @@ struct ScrubDoc<'a> {
 impl Scrub {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
+        if self.rate == Some(0) {
+            return Err(
+                Error::new(Kind::Invalid, "at 0 bytes a second no scrub ever ends")
+                    .hint("leave --rate out for no limit")
+                    .into(),
+            );
+        }
         let store = context.open()?;
         signals::catch();
         let options = scrub::Options {

@@ -325,6 +325,10 @@ record! {
         poisoned: U64,
         /// Number of entries.
         count: U64,
+        /// Not 0 (in the first area alone): a sync has begun, and nobody knows its outcome.
+        syncing: U64,
+        /// In the first area alone: the last commit that is known to be durable.
+        durable: U64,
     }
 }
 record! {

@@ -143,6 +143,8 @@ pub struct Replay {
     pub last_changes: usize,
     /// Journal slots that the commits occupy.
     pub head: u32,
+    /// Entries of the last commit.
+    pub last: Vec<CommitEntry>,
     /// A last commit that was dropped because its data is not whole: its sequence.
     pub dropped: Option<u64>,
     /// Number of commits found.
@@ -233,6 +235,7 @@ pub fn replay_after(
         changes: Vec::new(),
         last_changes: 0,
         head,
+        last: records.last().map_or(Vec::new(), |last| last.to_vec()),
         dropped,
         commits: records.len() as u64,
     };

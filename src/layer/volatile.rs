@@ -30,9 +30,13 @@ const KEEP: u64 = 16_384;
 
 const COUNT: usize = std::mem::offset_of!(VolatileHeader, count);
 const POISONED: usize = std::mem::offset_of!(VolatileHeader, poisoned);
+/// In the first area.
+const SYNCING: usize = std::mem::offset_of!(VolatileHeader, syncing);
+const DURABLE: usize = std::mem::offset_of!(VolatileHeader, durable);
 
 const _: () = assert!(AREA.is_multiple_of(BLOCK_SIZE));
 const _: () = assert!(COUNT.is_multiple_of(8) && POISONED.is_multiple_of(8));
+const _: () = assert!(SYNCING.is_multiple_of(8) && DURABLE.is_multiple_of(8));
 
 /// Memory for a volatile log that ends with this process.
 pub fn private() -> Result<Arc<SharedMemory>> {
@@ -46,6 +50,27 @@ pub fn poison(memory: &SharedMemory) {
     for area in [0, 1] {
         memory.store(area * AREA + POISONED, 1);
     }
+}
+
+/// What a sync is there for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Syncing {
+    /// None is under way.
+    No = 0,
+    /// A commit, or what a superblock is going to rest on.
+    Slots = 1,
+    /// Copy 1 of the superblock.
+    Superblock = 2,
+}
+
+/// Marks that a sync begins, or that it ended well. Whoever dies in between may have been told that it failed, which the kernel says once.
+pub fn syncing(memory: &SharedMemory, what: Syncing) {
+    memory.store(SYNCING, what as u64);
+}
+
+/// Notes that this commit, and all before it, are durable.
+pub fn durable(memory: &SharedMemory, sequence: u64) {
+    memory.store(DURABLE, sequence);
 }
 
 /// Forgets everything: the disk is not attached any more.
@@ -66,8 +91,11 @@ fn empty(memory: &SharedMemory, area: usize, layer: &Id, generation: u64, sequen
         sequence: U64::new(sequence),
         poisoned: U64::new(0),
         count: U64::new(0),
+        syncing: U64::new(0),
+        durable: U64::new(0),
     };
-    memory.write(area * AREA, header.as_bytes());
+    // All but what is said of syncs, which is not about the entries.
+    memory.write(area * AREA, &header.as_bytes()[..SYNCING]);
 }
 
 fn read(memory: &SharedMemory, area: usize, count: u64) -> Vec<CommitEntry> {
@@ -193,6 +221,10 @@ pub enum Found {
         generation: u64,
         /// Both, also where they are empty.
         areas: [Area; 2],
+        /// A sync was under way, whose outcome nobody knows.
+        syncing: Syncing,
+        /// The last commit that is known to be durable.
+        durable: u64,
     },
 }
 
@@ -202,6 +234,8 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
     let mut areas = Vec::new();
     let mut generation = None;
     let mut foreign = false;
+    let mut syncing = Syncing::No;
+    let mut durable = 0;
     for area in [0, 1] {
         let mut bytes = [0; size_of::<VolatileHeader>()];
         memory.read(area * AREA, &mut bytes);
@@ -223,6 +257,14 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
         if header.poisoned.get() != 0 {
             return Err(refuse("a sync failed before the server died".into())
                 .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush"));
+        }
+        if area == 0 {
+            durable = header.durable.get();
+            syncing = match header.syncing.get() {
+                0 => Syncing::No,
+                2 => Syncing::Superblock,
+                _ => Syncing::Slots,
+            };
         }
         if count > CAPACITY {
             return Err(refuse(format!(
@@ -249,7 +291,12 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
     }
     areas.sort_by_key(|a| a.sequence);
     match (generation, <[Area; 2]>::try_from(areas)) {
-        (Some(generation), Ok(areas)) => Ok(Found::Log { generation, areas }),
+        (Some(generation), Ok(areas)) => Ok(Found::Log {
+            generation,
+            areas,
+            syncing,
+            durable,
+        }),
         _ => Ok(Found::Nothing),
     }
 }

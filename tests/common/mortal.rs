@@ -4,11 +4,12 @@
 //! leaves: the simulated disk as it was, and the memory that outlives processes.
 
 use forkdisk::error::Result;
+use forkdisk::io::sim::{FaultKind, SimDisk, Verb};
 use forkdisk::io::{Access, Dir, EntryKind, File, Mapping};
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
 
 /// What the panic carries.
 pub struct Dead;
@@ -19,6 +20,9 @@ struct Life {
     left: AtomicI64,
     how: AtomicU64,
     calls: AtomicU64,
+    /// Where a sync fails if it is the last call, and nobody lives to hear of it.
+    sim: Option<SimDisk>,
+    failed: AtomicBool,
 }
 
 impl Life {
@@ -60,9 +64,26 @@ pub fn until_death<T>(work: impl FnOnce() -> T) -> Option<T> {
 
 impl Mortal {
     pub fn new(inner: Arc<dyn Dir>) -> Mortal {
-        let life = Arc::new(Life::default());
-        life.left.store(-1, SeqCst);
-        Mortal { inner, life }
+        Mortal::with(inner, None)
+    }
+    /// The last call may be a sync that fails.
+    pub fn on(sim: &SimDisk) -> Mortal {
+        Mortal::with(sim.root(), Some(sim.clone()))
+    }
+    fn with(inner: Arc<dyn Dir>, sim: Option<SimDisk>) -> Mortal {
+        let life = Life {
+            left: AtomicI64::new(-1),
+            sim,
+            ..Life::default()
+        };
+        Mortal {
+            inner,
+            life: Arc::new(life),
+        }
+    }
+    /// Did the last call fail, with nobody to hear of it?
+    pub fn failed_unheard(&self) -> bool {
+        self.life.failed.load(SeqCst)
     }
     /// Death at the changing call after `n` more.
     pub fn die_after(&self, n: u64, how: u64) {
@@ -144,7 +165,25 @@ impl File for MortalFile {
         )
     }
     fn sync(&self) -> Result<()> {
-        self.life.live(|| self.inner.sync(), |_| ())
+        self.life.live(
+            || self.inner.sync(),
+            |_| {
+                if let Some(sim) = &self.life.sim {
+                    sim.fail_nth(Verb::Sync, 0, FaultKind::Eio);
+                    let _ = self.inner.sync();
+                    eprintln!(
+                        self.inner.path().display(),
+                        std::backtrace::Backtrace::force_capture()
+                            .to_string()
+                            .lines()
+                            .filter(|l| l.contains("forkdisk::") && !l.contains("mortal"))
+                            .take(4)
+                            .collect::<String>()
+                    );
+                    self.life.failed.store(true, SeqCst);
+                }
+            },
+        )
     }
     fn len(&self) -> Result<u64> {
         self.inner.len()

@@ -11,6 +11,7 @@ use crate::format::{
     Superblock, commit_slots, encode_commit,
 };
 use crate::io::File;
+use crate::layer::volatile::{self, Syncing};
 use crate::map::run::{Builder, Run, max_len};
 use crate::map::{Items, Memtable, merge};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -102,7 +103,8 @@ impl Layer {
 
     /// Makes all that was written to the file durable.
     pub(super) fn sync(&self, c: &mut Commit) -> Result<()> {
-        self.file.sync().map_err(|e| self.poison(e))?;
+        self.sync_marked(Syncing::Slots)?;
+        volatile::durable(&self.volatile, c.next_commit - 1);
         c.second_pending = false;
         if let Some(freed) = c.owed.take() {
             for &(start, len) in &freed {
@@ -111,6 +113,14 @@ impl Layer {
             let now = self.quiesce.now();
             self.space.lock().retire(now, freed);
         }
+        Ok(())
+    }
+
+    /// One sync, marked as such for a successor.
+    pub(super) fn sync_marked(&self, what: Syncing) -> Result<()> {
+        volatile::syncing(&self.volatile, what);
+        self.file.sync().map_err(|e| self.poison(e))?;
+        volatile::syncing(&self.volatile, Syncing::No);
         Ok(())
     }
 
@@ -143,10 +153,10 @@ impl Layer {
         self.file
             .write_at(&c.buffer, Slot(JOURNAL_START + c.head).at())
             .map_err(|e| self.poison(e))?;
+        c.next_commit += 1;
         self.sync(c)?;
         c.buffer.shrink_to(1 << 20);
         c.head += slots;
-        c.next_commit += 1;
         c.epoch = epoch;
         c.data_blocks += counted.data_delta;
         c.zero_blocks += counted.zero_delta;
@@ -254,11 +264,13 @@ impl Layer {
             self.sync(c)?;
         }
         let bytes = next.encode().to_vec();
-        self.file
-            .write_at(&bytes, Slot(1).at())
-            .and_then(|()| self.file.sync())
-            .and_then(|()| self.file.write_at(&bytes, Slot(2).at()))
-            .map_err(|e| self.poison(e))?;
+        let copy = |copy| {
+            let written = self.file.write_at(&bytes, Slot(copy).at());
+            written.map_err(|e| self.poison(e))
+        };
+        copy(1)?;
+        self.sync_marked(Syncing::Superblock)?;
+        copy(2)?;
         c.second_pending = true;
         c.superblock = next;
         c.free = free;

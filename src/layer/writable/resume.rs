@@ -6,15 +6,15 @@
 use super::commit::{read_free_list, use_slot};
 use super::{Beginning, Counted, Layer, Opened, Resident, SHARDS, State};
 use crate::error::{Error, Kind, Result};
-use crate::format::{CommitEntry, JOURNAL_SLOTS, Pointer, commit_slots};
+use crate::format::{self, CommitEntry, JOURNAL_SLOTS, JOURNAL_START, Pointer, commit_slots};
 use crate::io::File;
-use crate::layer::recover::{self, After, Change};
+use crate::layer::recover::{self, After, Change, Replay};
 use crate::layer::space::Space;
-use crate::layer::volatile::{self, Area, Found, VolatileLog};
+use crate::layer::volatile::{self, Area, Found, Syncing, VolatileLog};
 use crate::layer::{open_runs, read_header, region_of};
 use crate::map::{Item, Memtable, WORDS};
 use crate::sys::shared::SharedMemory;
-use crate::units::{Id, REGION_BLOCKS};
+use crate::units::{BLOCK_SIZE, Id, REGION_BLOCKS, Slot};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -35,10 +35,15 @@ impl Layer {
                 .path(file.path())
                 .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush")
         };
-        let (generation, areas) = match volatile::find(&memory, &id)? {
+        let (generation, areas, syncing, durable) = match volatile::find(&memory, &id)? {
             // It had not come far enough to accept anything.
             Found::Nothing => return Layer::open_on(file, memory),
-            Found::Log { generation, areas } => (generation, areas),
+            Found::Log {
+                generation,
+                areas,
+                syncing,
+                durable,
+            } => (generation, areas, syncing, durable),
         };
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
@@ -55,6 +60,12 @@ impl Layer {
             read_free_list(&*file, &superblock).map_err(|e| e.layer(id).path(file.path()))?;
         let mut high = superblock.high_water.get();
         let mut replay = recover::replay_after(After::Death, &*file, &superblock, &runs)?;
+        if areas[0].sequence > replay.next_commit {
+            return Err(lost(format!(
+                "commit {} is gone: a sync failed before the server died",
+                replay.next_commit
+            )));
+        }
         let mut owed = BTreeSet::new();
         for (i, change) in replay.changes.iter().enumerate() {
             match *change {
@@ -77,6 +88,9 @@ impl Layer {
         }
         let entries = left.iter().flat_map(|a| a.entries.iter().copied());
         let fresh = replay.unflushed(entries, &runs)?;
+        if syncing != Syncing::No {
+            rewrite(&*file, &replay, replay.next_commit - 1 > durable, &fresh)?;
+        }
         let mut space = Space::new(high);
         let mut unused = free.clone();
         let mut counted = Counted {
@@ -136,7 +150,8 @@ impl Layer {
             },
         );
         let owed = owed.into_iter().map(|slot| (slot, 1)).collect();
-        layer.go_on(&replay.memtable, &fresh, owed, found.second_differs)?;
+        layer.go_on(&replay.memtable, &fresh, owed)?;
+        layer.settle_superblock(found.second_differs, syncing)?;
         if at_once {
             layer.commit_inherited(&fresh, counted)?;
         } else {
@@ -149,13 +164,7 @@ impl Layer {
     }
 
     /// Puts what is in no run yet into the table, and the committing side in order.
-    fn go_on(
-        &self,
-        known: &Memtable,
-        fresh: &Memtable,
-        owed: Vec<(u32, u32)>,
-        second_differs: bool,
-    ) -> Result<()> {
+    fn go_on(&self, known: &Memtable, fresh: &Memtable, owed: Vec<(u32, u32)>) -> Result<()> {
         let open = COMMITTED + 1;
         let runs = self.runs.read().clone();
         for item in known.items() {
@@ -190,19 +199,33 @@ impl Layer {
         }
         self.epoch.store(open, SeqCst);
         let mut commit = self.commit.lock();
-        let c = &mut *commit;
-        c.epoch = COMMITTED;
-        c.owed = Some(owed);
+        commit.epoch = COMMITTED;
+        commit.owed = Some(owed);
         // Nobody knows; it costs nothing to think so.
-        c.second_pending = true;
-        if second_differs {
-            // Copy 1 may be in the page cache only, and what copy 2 rests on is about to be overwritten.
+        commit.second_pending = true;
+        Ok(())
+    }
+
+    /// Copy 1 counts, and may be in the page cache only: it is made durable before the journal that it replaces is overwritten.
+    fn settle_superblock(&self, second_differs: bool, syncing: Syncing) -> Result<()> {
+        let mut commit = self.commit.lock();
+        let c = &mut *commit;
+        let bytes = c.superblock.encode().to_vec();
+        let copy = |copy| {
+            let written = self.file.write_at(&bytes, Slot(copy).at());
+            written.map_err(|e| self.poison(e))
+        };
+        if syncing == Syncing::Superblock {
+            copy(1)?;
+            self.sync_marked(Syncing::Superblock)?;
+            copy(2)?;
+        } else if second_differs {
+            // What copy 2 rests on is about to be overwritten.
             self.sync(c)?;
-            let bytes = c.superblock.encode().to_vec();
-            self.file
-                .write_at(&bytes, crate::units::Slot(2).at())
-                .map_err(|e| self.poison(e))?;
+            copy(2)?;
             self.sync(c)?;
+        } else if syncing != Syncing::No {
+            copy(2)?;
         }
         Ok(())
     }
@@ -234,6 +257,41 @@ impl Layer {
         self.logged.store(0, SeqCst);
         Ok(())
     }
+}
+
+/// A sync was under way. Had it failed, the pages would count as written, and the next sync would have nothing to do for them: so what it was to make
+/// durable is written again, as it was: the last commit, if `last` (what is durable is never written to), and what is in none yet.
+fn rewrite(file: &dyn File, replay: &Replay, last: bool, fresh: &Memtable) -> Result<()> {
+    let mut block = vec![0; BLOCK_SIZE];
+    let (record, entries) = match last {
+        true => (
+            commit_slots(replay.last.len() as u64).min(replay.head),
+            &replay.last[..],
+        ),
+        false => (0, &[][..]),
+    };
+    for slot in replay.head - record..replay.head {
+        let at = Slot(JOURNAL_START + slot).at();
+        file.read_at(&mut block, at)?;
+        file.write_at(&block, at)?;
+    }
+    for entry in entries.iter().chain(&fresh.entries()) {
+        if let (lba, _, Pointer::Data { slot, sum }) = entry.get() {
+            file.read_at(&mut block, slot.at())?;
+            if format::crc(&block) != sum {
+                return Err(Error::new(
+                    Kind::Poisoned,
+                    "a sync failed before the server died, and took with it what had been written",
+                )
+                .block(lba)
+                .offset(slot.at())
+                .path(file.path())
+                .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush"));
+            }
+            file.write_at(&block, slot.at())?;
+        }
+    }
+    Ok(())
 }
 
 /// Can this entry be right, in a disk of `size` bytes and a file of `len`?
