@@ -171,15 +171,6 @@ impl File for MortalFile {
                 if let Some(sim) = &self.life.sim {
                     sim.fail_nth(Verb::Sync, 0, FaultKind::Eio);
                     let _ = self.inner.sync();
-                    eprintln!(
-                        self.inner.path().display(),
-                        std::backtrace::Backtrace::force_capture()
-                            .to_string()
-                            .lines()
-                            .filter(|l| l.contains("forkdisk::") && !l.contains("mortal"))
-                            .take(4)
-                            .collect::<String>()
-                    );
                     self.life.failed.store(true, SeqCst);
                 }
             },
