@@ -424,13 +424,18 @@ fn add(a: [u64; 3], b: [u64; 3]) -> [u64; 3] {
     std::array::from_fn(|i| a[i] + b[i])
 }
 
-#[test]
-fn the_next_process_finds_all_that_was_accepted() {
+/// A death is a panic that nobody need read of.
+fn let_die_quietly() {
     std::panic::set_hook(Box::new(|info| {
         if !info.payload().is::<common::mortal::Dead>() {
             eprintln!("{info}");
         }
     }));
+}
+
+#[test]
+fn the_next_process_finds_all_that_was_accepted() {
+    let_die_quietly();
     let number = |name: &str| Some(std::env::var(name).ok()?.parse::<u64>().expect("a number"));
     let seeds = match number("FORKDISK_TAKEOVER_SEED") {
         Some(seed) => seed..seed + 1,
@@ -499,6 +504,50 @@ fn a_failed_sync_is_not_forgotten() {
         .unwrap();
     let found = read(&disk, BLOCK as u64);
     assert!(found == vec![2; BLOCK] || found == vec![3; BLOCK]);
+}
+
+/// Each sync of a checkpoint fails in turn, with nobody to hear of it; then each call of the successor's first commit is its last, and the power goes.
+#[test]
+fn a_checkpoint_whose_sync_failed_unheard() {
+    let_die_quietly();
+    let mut failed = 0;
+    for seed in 0..3 {
+        let block = |n: u8| Op::Write(4096 * u64::from(n % 9), vec![n; BLOCK]);
+        for n in 0.. {
+            let mut checkpointed = false;
+            for m in 0.. {
+                let mut world = World::new(seed, 9);
+                let mut rng = Rng(seed << 20 | n << 10 | m);
+                for i in 1..8 {
+                    world.run("a", &block(i));
+                    world.run("a", &Op::Flush);
+                }
+                world.mortal.die_after(n, 2);
+                checkpointed = until_death(|| world.run("a", &Op::Checkpoint)).is_some();
+                if checkpointed {
+                    break;
+                }
+                world.take_over(&mut rng);
+                failed += world.unheard;
+                world.mortal.die_after(m, rng.next());
+                let committed = until_death(|| {
+                    world.run("a", &block(8));
+                    world.run("a", &Op::Flush);
+                });
+                for _ in 0..12 {
+                    let story = format!("seed {seed}, death at {n}, then at {m}");
+                    world.power_cut(Policy::Random(rng.next()), &story);
+                }
+                if committed.is_some() {
+                    break;
+                }
+            }
+            if checkpointed {
+                break;
+            }
+        }
+    }
+    assert!(failed > 0, "no sync failed");
 }
 
 /// Memory that cannot be that of the disk is refused, never taken for its changes.

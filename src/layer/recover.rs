@@ -281,8 +281,7 @@ impl Below<'_> {
 }
 
 impl Replay {
-    /// Applies changes that are in no commit, on top of those that are; returns them, without what the commits say already: a
-    /// predecessor may have died before it forgot what it had just committed.
+    /// Applies changes that are in no commit, on top of those that are; returns them.
     pub fn unflushed(
         &mut self,
         entries: impl Iterator<Item = CommitEntry>,
@@ -297,16 +296,10 @@ impl Replay {
             runs,
             regions: HashMap::new(),
         };
-        let mut fresh = Memtable::new();
         for entry in found.entries() {
-            let (lba, count, pointer) = entry.get();
-            if count == 1 && self.pointer(lba, &mut below)? == pointer {
-                continue;
-            }
-            fresh.apply(lba, count, pointer);
             self.apply(&entry, &mut below)?;
         }
-        Ok(fresh)
+        Ok(found)
     }
     /// What the changes, and the runs below them, say of a block.
     fn pointer(&self, lba: Lba, below: &mut Below<'_>) -> Result<Pointer> {

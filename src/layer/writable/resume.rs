@@ -77,7 +77,7 @@ impl Layer {
         let committed = replay.memtable.clone();
         let (data, zero) = (replay.data_blocks, replay.zero_blocks);
         let known = replay.changes.len();
-        // What a commit holds by now is in the journal.
+        // What a commit holds is not un-flushed: the process before us may have died before it forgot what it had just committed.
         let left: Vec<&Area> = areas
             .iter()
             .filter(|a| a.sequence >= replay.next_commit && !a.entries.is_empty())
