@@ -83,7 +83,7 @@ fn a_device_is_the_disk() {
             queue(dev.device(), "logical_block_size"),
             block_size.to_string()
         );
-        assert_eq!(queue(dev.device(), "max_sectors_kb"), "1024");
+        assert_eq!(queue(dev.device(), "read_ahead_kb"), "1024");
         assert_eq!(queue(dev.device(), "rotational"), "0");
         assert_eq!(
             attach::find_loops(dev.0.dev, dev.0.ino).unwrap(),
