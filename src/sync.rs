@@ -8,7 +8,9 @@
 pub use parking_lot::{Condvar, Mutex, RwLock};
 /// The standard library's atomics.
 pub mod atomic {
-    pub use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+    pub use std::sync::atomic::{
+        AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    };
 }
 
 /// A small number for each thread, to spread threads over stripes.

@@ -3,7 +3,7 @@
 //! Always true: whoever runs this holds `commit`. A failed sync poisons the layer and is never tried again.
 
 use super::{
-    CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
+    AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -57,6 +57,7 @@ impl Layer {
                 other => other?,
             }
         }
+        self.write_ahead();
         let demand = self.demand.load(Relaxed);
         self.give_to_host((4 * HOT_SLOTS).max(2 * demand), HOT_SLOTS.max(demand))
     }
@@ -148,6 +149,9 @@ impl Layer {
         };
         self.demand.store(demand.min(HOT_MAX), Relaxed);
         self.busy.store(true, Relaxed);
+        if taken <= u64::from(AHEAD.0) {
+            self.syncs.fetch_add(1, Relaxed);
+        }
         let generation = c.superblock.generation.get();
         encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
         self.file

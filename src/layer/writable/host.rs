@@ -3,7 +3,7 @@
 //! Always true: what a flush will write is reserved before the data it is about is accepted, and [`SPARE`] slots are kept for the run that
 //! empties the journal, so that a full host disk fails writes and nothing else.
 
-use super::{HOT_SLOTS, Layer, RESERVE_STEP, SPARE, Space, Taken};
+use super::{AHEAD, HOT_SLOTS, IDLE_SLOTS, Layer, OFTEN, RESERVE_STEP, SPARE, Space, Taken};
 use crate::error::{Kind, Result};
 use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -115,6 +115,35 @@ impl Layer {
         }
     }
 
+    /// A disk that syncs often gets slots whose host blocks are written, before it needs them. At the end of a flush, and only if there
+    /// are none; where the host has no room it does without.
+    pub(super) fn write_ahead(&self) {
+        if self.syncs.load(Relaxed) < OFTEN {
+            return;
+        }
+        let slots = self.ahead.load(Relaxed);
+        let start = {
+            let mut space = self.space.lock();
+            space.settle(&self.quiesce);
+            if space.hot.total() > SPARE {
+                return;
+            }
+            match space.fresh(slots) {
+                Some(start) => start,
+                None => return,
+            }
+        };
+        let zeros = vec![0; slots as usize * BLOCK_SIZE];
+        if let Err(e) = self.file.write_at(&zeros, Slot(start).at()) {
+            tracing::debug!(layer = %self.id, "no slots are written ahead: {e}");
+            self.unused(start, slots);
+            self.syncs.store(0, Relaxed);
+            return;
+        }
+        self.ahead.store((slots * 2).min(AHEAD.1), Relaxed);
+        self.space.lock().hot.insert(start, slots);
+    }
+
     /// If more than `above` free slots have host blocks, punches some out of the host file until at most `keep` have.
     pub(super) fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
         let mut limit = above;
@@ -165,7 +194,16 @@ impl Layer {
         if self.taken.load(Relaxed) == 0 {
             self.demand.store(demand / 2, Relaxed);
         }
-        self.give_to_host(HOT_SLOTS.max(demand), HOT_SLOTS.max(demand))
+        let mut keep = HOT_SLOTS.max(demand);
+        if self.syncs.swap(0, Relaxed) == 0 && self.taken.load(Relaxed) == 0 {
+            if self.idle.fetch_add(1, Relaxed) >= 2 && demand == 0 {
+                self.ahead.store(AHEAD.0, Relaxed);
+                keep = IDLE_SLOTS;
+            }
+        } else {
+            self.idle.store(0, Relaxed);
+        }
+        self.give_to_host(keep, keep)
     }
 
     /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
