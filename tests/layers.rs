@@ -52,6 +52,7 @@ const UNSAFE: &[&str] = &[
     "io/os.rs",
     "sys/freeze.rs",
     "sys/loopdev.rs",
+    "sys/pagecache.rs",
     "sys/process.rs",
     "sys/shared.rs",
     "sys/signals.rs",

@@ -14,6 +14,7 @@ use super::{
     common::{check_name, check_range, fail, locked, past_end, read_only, wrong_type},
 };
 use crate::error::{Error, Result};
+use crate::sys::pagecache::cachestat;
 use rustix::{
     fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
     io::{Errno, retry_on_intr},
@@ -338,6 +339,13 @@ impl File for OsFile {
         unsafe {
             libc::sync_file_range(fd, at as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE);
         }
+    }
+
+    fn under_writeback(&self, at: u64, len: u64) -> u64 {
+        if len == 0 || check_range(&self.path, at, len).is_err() {
+            return 0;
+        }
+        cachestat(self.fd.as_fd(), at, len).map_or(0, |stat| stat.writeback * 4096)
     }
 
     fn forget_cached(&self, at: u64, len: u64) {

@@ -3,6 +3,7 @@
 //! [`ReadLayer`] reads a layer and never changes it; [`Layer`] is the one writer of a layer that is not sealed.
 //! Neither knows what lies below: an absent block is the chain's business.
 
+mod early;
 pub mod quiesce;
 pub mod recover;
 pub mod space;

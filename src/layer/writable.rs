@@ -16,6 +16,7 @@ mod resume;
 
 pub(super) use commit::read_free_list;
 
+use super::early::{Early, Errand};
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::space::{FreeSet, SPARE, Space};
@@ -53,8 +54,6 @@ const OFTEN: u32 = 16;
 const AHEAD: (u32, u32) = (32, 256);
 /// Free slots that keep their host blocks on a disk at rest.
 const IDLE_SLOTS: u64 = 64;
-/// A write of this many bytes side by side begins to be written back at once, so that a flush finds little left to do.
-const EARLY_WRITEBACK: u64 = 128 * 1024;
 /// Journal slots whose host space is reserved in one go.
 const RESERVE_STEP: u32 = 16;
 /// Slots freed by one epoch before the disk flushes by itself: bounds the list.
@@ -165,6 +164,7 @@ pub struct Layer {
     taken: AtomicU64,
     /// Slots that are taken between two commits, as of late: that many freed ones are worth keeping.
     demand: AtomicU64,
+    early: Early,
     /// Written since housekeeping last looked.
     busy: AtomicBool,
     /// Small flushes since housekeeping last looked.
@@ -325,6 +325,7 @@ impl Layer {
             zero_blocks: AtomicI64::new(b.zero as i64),
             taken: AtomicU64::new(0),
             demand: AtomicU64::new(0),
+            early: Early::default(),
             busy: AtomicBool::new(false),
             syncs: AtomicU32::new(0),
             ahead: AtomicU32::new(AHEAD.0),
@@ -579,10 +580,7 @@ impl Layer {
         for &(start, len) in &taken.extents {
             let (now, later) = rest.split_at(len as usize * BLOCK_SIZE);
             self.file.write_at(now, Slot(start).at())?;
-            if now.len() as u64 >= EARLY_WRITEBACK {
-                self.file
-                    .start_writeback(Slot(start).at(), now.len() as u64);
-            }
+            self.write_back_early(start, len);
             rest = later;
         }
         Ok(())

@@ -106,6 +106,7 @@ impl Layer {
     pub(super) fn sync(&self, c: &mut Commit) -> Result<()> {
         self.sync_marked(Syncing::Slots)?;
         volatile::durable(&self.volatile, c.next_commit - 1);
+        self.early.arrived();
         c.second_pending = false;
         if let Some(freed) = c.owed.take() {
             for &(start, len) in &freed {

@@ -3,11 +3,15 @@
 //! Always true: what a flush will write is reserved before the data it is about is accepted, and [`SPARE`] slots are kept for the run that
 //! empties the journal, so that a full host disk fails writes and nothing else.
 
-use super::{AHEAD, HOT_SLOTS, IDLE_SLOTS, Layer, OFTEN, RESERVE_STEP, SPARE, Space, Taken};
+use super::{
+    AHEAD, Errand, HOT_SLOTS, IDLE_SLOTS, Layer, OFTEN, RESERVE_STEP, SPARE, Space, Taken,
+};
 use crate::error::{Kind, Result};
 use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Slot};
+use std::ops::Range;
+use std::time::Duration;
 
 impl Layer {
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
@@ -112,6 +116,25 @@ impl Layer {
                 Ok(())
             }
             other => other,
+        }
+    }
+
+    /// Slots were written: sends them on their way, if they are enough, and waits where the writers are too far ahead of the disk.
+    pub(super) fn write_back_early(&self, start: u32, len: u32) {
+        let Some(Errand { send, wait }) = self.early.wrote(start, len) else {
+            return;
+        };
+        let bytes = |r: &Range<u32>| (Slot(r.start).at(), u64::from(r.end - r.start) * BLOCK);
+        let (at, len) = bytes(&send);
+        self.file.start_writeback(at, len);
+        if let Some(wait) = wait {
+            let (at, len) = bytes(&wait);
+            // A disk that hangs is not made better by writers that hang.
+            let mut tries = 0;
+            while tries < 1000 && self.file.under_writeback(at, len) > 0 {
+                std::thread::sleep(Duration::from_millis(1));
+                tries += 1;
+            }
         }
     }
 
