@@ -3,14 +3,15 @@
 
 mod common;
 use common::{Rng, World, measuring};
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use forkdisk::chain::Place;
 use forkdisk::disk::Disk;
 use forkdisk::format::{CommitEntry, DATA_START, Pointer, RunRef};
 use forkdisk::map::run::{Builder, Run};
-use forkdisk::map::{Memtable, RegionMap};
+use forkdisk::map::{Memtable, RegionMap, WORDS};
 use forkdisk::store::Below;
 use forkdisk::units::{Id, Lba, Region, Slot};
+use rustc_hash::FxHashMap;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -115,6 +116,83 @@ fn runs(c: &mut Criterion) {
     group.finish();
 }
 
+/// A whole map in memory as a layer keeps it: a table of regions, each packed. Half of the blocks are mapped.
+fn lookup(c: &mut Criterion) {
+    const BATCH: usize = 8192;
+    let mut group = c.benchmark_group("map lookup");
+    group.throughput(Throughput::Elements(BATCH as u64));
+    let sizes: &[u32] = if measuring() {
+        &[1_000, 10_000, 100_000, 1_000_000, 100_000_000]
+    } else {
+        &[1_000]
+    };
+    for &n in sizes {
+        let mut rng = Rng(3);
+        let mut maps: FxHashMap<u32, RegionMap> = FxHashMap::default();
+        let (mut mapped, mut region) = (0, 0);
+        while mapped < n {
+            let present: [u64; WORDS] = std::array::from_fn(|_| rng.below(u64::MAX));
+            let count: u32 = present.iter().map(|w| w.count_ones()).sum();
+            let pointers = (mapped..mapped + count).map(data).collect();
+            maps.insert(
+                region,
+                RegionMap::from_parts(present, pointers, false).expect("fits"),
+            );
+            mapped += count;
+            region += 1;
+        }
+        let mut some = |sequential: bool| {
+            let mut lbas = Vec::with_capacity(BATCH);
+            let mut next = 0;
+            while lbas.len() < BATCH {
+                let lba = match sequential {
+                    true => Lba(next),
+                    false => Lba(rng.below(u64::from(region) * 512) as u32),
+                };
+                next = (next + 1) % (region * 512);
+                if maps[&lba.region().0].get(lba.index()) != Pointer::Absent {
+                    lbas.push(lba);
+                }
+            }
+            lbas
+        };
+        // Many batches, so that the processor's caches hold of the map only what fits them.
+        let batches = if n > 10_000 { 512 } else { 8 };
+        let random: Vec<Vec<Lba>> = (0..batches).map(|_| some(false)).collect();
+        let rising = some(true);
+        let sum = |lbas: &[Lba]| {
+            lbas.iter().fold(0u64, |sum, lba| {
+                let pointer = maps
+                    .get(&lba.region().0)
+                    .map_or(Pointer::Absent, |m| m.get(lba.index()));
+                sum.wrapping_add(pointer.pack())
+            })
+        };
+        let mut turn = 0;
+        group.bench_function(format!("random, {n} mapped"), |b| {
+            b.iter(|| {
+                turn = (turn + 1) % batches;
+                black_box(sum(&random[turn]))
+            });
+        });
+        group.bench_function(format!("sequential, {n} mapped"), |b| {
+            b.iter(|| black_box(sum(&rising)));
+        });
+        group.bench_function(format!("sequential, a region at a time, {n} mapped"), |b| {
+            let mut out = [Pointer::Absent; 512];
+            b.iter(|| {
+                for r in 0..(BATCH / 512) as u32 {
+                    if let Some(map) = maps.get(&(r % region)) {
+                        map.get_all(0, &mut out);
+                    }
+                    black_box(&out);
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
 fn resolved(c: &mut Criterion) {
     let mut world = World::new(64 << 20);
     let disk = world.fork("base");
@@ -152,5 +230,5 @@ fn config() -> Criterion {
         .sample_size(30)
 }
 
-criterion_group!(name = benches; config = config(); targets = region_map, runs, resolved);
+criterion_group!(name = benches; config = config(); targets = region_map, lookup, runs, resolved);
 criterion_main!(benches);

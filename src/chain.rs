@@ -11,7 +11,7 @@ use crate::map::RegionMap;
 use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use crate::units::{Lba, REGION_BLOCKS, Region, Slot};
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::Arc;
 
 /// Where a block of a chain is.
@@ -84,7 +84,7 @@ pub struct Chain {
     /// From the top down.
     layers: Vec<Arc<ReadLayer>>,
     base: Arc<Base>,
-    cache: Vec<RwLock<HashMap<u32, Resolved>>>,
+    cache: Vec<RwLock<FxHashMap<u32, Resolved>>>,
     budget: Arc<Budget>,
 }
 

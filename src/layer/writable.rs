@@ -35,7 +35,7 @@ use crate::sync::{Condvar, Mutex, RwLock};
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use commit::use_slot;
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
 
@@ -137,7 +137,7 @@ pub struct Layer {
     file: Arc<dyn File>,
     size: u64,
     opened: Opened,
-    table: Vec<RwLock<HashMap<u32, Resident>>>,
+    table: Vec<RwLock<FxHashMap<u32, Resident>>>,
     /// Whole regions zeroed since the last checkpoint that are not resident; tag: epoch.
     zeroed: RwLock<Ranges>,
     runs: RwLock<Arc<Vec<Arc<MappedRun>>>>,
@@ -399,7 +399,7 @@ impl Layer {
 
     // ---- lookup ---------------------------------------------------------------------------------------------
 
-    fn shard(&self, region: Region) -> &RwLock<HashMap<u32, Resident>> {
+    fn shard(&self, region: Region) -> &RwLock<FxHashMap<u32, Resident>> {
         &self.table[region.0 as usize % SHARDS]
     }
 
@@ -438,7 +438,7 @@ impl Layer {
     /// The entry of a region, loaded if need be.
     fn resident<'t>(
         &self,
-        table: &'t mut HashMap<u32, Resident>,
+        table: &'t mut FxHashMap<u32, Resident>,
         region: Region,
     ) -> Result<&'t mut Resident> {
         if !table.contains_key(&region.0) {
@@ -470,7 +470,7 @@ impl Layer {
 
     /// Drops a few regions that are in runs. A bounded look: with everything changed there is nothing to drop, and the
     /// journal bounds that.
-    fn evict(&self, table: &mut HashMap<u32, Resident>) {
+    fn evict(&self, table: &mut FxHashMap<u32, Resident>) {
         let checkpointed = self.checkpointed.load(SeqCst);
         let gone: Vec<u32> = table
             .iter()

@@ -24,11 +24,12 @@ pub const WORDS: usize = REGION_BLOCKS / 64;
 
 /// The pointers that one map has for the blocks of one region.
 ///
-/// Always true: `pointers.len()` is the number of bits set; pointer `k` belongs to the `k`-th set bit. In a map with
-/// `fill` no stored pointer is `Zero`: zero is what remains.
+/// Always true: `pointers.len()` is the number of bits set; pointer `k` belongs to the `k`-th set bit; `before[w]` is the number of bits
+/// set in the words before `w`, so that a lookup counts the bits of one word. In a map with `fill` no stored pointer is `Zero`: zero is what remains.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegionMap {
     present: [u64; WORDS],
+    before: [u16; WORDS],
     pointers: Vec<u64>,
     fill: bool,
 }
@@ -57,9 +58,11 @@ impl RegionMap {
         }
         let mut map = RegionMap {
             present,
+            before: [0; WORDS],
             pointers: pointers.into_iter().map(Pointer::pack).collect(),
             fill,
         };
+        map.count_before();
         if fill {
             // A foreign writer may have stored zeros beside `fill`: bring it to the one form we keep.
             let zeros: Vec<usize> = map
@@ -76,8 +79,15 @@ impl RegionMap {
     /// Number of pointers before `index`.
     fn rank(&self, index: usize) -> usize {
         let word = index / 64;
-        let below: u32 = self.present[..word].iter().map(|w| w.count_ones()).sum();
-        (below + (self.present[word] & ((1 << (index % 64)) - 1)).count_ones()) as usize
+        let below = self.present[word] & ((1 << (index % 64)) - 1);
+        usize::from(self.before[word]) + below.count_ones() as usize
+    }
+    fn count_before(&mut self) {
+        let mut sum = 0;
+        for (before, word) in self.before.iter_mut().zip(&self.present) {
+            *before = sum;
+            sum += word.count_ones() as u16;
+        }
     }
     fn has(&self, index: usize) -> bool {
         self.present[index / 64] >> (index % 64) & 1 == 1
@@ -122,6 +132,9 @@ impl RegionMap {
             self.pointers[rank] = pointer.pack();
         } else {
             self.present[index / 64] |= 1 << (index % 64);
+            self.before[index / 64 + 1..]
+                .iter_mut()
+                .for_each(|n| *n += 1);
             self.pointers.insert(rank, pointer.pack());
         }
         old
@@ -131,6 +144,9 @@ impl RegionMap {
             let rank = self.rank(index);
             self.pointers.remove(rank);
             self.present[index / 64] &= !(1 << (index % 64));
+            self.before[index / 64 + 1..]
+                .iter_mut()
+                .for_each(|n| *n -= 1);
         }
     }
     /// Makes every block zero.
@@ -213,6 +229,7 @@ impl RegionMap {
                 merged.pointers.push(packed);
             }
         }
+        merged.count_before();
         *self = merged;
     }
     /// Counts: data pointers, and blocks that are zero by this map.
