@@ -52,7 +52,6 @@ const UNSAFE: &[&str] = &[
     "io/os.rs",
     "sys/freeze.rs",
     "sys/loopdev.rs",
-    "sys/pagecache.rs",
     "sys/process.rs",
     "sys/shared.rs",
     "sys/signals.rs",

@@ -198,8 +198,8 @@ impl File for CountingFile {
     fn start_writeback(&self, at: u64, len: u64) {
         self.inner.start_writeback(at, len);
     }
-    fn under_writeback(&self, at: u64, len: u64) -> u64 {
-        self.inner.under_writeback(at, len)
+    fn await_writeback(&self, at: u64, len: u64) {
+        self.inner.await_writeback(at, len);
     }
     fn forget_cached(&self, at: u64, len: u64) {
         self.inner.forget_cached(at, len);

@@ -97,11 +97,9 @@ pub trait File: Send + Sync {
     fn punch(&self, at: u64, len: u64) -> Result<()>;
     /// Starts writing the range's dirty pages to the disk without waiting; a hint, promises nothing.
     fn start_writeback(&self, at: u64, len: u64);
-    /// Bytes of the range that are on their way to the disk right now, as far as that can be known. Unlike a wait for them it takes no error
-    /// away from the next [`File::sync`].
-    fn under_writeback(&self, _at: u64, _len: u64) -> u64 {
-        0
-    }
+    /// Waits until what of the range is on its way to the disk has arrived, for about a second at most. Unlike other ways to wait for it this
+    /// takes no error away from the next [`File::sync`]. A hint.
+    fn await_writeback(&self, _at: u64, _len: u64) {}
     /// Drops what memory holds of a range, where it is not dirty, so that later reads see what the disk holds: after a failed sync the
     /// two may differ. A hint, but one that the host follows for files that nobody else has open.
     fn forget_cached(&self, at: u64, len: u64);

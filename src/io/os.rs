@@ -14,7 +14,6 @@ use super::{
     common::{check_name, check_range, fail, locked, past_end, read_only, wrong_type},
 };
 use crate::error::{Error, Result};
-use crate::sys::pagecache::cachestat;
 use rustix::{
     fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
     io::{Errno, retry_on_intr},
@@ -23,6 +22,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 /// New files are their owner's alone: they may hold a disk with secrets on it.
@@ -265,6 +265,41 @@ impl OsFile {
     }
 }
 
+/// Pages of a range that are on their way to the disk; 0 where the kernel does not tell (before 6.5). `sync_file_range(2)` could
+/// wait for them, but an error that it reports is not reported again to a later `fdatasync(2)`.
+fn pages_under_writeback(fd: &OwnedFd, at: u64, len: u64) -> u64 {
+    /// The same on all architectures.
+    const SYS_CACHESTAT: libc::c_long = 451;
+    #[repr(C)]
+    struct Range {
+        off: u64,
+        len: u64,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Stat {
+        cached: u64,
+        dirty: u64,
+        writeback: u64,
+        evicted: u64,
+        recently_evicted: u64,
+    }
+    let range = Range { off: at, len };
+    let mut stat = Stat::default();
+    // SAFETY: the descriptor is open while it is borrowed; both pointers are to structures of the layout that the kernel's interface
+    // has (include/uapi/linux/mman.h), which live until the call returns.
+    let done = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            fd.as_raw_fd(),
+            &raw const range,
+            &raw mut stat,
+            0,
+        )
+    };
+    if done == 0 { stat.writeback } else { 0 }
+}
+
 impl File for OsFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
         let len = buf.len();
@@ -341,11 +376,17 @@ impl File for OsFile {
         }
     }
 
-    fn under_writeback(&self, at: u64, len: u64) -> u64 {
+    fn await_writeback(&self, at: u64, len: u64) {
         if len == 0 || check_range(&self.path, at, len).is_err() {
-            return 0;
+            return;
         }
-        cachestat(self.fd.as_fd(), at, len).map_or(0, |stat| stat.writeback * 4096)
+        // A disk that hangs is not made better by writers that hang.
+        for _ in 0..1000 {
+            if pages_under_writeback(&self.fd, at, len) == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn forget_cached(&self, at: u64, len: u64) {

@@ -10,7 +10,6 @@ pub mod holders;
 pub mod idle;
 pub mod loopdev;
 pub mod mounts;
-pub mod pagecache;
 pub mod private;
 pub mod probe;
 pub mod process;

@@ -37,6 +37,8 @@ fn files_hold_what_was_written() {
         file.sync().unwrap();
         again.sync().unwrap();
         file.start_writeback(0, 100);
+        file.await_writeback(0, 100);
+        file.await_writeback(u64::MAX, 2);
         assert_eq!(file.path(), dir.path().join("f"));
     });
 }

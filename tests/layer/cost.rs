@@ -2,6 +2,7 @@
 
 use super::*;
 use forkdisk::io::count::Counts;
+use forkdisk::io::{Access, Dir};
 
 fn cost(counting: &Counting, f: impl FnOnce()) -> Counts {
     let before = counting.counts();
@@ -34,6 +35,48 @@ fn a_flush_is_one_write_and_one_sync() {
             "one slot of the journal: {cost:?}"
         );
     }
+}
+
+/// A disk that syncs often finds its next slots written, a few at first; one at rest gives them back.
+#[test]
+fn slots_are_written_ahead_for_a_disk_that_syncs_often() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 600 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let mut step = |n: u64| {
+        cost(&counting, || {
+            disk.write(&[7; 4096], n * B).expect("write");
+            disk.flush().expect("flush");
+        })
+    };
+    let seldom: Vec<u64> = (0..8).map(|n| step(n).bytes_written).collect();
+    // Data, record, and what the journal takes at once.
+    assert!(seldom.iter().all(|&b| b <= 2 * B + 16 * B), "{seldom:?}");
+    assert_eq!(seldom[4], 2 * B, "{seldom:?}");
+    let often: Vec<u64> = (8..500).map(|n| step(n).bytes_written).collect();
+    let ahead = often.iter().sum::<u64>() - often.len() as u64 * 2 * B;
+    assert!(
+        ahead >= 492 * B && ahead <= (492 + 492 + 512) * B,
+        "{ahead}"
+    );
+    // Most flushes are what they were.
+    let small = often.iter().filter(|&&b| b == 2 * B).count();
+    assert!(small > often.len() * 8 / 10, "{small}");
+
+    let layers = sim.root().subdir("layers").expect("layers");
+    let id = store.resolve("d").expect("d").id;
+    let file = layers
+        .open(&format!("{id}.layer"), Access::Read)
+        .expect("its file");
+    let allocated = || file.allocated().expect("known");
+    let busy = allocated();
+    for _ in 0..20 {
+        disk.maintain().expect("maintained");
+    }
+    let rest = allocated();
+    assert!(busy - rest >= 100 * B, "{busy} {rest}");
+    assert!(rest <= (500 + 64 + 520) * B, "{rest}");
 }
 
 #[test]

@@ -69,8 +69,8 @@ impl File for Paused {
     fn start_writeback(&self, at: u64, len: u64) {
         self.0.start_writeback(at, len);
     }
-    fn under_writeback(&self, at: u64, len: u64) -> u64 {
-        self.0.under_writeback(at, len)
+    fn await_writeback(&self, at: u64, len: u64) {
+        self.0.await_writeback(at, len);
     }
     fn forget_cached(&self, at: u64, len: u64) {
         self.0.forget_cached(at, len);

@@ -11,7 +11,6 @@ use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Slot};
 use std::ops::Range;
-use std::time::Duration;
 
 impl Layer {
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
@@ -129,12 +128,7 @@ impl Layer {
         self.file.start_writeback(at, len);
         if let Some(wait) = wait {
             let (at, len) = bytes(&wait);
-            // A disk that hangs is not made better by writers that hang.
-            let mut tries = 0;
-            while tries < 1000 && self.file.under_writeback(at, len) > 0 {
-                std::thread::sleep(Duration::from_millis(1));
-                tries += 1;
-            }
+            self.file.await_writeback(at, len);
         }
     }
 
