@@ -430,8 +430,8 @@ impl Scrub<'_> {
             return Ok(());
         };
         let sealed = state == STATE_SEALED;
-        // From the disk, not from memory: what is not dirty is forgotten first.
-        file.forget_cached(0, Slot(format::JOURNAL_START).at());
+        // From the disk, not from memory: what is not dirty is forgotten first. All of it, as what is mapped below stays.
+        file.forget_cached(0, u64::MAX);
         let opened = match sealed {
             true => ReadLayer::open(file.clone()).map(Arc::new),
             false => open_layer(store, id),

@@ -300,6 +300,9 @@ fn pages_under_writeback(fd: &OwnedFd, at: u64, len: u64) -> u64 {
     if done == 0 { stat.writeback } else { 0 }
 }
 
+/// The largest piece of a file that the page cache keeps or forgets as a whole, where pages are of 4 KiB.
+const FOLIO: u64 = 2 << 20;
+
 impl File for OsFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
         let len = buf.len();
@@ -390,6 +393,10 @@ impl File for OsFile {
     }
 
     fn forget_cached(&self, at: u64, len: u64) {
+        // The kernel does not let go of a part of a large folio; these are aligned.
+        let end = at.saturating_add(len).checked_next_multiple_of(FOLIO);
+        let at = at / FOLIO * FOLIO;
+        let len = end.map_or(u64::MAX, |end| end - at);
         // A length of 0, and one past the largest offset, mean "to the end".
         let len = std::num::NonZeroU64::new(len).filter(|l| l.get() <= i64::MAX as u64 - at);
         // Nothing is lost if it fails.
