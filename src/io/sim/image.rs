@@ -183,6 +183,10 @@ impl Image {
     pub(super) fn has(&self, block: u64) -> bool {
         self.cells.contains_key(&block)
     }
+    /// Does this block hold what was written, and not only space?
+    pub(super) fn written(&self, block: u64) -> bool {
+        self.cells.get(&block).is_some_and(Option::is_some)
+    }
     /// The written blocks of a range, as byte ranges `(at, len)` cut to the range and to the length.
     pub(super) fn data(&self, range: Range<u64>) -> Vec<(u64, u64)> {
         let range = range.start..range.end.min(self.len);

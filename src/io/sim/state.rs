@@ -67,6 +67,9 @@ pub(super) struct FileNode {
     pub(super) handles: usize,
     /// Handles that hold the lock, and whether exclusively.
     pub(super) locks: BTreeMap<u64, bool>,
+    /// Blocks that a failed sync did not write, and no later one will, until the page cache has let go of them: ext4 does so with blocks
+    /// that were reserved for the page and never written.
+    pub(super) stuck: BTreeSet<u64>,
 }
 
 #[derive(Clone, Default)]
@@ -194,6 +197,7 @@ impl FileNode {
             forgotten: false,
             handles: 0,
             locks: BTreeMap::new(),
+            stuck: BTreeSet::new(),
         }
     }
     fn alive(&self) -> bool {
@@ -209,6 +213,16 @@ impl FileNode {
             match p.change {
                 Change::Allocate { .. } if rng.chance(1, 2) => kept.push(p),
                 Change::Allocate { .. } => self.durable.apply(&p.change),
+                Change::Write { .. } if !self.stuck.is_empty() => {
+                    let range = p.change.range();
+                    for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+                        if !self.stuck.contains(&block) {
+                            let (start, end) = (block * BLOCK, (block + 1) * BLOCK);
+                            let part = range.start.max(start)..range.end.min(end);
+                            self.durable.copy_from(&self.now, part);
+                        }
+                    }
+                }
                 _ => self.durable.copy_from(&self.now, p.change.range()),
             }
         }
@@ -220,7 +234,10 @@ impl FileNode {
     pub(super) fn forget_cached(&mut self, at: u64, len: u64) {
         let dirty = |p: &Pending<Change>| !matches!(p.change, Change::Allocate { .. });
         if !self.pending.iter().any(dirty) {
-            self.now.reload(&self.durable, at..at.saturating_add(len));
+            let end = at.saturating_add(len);
+            self.now.reload(&self.durable, at..end);
+            self.stuck
+                .retain(|&b| b * BLOCK < at || (b + 1) * BLOCK > end);
         }
     }
     /// A sync that fails. The kernel has tried to write every dirty page, and whatever became of it, the page is
@@ -250,6 +267,9 @@ impl FileNode {
                 true => usual,
                 false => rng.below(4),
             };
+            if fate == 2 && !self.durable.written(block) {
+                self.stuck.insert(block);
+            }
             for sector in (0..BLOCK / SECTOR).filter(|s| mask >> s & 1 == 1) {
                 let at = block * BLOCK + sector * SECTOR;
                 match fate {
@@ -426,6 +446,16 @@ impl State {
         let before = file.now.blocks();
         file.now.apply(&change);
         let after = file.now.blocks();
+        // What becomes a hole is looked up anew.
+        match change {
+            Change::Punch { at, len } => {
+                let end = at.saturating_add(len);
+                file.stuck
+                    .retain(|&b| b * BLOCK < at || (b + 1) * BLOCK > end);
+            }
+            Change::SetLen { len, .. } => file.stuck.retain(|&b| b * BLOCK < len),
+            Change::Write { .. } | Change::Allocate { .. } => {}
+        }
         file.pending.push(Pending { seq, change });
         self.used = self.used + after - before;
     }

@@ -273,6 +273,8 @@ impl Layer {
             let written = self.file.write_at(&bytes, Slot(copy).at());
             written.map_err(|e| self.poison(e))
         };
+        // The mark first: a successor that finds the copy without it takes it for durable.
+        volatile::syncing(&self.volatile, Syncing::Superblock);
         copy(1)?;
         self.sync_marked(Syncing::Superblock)?;
         copy(2)?;

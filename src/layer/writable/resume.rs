@@ -14,8 +14,8 @@ use crate::layer::volatile::{self, Area, Found, Syncing, VolatileLog};
 use crate::layer::{open_runs, read_header, region_of};
 use crate::map::{Item, Memtable, WORDS};
 use crate::sys::shared::SharedMemory;
-use crate::units::{BLOCK_SIZE, Id, REGION_BLOCKS, Slot};
-use std::collections::BTreeSet;
+use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Slot};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -259,10 +259,22 @@ impl Layer {
     }
 }
 
+/// Slots of a stretch that the host's page cache is told to let go of as a whole: it does not let go of a part of a large folio, and these are
+/// aligned, and of 2 MiB at most.
+const STRETCH: u32 = 512;
+
 /// A sync was under way. Had it failed, the pages would count as written, and the next sync would have nothing to do for them: so what it was to make
-/// durable is written again, as it was: the last commit, if `last` (what is durable is never written to), and what is in none yet.
+/// durable is compared with what the disk has, and written again where that is something else: the last commit, if `last` (what is durable is
+/// never written to), what is in none yet, and the superblock.
+///
+/// Written again into the same pages it need not arrive: ext4 takes blocks that it reserved for a page for written ones from then on, though they
+/// become so only when the data arrives, and a later sync, which succeeds, leaves them as they are: zeros. Hence the page cache must let go of them first.
 fn rewrite(file: &dyn File, replay: &Replay, last: bool, fresh: &Memtable) -> Result<()> {
-    let mut block = vec![0; BLOCK_SIZE];
+    let lost = |e: Error| {
+        Error::new(Kind::Poisoned, format!("a sync failed when the server died, and again: {e}"))
+            .path(file.path())
+            .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush")
+    };
     let (record, entries) = match last {
         true => (
             commit_slots(replay.last.len() as u64).min(replay.head),
@@ -270,27 +282,69 @@ fn rewrite(file: &dyn File, replay: &Replay, last: bool, fresh: &Memtable) -> Re
         ),
         false => (0, &[][..]),
     };
-    for slot in replay.head - record..replay.head {
-        let at = Slot(JOURNAL_START + slot).at();
-        file.read_at(&mut block, at)?;
-        file.write_at(&block, at)?;
-    }
+    let mut slots: BTreeMap<u32, Option<(Lba, u32)>> = (replay.head - record..replay.head)
+        .map(|slot| (JOURNAL_START + slot, None))
+        .collect();
     for entry in entries.iter().chain(&fresh.entries()) {
         if let (lba, _, Pointer::Data { slot, sum }) = entry.get() {
-            file.read_at(&mut block, slot.at())?;
-            if format::crc(&block) != sum {
+            slots.insert(slot.0, Some((lba, sum)));
+        }
+    }
+    // The page cache lets go only of what is not dirty; and shows the disk only after that.
+    file.sync().map_err(lost)?;
+    let len = file.len()?;
+    slots.extend(
+        [1, 2]
+            .into_iter()
+            .filter(|&copy| Slot(copy).at() + BLOCK <= len)
+            .map(|copy| (copy, None)),
+    );
+    let mut stretches: BTreeMap<u32, Vec<(u32, Option<(Lba, u32)>)>> = BTreeMap::new();
+    for slot in slots {
+        stretches.entry(slot.0 / STRETCH).or_default().push(slot);
+    }
+    let mut found = vec![0; BLOCK_SIZE];
+    // What lies between them too, and behind: slots that are free, or never were in use, may have been written, and are going to be again.
+    let mut forgotten = 0;
+    for (number, stretch) in stretches {
+        let mut blocks = Vec::with_capacity(stretch.len());
+        for &(slot, known) in &stretch {
+            let mut block = vec![0; BLOCK_SIZE];
+            file.read_at(&mut block, Slot(slot).at())?;
+            if let Some((lba, sum)) = known
+                && format::crc(&block) != sum
+            {
                 return Err(Error::new(
                     Kind::Poisoned,
                     "a sync failed before the server died, and took with it what had been written",
                 )
                 .block(lba)
-                .offset(slot.at())
+                .offset(Slot(slot).at())
                 .path(file.path())
                 .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush"));
             }
-            file.write_at(&block, slot.at())?;
+            blocks.push((slot, block));
+        }
+        let end = (u64::from(number) + 1) * u64::from(STRETCH) * BLOCK;
+        file.forget_cached(forgotten, end - forgotten);
+        forgotten = end;
+        let mut wrote = false;
+        for (slot, block) in &blocks {
+            file.read_at(&mut found, Slot(*slot).at())?;
+            if found != *block {
+                file.write_at(block, Slot(*slot).at())?;
+                wrote = true;
+                if *slot < JOURNAL_START {
+                    // One copy of the superblock must be whole at any time.
+                    file.sync().map_err(lost)?;
+                }
+            }
+        }
+        if wrote {
+            file.sync().map_err(lost)?;
         }
     }
+    file.forget_cached(forgotten, u64::MAX);
     Ok(())
 }
 
