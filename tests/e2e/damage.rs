@@ -514,14 +514,14 @@ fn scrub_is_not_deceived_by_the_page_cache() {
         let disk = w.sparse("host.img", 400 << 20);
         tool(mkfs[0], [&mkfs[1..], &[s(&disk)]].concat());
         tool("mount", ["-o", "loop", s(&disk), s(&host)]);
-        let content = noise(7, 8 << 20);
+        let content = noise(7, 16 << 20);
         w.ok(["import", "--copy", s(&w.file("raw", &content)), "base"]);
         let id = w.json(["info", "base"])["id"].as_str().unwrap().to_string();
         let image = host.join("store/bases").join(id).join("image");
         tool("sync", ["-f", s(&host)]);
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         // From beginning to end: the kernel reads ahead, in larger and larger folios.
-        assert!(fs::read(&image).unwrap() == content);
+        shell(&format!("cat {} > /dev/null", s(&image)));
 
         let below = File::options().read(true).write(true).open(&disk).unwrap();
         let mut all = vec![0; 400 << 20];

@@ -299,7 +299,7 @@ fn rewrite(file: &dyn File, replay: &Replay, last: bool, fresh: &Memtable) -> Re
             .filter(|&copy| Slot(copy).at() + BLOCK <= len)
             .map(|copy| (copy, None)),
     );
-    let mut stretches: BTreeMap<u32, Vec<(u32, Option<(Lba, u32)>)>> = BTreeMap::new();
+    let mut stretches: BTreeMap<u32, Vec<_>> = BTreeMap::new();
     for slot in slots {
         stretches.entry(slot.0 / STRETCH).or_default().push(slot);
     }
