@@ -135,6 +135,7 @@ struct Inner {
     offset: Option<u64>,
     cause: Option<String>,
     hint: Option<String>,
+    resources: bool,
 }
 
 impl Error {
@@ -149,6 +150,7 @@ impl Error {
             offset: None,
             cause: None,
             hint: None,
+            resources: false,
         }))
     }
     /// An error of the operating system during `what` (an infinitive: "read", "create").
@@ -183,6 +185,10 @@ impl Error {
             },
         };
         e.0.hint = hint.map(str::to_string);
+        e.0.resources = matches!(
+            source.raw_os_error(),
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
+        );
         e
     }
     /// Adds what the user can do.
@@ -263,6 +269,10 @@ impl Error {
     /// See [`Kind::exit_code`].
     pub fn exit_code(&self) -> u8 {
         self.0.kind.exit_code()
+    }
+    /// Is it about this process or this machine (open files, memory), and says nothing of what was looked at?
+    pub fn of_resources(&self) -> bool {
+        self.0.resources
     }
     /// See [`Kind::errno`].
     pub fn errno(&self) -> i32 {

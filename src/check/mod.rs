@@ -27,6 +27,8 @@ struct Check<'a> {
     store: &'a Store,
     survey: Survey<'a>,
     report: CheckReport,
+    /// What kept it from looking.
+    unable: Option<Error>,
 }
 
 /// Checks the whole store, or what `reference` stands on.
@@ -63,7 +65,10 @@ pub fn check(
         c.references();
         c.leftovers()?;
     }
-    Ok(c.report)
+    match c.unable {
+        Some(e) => Err(e.context("the check could not be done")),
+        None => Ok(c.report),
+    }
 }
 
 /// What a reference means.
@@ -82,6 +87,7 @@ impl<'a> Check<'a> {
             store,
             survey: Survey::new(store)?,
             report: CheckReport::default(),
+            unable: None,
         })
     }
     /// A finding about a layer or base as a whole.
@@ -104,6 +110,10 @@ impl<'a> Check<'a> {
     }
     /// An error that was met in a layer or base: where it says that it is one block, only those who show the block are affected.
     fn failed(&mut self, below: Below, e: &Error) {
+        if e.of_resources() {
+            self.unable.get_or_insert_with(|| e.clone());
+            return;
+        }
         let mut finding = self.about(below, e.to_string());
         finding.offset = e.offset_at();
         if let Some(lba) = e.block_lba() {

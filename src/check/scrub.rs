@@ -197,6 +197,7 @@ pub fn scrub(
             store,
             survey,
             report: CheckReport::default(),
+            unable: None,
         },
         progress,
         pace: Pace {
@@ -214,7 +215,10 @@ pub fn scrub(
         noted: 0,
     };
     s.run(&todo, options.dry_run)?;
-    Ok(s.report)
+    match s.check.unable {
+        Some(e) => Err(e.context("not all could be read")),
+        None => Ok(s.report),
+    }
 }
 
 /// The file of the position, locked: one scrub runs at a time.

@@ -74,6 +74,7 @@ impl<'a> Survey<'a> {
                     }
                     survey.names.insert(name, record.target);
                 }
+                Err(e) if e.of_resources() => return Err(e),
                 Err(e) => survey.bad_names.push((name, kind, e.to_string())),
             }
         }
@@ -87,11 +88,11 @@ impl<'a> Survey<'a> {
         }
         survey.layers.sort();
         for id in survey.layers.clone() {
-            survey.header(id);
+            survey.header(id)?;
         }
         Ok(survey)
     }
-    fn header(&mut self, id: Id) {
+    fn header(&mut self, id: Id) -> Result<()> {
         let read = self
             .store
             .layers_dir()
@@ -113,8 +114,10 @@ impl<'a> Survey<'a> {
                 }
                 self.headers.insert(id, (header, state));
             }
+            Err(e) if e.of_resources() => return Err(e),
             Err(e) => self.unreadable.push((id, e)),
         }
+        Ok(())
     }
     /// The names that refer to something.
     pub fn names_of(&self, below: Below) -> &[String] {

@@ -121,8 +121,21 @@ pub(crate) struct Gc {}
 
 impl Gc {
     pub(crate) fn run(self, context: &Context) -> Outcome {
-        let report = context.open_to_change()?.gc(context.dry_run)?;
+        let store = context.open_to_change()?;
         let ui = &context.ui;
+        if !context.dry_run {
+            let plan = store.gc(true)?;
+            if !plan.inhabited.is_empty() {
+                let what = format!(
+                    "no name refers to {} any more, nor to what stands on it: {} in all. Where names were lost, `forkdisk check --repair` brings \
+                     them back\n",
+                    counted(plan.inhabited.len(), "base"),
+                    counted(plan.layers.len(), "object"),
+                );
+                ui.confirm(&what, "Remove all of it?")?;
+            }
+        }
+        let report = store.gc(context.dry_run)?;
         if ui.json {
             let layers: Vec<String> = report.layers.iter().map(|id| id.to_string()).collect();
             return ui.document(json!({

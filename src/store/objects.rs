@@ -601,6 +601,11 @@ impl Store {
         let mut garbage = graph.garbage(|_| true);
         // Children before parents: after a crash in between nothing refers to what is gone.
         garbage.sort_by_key(|b| std::cmp::Reverse(graph.depth(*b)));
+        report.inhabited = garbage
+            .iter()
+            .filter(|b| matches!(b, Below::Base(_)) && graph.children.contains_key(b))
+            .map(|b| b.id())
+            .collect();
         for below in garbage {
             let removed = match below {
                 _ if dry_run => true,

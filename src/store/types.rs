@@ -168,6 +168,9 @@ pub struct LayerInfo {
 pub struct GcReport {
     /// Layers and bases that nothing named or needed.
     pub layers: Vec<Id>,
+    /// Bases among them with layers that stand on them. What removes names leaves such behind only if it is interrupted: the names may
+    /// have been lost.
+    pub inhabited: Vec<Id>,
     /// Temporary files of interrupted operations.
     pub files: Vec<String>,
     /// Host bytes freed.

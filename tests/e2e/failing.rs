@@ -233,3 +233,37 @@ fn little_address_space() {
     }
     w.finish();
 }
+
+/// A process that may not open files has seen no damage.
+#[test]
+fn a_check_without_descriptors_finds_no_damage() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    w.ok(["create", "e", "--from", "d"]);
+    w.ok(["snapshot", "d@s"]);
+    let mut refused = 0;
+    for limit in 5..16 {
+        let check = w.command(["check"]);
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}:{limit}"));
+        command.arg(check.get_program()).args(check.get_args());
+        for (key, value) in check.get_envs() {
+            match value {
+                Some(value) => command.env(key, value),
+                None => command.env_remove(key),
+            };
+        }
+        let out = finish(command);
+        assert!(
+            !matches!(out.code, 3 | 4),
+            "{limit}: {} {}",
+            out.code,
+            out.stderr
+        );
+        refused += u32::from(out.code != 0);
+    }
+    assert!(refused > 0, "no limit was low enough");
+}

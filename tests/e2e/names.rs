@@ -221,3 +221,34 @@ fn without_a_store() {
     w.fails(13, &["import", s(&image)]);
     assert_eq!(std::fs::read_dir(&w.store).unwrap().count(), 1);
 }
+
+/// All names lost is not a store full of garbage: `gc` asks, and `check --repair` brings them back.
+#[test]
+fn lost_names_are_not_taken_for_garbage() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    w.ok(["create", "e", "--from", "d"]);
+    w.ok(["snapshot", "d@s"]);
+    let names = w.names();
+    let dir = w.store.join("names");
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let told = w.fails(2, &["gc"]);
+    assert!(told.contains("check --repair"), "{told}");
+    w.ok(["check", "--repair", "--yes"]);
+    assert_eq!(w.names(), names);
+    w.ok(["check"]);
+    // Whoever says so has it all removed.
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    w.ok(["gc", "--yes"]);
+    assert_eq!(
+        std::fs::read_dir(w.store.join("layers")).unwrap().count(),
+        0
+    );
+}

@@ -1,8 +1,8 @@
 //! Costs in calls of the seam: time is reported elsewhere, this is asserted.
 
 use super::*;
+use forkdisk::io::Access;
 use forkdisk::io::count::Counts;
-use forkdisk::io::{Access, Dir};
 
 fn cost(counting: &Counting, f: impl FnOnce()) -> Counts {
     let before = counting.counts();
@@ -44,7 +44,7 @@ fn slots_are_written_ahead_for_a_disk_that_syncs_often() {
     drop(store_with(&sim, &[1; 600 * 4096]));
     let (store, counting) = counted(&sim);
     let disk = open(&store, "d").expect("d");
-    let mut step = |n: u64| {
+    let step = |n: u64| {
         cost(&counting, || {
             disk.write(&[7; 4096], n * B).expect("write");
             disk.flush().expect("flush");
@@ -57,7 +57,7 @@ fn slots_are_written_ahead_for_a_disk_that_syncs_often() {
     let often: Vec<u64> = (8..500).map(|n| step(n).bytes_written).collect();
     let ahead = often.iter().sum::<u64>() - often.len() as u64 * 2 * B;
     assert!(
-        ahead >= 492 * B && ahead <= (492 + 492 + 512) * B,
+        (492 * B..=(492 + 492 + 512) * B).contains(&ahead),
         "{ahead}"
     );
     // Most flushes are what they were.
