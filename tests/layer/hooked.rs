@@ -1,4 +1,4 @@
-//! A directory whose files call back before they read or sync: what another thread could do at the worst moment, done on purpose.
+//! A directory whose files call back before they read, write or sync: what another thread could do at the worst moment, done on purpose.
 
 use forkdisk::error::Result;
 use forkdisk::io::{Access, Dir, EntryKind, File, Mapping};
@@ -10,6 +10,8 @@ use std::sync::Arc;
 type Hook = Arc<Mutex<Option<(u64, Box<dyn FnOnce() + Send>)>>>;
 
 const SYNC: u64 = u64::MAX;
+/// Before the next write at or behind an offset.
+const WRITE: u64 = 1 << 63;
 
 #[derive(Clone)]
 pub struct Hooked {
@@ -32,6 +34,9 @@ impl Hooked {
     }
     pub fn before_read(&self, from: u64, f: impl FnOnce() + Send + 'static) {
         *self.hook.lock() = Some((from, Box::new(f)));
+    }
+    pub fn before_write(&self, from: u64, f: impl FnOnce() + Send + 'static) {
+        self.before_read(WRITE | from, f);
     }
     pub fn before_sync(&self, f: impl FnOnce() + Send + 'static) {
         self.before_read(SYNC, f);
@@ -106,6 +111,7 @@ impl File for HookedFile {
         self.inner.read_at(buf, at)
     }
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.call(|from| from != SYNC && at | WRITE >= from && from >= WRITE);
         self.inner.write_at(buf, at)
     }
     fn sync(&self) -> Result<()> {

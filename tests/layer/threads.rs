@@ -335,6 +335,38 @@ fn what_a_reader_knows_is_not_reused_under_its_hands() {
 }
 
 /// The same for a partial write, which reads a block, merges, and publishes: what was written in between is not lost.
+/// Two writers count on one commit record, and the slower is committed with one of its own: space for later records is not made over it.
+#[test]
+fn a_slow_writer_does_not_lose_its_commit() {
+    for flushes in 0..40 {
+        let sim = SimDisk::new(1);
+        drop(store_with(&sim, &[1; 64 * 4096]));
+        let hooked = Hooked::new(sim.root());
+        let root = Arc::new(hooked.clone());
+        let store = Store::open_on(root, Path::new("/sim"), env(2 << 20)).expect("a store");
+        let disk = open(&store, "d").expect("d");
+        for n in 0..flushes {
+            disk.write(&[n as u8 + 2; 4096], n * B).expect("write");
+            disk.flush().expect("flush");
+        }
+        let other = disk.clone();
+        hooked.before_write(1024 * B, move || {
+            other.write(&[100; 4096], 50 * B).expect("write");
+            other.flush().expect("flush");
+        });
+        disk.write(&[101; 4096], 51 * B).expect("write");
+        assert!(hooked.was_called());
+        disk.flush().expect("flush");
+        disk.write(&[102; 4096], 52 * B).expect("write");
+        disk.flush().expect("flush");
+        let store = again(&sim.kill(), 3);
+        let disk = open(&store, "d").unwrap_or_else(|e| panic!("after {flushes}: {e:?}"));
+        for (byte, at) in [(100, 50), (101, 51), (102, 52)] {
+            assert_eq!(block(&*disk, at), [byte; 4096], "after {flushes}");
+        }
+    }
+}
+
 #[test]
 fn a_partial_write_does_not_undo_what_was_written_meanwhile() {
     let sim = SimDisk::new(1);

@@ -24,9 +24,14 @@ impl Layer {
             space.spare = true;
         }
         let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
-        let done = match self.reserve(space.journal_reserved, step) {
+        // Never what may hold a record: of two writers who counted on one record, the slower may have been committed with one of its own, behind
+        // what was reserved for both.
+        let from = space
+            .journal_reserved
+            .max(space.journal_head + space.committing);
+        let done = match self.reserve(from, step) {
             Err(e) if e.kind() == Kind::NoSpace && step > end => {
-                self.reserve(space.journal_reserved, end).map(|()| end)
+                self.reserve(from, end).map(|()| end)
             }
             other => other.map(|()| step),
         };
