@@ -127,12 +127,18 @@ impl Gc {
             let plan = store.gc(true)?;
             if !plan.inhabited.is_empty() {
                 let what = format!(
-                    "no name refers to {} any more, nor to what stands on it: {} in all. Where names were lost, `forkdisk check --repair` brings \
-                     them back\n",
+                    "no name refers to {} any more, nor to what stands on it, {} in all: this looks like lost names, not like garbage",
                     counted(plan.inhabited.len(), "base"),
                     counted(plan.layers.len(), "object"),
                 );
-                ui.confirm(&what, "Remove all of it?")?;
+                match ui.confirm(&format!("{what}\n"), "Remove all of it?") {
+                    Err(Stop::Error(e)) if e.kind() == Kind::Invalid => {
+                        return Err(Error::new(Kind::Invalid, what)
+                            .hint("`forkdisk check --repair` brings names back; --yes removes all of it")
+                            .into());
+                    }
+                    other => other?,
+                }
             }
         }
         let report = store.gc(context.dry_run)?;

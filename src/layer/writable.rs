@@ -151,6 +151,8 @@ pub struct Layer {
     volatile: Arc<SharedMemory>,
     /// Entries of the log that writes under way may need.
     expected: AtomicU64,
+    /// Writes under way. Flushes in between can give each of them a commit record of its own.
+    writers: AtomicU32,
     /// Entries in the log.
     logged: AtomicU64,
     space: Mutex<Space>,
@@ -296,6 +298,7 @@ impl Layer {
             epoch: AtomicU64::new(1),
             checkpointed: AtomicU64::new(0),
             expected: AtomicU64::new(0),
+            writers: AtomicU32::new(0),
             logged: AtomicU64::new(b.log.count()),
             log: Mutex::new(Log {
                 entries: b.log,
@@ -533,11 +536,16 @@ impl Layer {
         // A change can cut a zero range of the same epoch in two: two entries each.
         let entries = changes * 2;
         let mut tries = 0;
-        loop {
+        // Counted before it reserves: whoever comes later sees it.
+        self.writers.fetch_add(1, SeqCst);
+        let taken = loop {
             let freed = self.log.lock().counted.freed.len();
             let mut space = self.space.lock();
             let total = space.entries + entries;
-            let end = space.journal_head + space.committing + commit_slots(total);
+            let end = space.journal_head
+                + space.committing
+                + commit_slots(total)
+                + self.writers.load(SeqCst);
             // In this order: what moves from one to the other meanwhile is counted twice, not left out.
             let volatile = self.expected.load(SeqCst) + logged;
             let volatile = volatile + self.logged.load(SeqCst);
@@ -546,16 +554,20 @@ impl Layer {
                 && freed < MAX_FREED
                 && volatile <= volatile::CAPACITY
             {
-                self.reserve_journal(&mut space, end)?;
-                let extents = if slots > 0 {
-                    space.alloc(slots, &self.quiesce)?
-                } else {
-                    Vec::new()
+                let extents = self
+                    .reserve_journal(&mut space, end)
+                    .and_then(|()| match slots {
+                        0 => Ok(Vec::new()),
+                        _ => space.alloc(slots, &self.quiesce),
+                    });
+                let extents = match extents {
+                    Ok(extents) => extents,
+                    Err(e) => break Err(e),
                 };
                 space.entries = total;
                 self.expected.fetch_add(logged, SeqCst);
                 self.taken.fetch_add(u64::from(slots), Relaxed);
-                return Ok(Taken {
+                break Ok(Taken {
                     extents,
                     entries,
                     logged,
@@ -565,13 +577,18 @@ impl Layer {
             // The journal is full: this is a flush that the disk itself starts. Other writers may fill it again meanwhile.
             tries += 1;
             if tries > 1000 {
-                return Err(Error::new(Kind::Io, "no room in the journal")
+                break Err(Error::new(Kind::Io, "no room in the journal")
                     .layer(self.id)
                     .path(self.file.path()));
             }
-            self.flush()?;
-            self.checkpoint_now()?;
+            if let Err(e) = self.flush().and_then(|()| self.checkpoint_now()) {
+                break Err(e);
+            }
+        };
+        if taken.is_err() {
+            self.writers.fetch_sub(1, SeqCst);
         }
+        taken
     }
 
     /// Writes block data into taken slots. `data` is as long as the extents.
@@ -634,6 +651,7 @@ impl Layer {
             if !matches!(done, Ok(false)) {
                 self.log.lock().counted.reserved += taken.entries;
                 self.expected.fetch_sub(taken.logged, SeqCst);
+                self.writers.fetch_sub(1, SeqCst);
             }
             done
         };
@@ -811,6 +829,7 @@ impl Layer {
             });
             self.log.lock().counted.reserved += taken.entries;
             self.expected.fetch_sub(taken.logged, SeqCst);
+            self.writers.fetch_sub(1, SeqCst);
             done
         };
         self.retire(reusable);

@@ -8,7 +8,9 @@ use std::ops::{Deref, DerefMut};
 
 /// Every access in one order: what weaker orderings allow beyond that is not tried.
 pub mod atomic {
-    pub use shuttle::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub use shuttle::sync::atomic::{
+        AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    };
 }
 
 pub fn thread_number() -> usize {

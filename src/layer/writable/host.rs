@@ -88,6 +88,7 @@ impl Layer {
         let mut space = self.space.lock();
         space.entries -= taken.entries;
         self.expected.fetch_sub(taken.logged, SeqCst);
+        self.writers.fetch_sub(1, SeqCst);
         for (start, len) in taken.extents {
             space.hot.insert(start, len);
         }
@@ -97,6 +98,7 @@ impl Layer {
     pub fn not_written(&self, taken: Taken) {
         self.space.lock().entries -= taken.entries;
         self.expected.fetch_sub(taken.logged, SeqCst);
+        self.writers.fetch_sub(1, SeqCst);
         for (start, len) in taken.extents {
             self.unused(start, len);
         }
@@ -245,7 +247,7 @@ impl Layer {
                 self.sync(&mut commit)?;
             }
             let mut space = self.space.lock();
-            let needed = commit.head + commit_slots(space.entries);
+            let needed = commit.head + commit_slots(space.entries) + self.writers.load(SeqCst);
             let keep = needed.next_multiple_of(RESERVE_STEP);
             if keep < space.journal_reserved {
                 self.punch(JOURNAL_START + keep, space.journal_reserved - keep)?;
