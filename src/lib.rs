@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod base;
+pub mod bench;
 pub mod chain;
 pub mod check;
 pub mod cli;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[&[&str]] = &[
     &["main", "lib"],
     &["cli"],
-    &["doctor"],
+    &["bench", "doctor"],
     &["daemon"],
     &["attach"],
     &["serve"],
@@ -50,6 +50,7 @@ const ONLY: &[(&str, &[&str], &str)] = &[
 const UNSAFE: &[&str] = &[
     "daemon/keeper.rs",
     "io/os.rs",
+    "sys/cachestat.rs",
     "sys/freeze.rs",
     "sys/loopdev.rs",
     "sys/process.rs",

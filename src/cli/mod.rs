@@ -10,6 +10,7 @@
 //! Not here: what names are valid, what may be removed, how anything is done.
 
 mod attach;
+mod bench;
 mod context;
 mod daemon;
 mod disk;
@@ -147,6 +148,7 @@ enum Command {
     Map(look::Map),
     #[command(subcommand)]
     Daemon(daemon::Daemon),
+    Bench(bench::Bench),
     Completions(shell::Completions),
     Man(shell::Man),
 }
@@ -248,6 +250,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Du(c) => c.run(&context),
         Command::Map(c) => c.run(&context),
         Command::Daemon(c) => c.run(&context),
+        Command::Bench(c) => c.run(&context),
         Command::Completions(c) => c.run(&context),
         Command::Man(c) => c.run(&context),
     };

@@ -231,6 +231,23 @@ impl Ui {
                 .into()),
         }
     }
+    /// A display for long work that goes in steps.
+    pub fn steps(&self) -> Steps {
+        let terminal = io::stderr().is_terminal() && !dumb_terminal();
+        let wanted = self.progress == ProgressMode::Auto && terminal && !self.quiet && !self.json;
+        let bar = wanted.then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            let template = "{bar:24}  {percent:>3} %  {elapsed} gone, {eta} left  {wide_msg}";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("━╸─"));
+            }
+            bar
+        });
+        Steps {
+            bar,
+            lines: self.progress == ProgressMode::Plain && !self.quiet,
+        }
+    }
     /// A display for long work called `label`.
     pub fn progress(&self, label: &str) -> Box<dyn Progress> {
         let terminal = io::stderr().is_terminal() && !dumb_terminal();
@@ -239,6 +256,37 @@ impl Ui {
             ProgressMode::Auto if terminal && !self.json => Box::new(Bar::new(label)),
             ProgressMode::Plain => Box::new(Lines::new(label, self.units)),
             ProgressMode::Auto | ProgressMode::None => Box::new(Silent),
+        }
+    }
+}
+
+/// How far work in steps is: a bar on a terminal, a line for each step under `--progress plain`.
+pub struct Steps {
+    bar: Option<ProgressBar>,
+    lines: bool,
+}
+
+impl Steps {
+    /// `done` of `total` steps are done, the next is `doing`.
+    pub fn step(&self, done: u64, total: u64, doing: &str) {
+        if self.lines {
+            say(&format!("{doing}: {done} of {total}\n"));
+        }
+        let Some(bar) = &self.bar else { return };
+        if bar.length() != Some(total) {
+            // Another kind of steps begins: what the former ones took says nothing of these.
+            bar.reset();
+            bar.set_length(total);
+        }
+        bar.set_position(done);
+        bar.set_message(doing.to_string());
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
         }
     }
 }

@@ -1,0 +1,228 @@
+//! What a new disk costs: time and space, for the first one and the hundred-thousandth.
+
+use crate::{
+    bench::{
+        Gauge, Group, Job, Lab, Sizes,
+        book::{Better, Book, Must, Reading},
+        peers::{Direct, Numbers, Peer, PeerKind},
+        quiet::Others,
+        speed::settle,
+        stats,
+    },
+    error::Result,
+};
+use std::time::{Duration, Instant};
+
+/// A time of a millisecond is taken so often, and the middle one counts.
+const OFTEN: u32 = 5;
+
+fn makes_forks(kind: PeerKind) -> bool {
+    kind.is_block() && kind != PeerKind::Raw
+}
+
+fn millis(times: &[Duration]) -> f64 {
+    let times: Vec<f64> = times.iter().map(|t| t.as_secs_f64() * 1e3).collect();
+    stats::median(&times).unwrap_or(f64::NAN)
+}
+
+/// The rows of forks.
+pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
+    let n = size.forks;
+    let low = Better::Lower;
+    let at_most = |v| Some(Must::AtMost(v));
+    let g = Group::Fork;
+    book.row(
+        g,
+        "fork.first",
+        "a fork of the base, durable (a call; qcow2: its command)",
+        "ms",
+        low,
+        at_most(1.0),
+    );
+    book.row(
+        g,
+        "fork.command",
+        "a fork of the base, by command (`forkdisk create`, `cp --reflink`, `qemu-img create`)",
+        "ms",
+        low,
+        None,
+    );
+    book.row(
+        g,
+        "fork.batch",
+        &format!("each of {n} forks, durable together"),
+        "ms",
+        low,
+        at_most(0.1),
+    );
+    book.row(
+        g,
+        "fork.bytes",
+        &format!("host bytes of each of {n} forks"),
+        "bytes",
+        low,
+        at_most(16384.0),
+    );
+    book.row(
+        g,
+        "fork.nth",
+        &format!("a fork when there are {n}"),
+        "ms",
+        low,
+        at_most(1.0),
+    );
+    book.row(
+        g,
+        "fork.written",
+        &format!("a fork of a disk with {} random writes", size.writes),
+        "ms",
+        low,
+        at_most(2.0),
+    );
+    let rounds = size.rounds.min(3);
+    let mut first = Names::new("one");
+    let mut nth = Names::new("next");
+    let mut written = Names::new("of-busy");
+    let (forks, writes, base) = (n, size.writes, size.base);
+    vec![
+        Job {
+            name: "a fork".to_string(),
+            rounds,
+            peers: |kind| makes_forks(kind) || kind == PeerKind::Copy,
+            measure: Box::new(move |lab, peer, gauge, _| {
+                if peer.kind == PeerKind::Copy {
+                    let name = first.next();
+                    settle(peer.home());
+                    let took = gauge.during(|| peer.fork_fast(lab.work, None, &name))?;
+                    peer.remove(lab.work, &name)?;
+                    return Ok(vec![Reading::of("fork.first", millis(&[took]))]);
+                }
+                let calls = several(lab, peer, gauge, None, &mut first, true)?;
+                let commands = several(lab, peer, gauge, None, &mut first, false)?;
+                Ok(vec![
+                    Reading::of("fork.first", calls),
+                    Reading::of("fork.command", commands),
+                ])
+            }),
+        },
+        Job {
+            name: format!("{n} forks"),
+            rounds: rounds.min(2),
+            peers: makes_forks,
+            measure: Box::new(move |lab, peer, gauge, _| {
+                let before = peer.allocated()?;
+                let took = gauge.during(|| peer.fork_many(lab.work, "crowd", forks))?;
+                let after = peer.allocated()?;
+                let one = several(lab, peer, gauge, None, &mut nth, true)?;
+                peer.remove_many(lab.work, "crowd", forks)?;
+                let each = f64::from(forks);
+                Ok(vec![
+                    Reading::of("fork.batch", took.as_secs_f64() * 1e3 / each),
+                    Reading::of("fork.bytes", after.saturating_sub(before) as f64 / each),
+                    Reading::of("fork.nth", one),
+                ])
+            }),
+        },
+        Job {
+            name: "a fork of a written disk".to_string(),
+            rounds,
+            peers: makes_forks,
+            measure: Box::new(move |lab, peer, gauge, _| {
+                let (device, new) = peer.ensure(lab.work, "busy")?;
+                if new {
+                    let mut numbers = Numbers::new(lab.seed());
+                    let mut open = Direct::open(&device)?;
+                    for _ in 0..writes {
+                        let at = numbers.draw() % (base / 4096) * 4096;
+                        open.write(&mut numbers, at, 4096)?;
+                    }
+                    open.flush()?;
+                }
+                peer.detach(lab.work, "busy")?;
+                settle(peer.home());
+                let one = several(lab, peer, gauge, Some("busy"), &mut written, true)?;
+                Ok(vec![Reading::of("fork.written", one)])
+            }),
+        },
+    ]
+}
+
+/// Names that no disk has yet.
+struct Names(&'static str, u32);
+
+impl Names {
+    fn new(prefix: &'static str) -> Names {
+        Names(prefix, 0)
+    }
+    fn next(&mut self) -> String {
+        self.1 += 1;
+        format!("{}-{}", self.0, self.1)
+    }
+}
+
+/// Milliseconds of a fork, by a call or by a command: the middle of several, which are removed afterwards.
+fn several(
+    lab: &Lab<'_>,
+    peer: &mut Peer,
+    gauge: &mut Gauge,
+    from: Option<&str>,
+    names: &mut Names,
+    call: bool,
+) -> Result<f64> {
+    let names: Vec<String> = (0..OFTEN).map(|_| names.next()).collect();
+    let times = gauge.during(|| {
+        let one = |name: &String| {
+            if call {
+                return peer.fork_fast(lab.work, from, name);
+            }
+            let started = Instant::now();
+            peer.fork(lab.work, from, name)?;
+            Ok(started.elapsed())
+        };
+        names.iter().map(one).collect::<Result<Vec<_>>>()
+    })?;
+    for name in &names {
+        peer.remove(lab.work, name)?;
+    }
+    Ok(millis(&times))
+}
+
+/// Forkdisk alone: does the hundred-thousandth fork cost what the first did?
+pub fn many(lab: &Lab<'_>, book: &mut Book) -> Result<()> {
+    let dir = lab.work.mkdir("many")?;
+    let base = dir.join("small.img");
+    crate::bench::peers::noise(&base, 1 << 20, &|_| ())?;
+    let peer = Peer::new(lab.work, PeerKind::Forkdisk, &dir, &base, false)?;
+    let mut there = 0;
+    for (i, &wanted) in lab.size.many.iter().enumerate() {
+        let total = lab.size.many.len() as u64;
+        lab.watch
+            .step(i as u64, total, &format!("{wanted} forks: forkdisk"));
+        let id = format!("fork.at.{wanted}");
+        let title = format!("a fork when there are {wanted}, forkdisk alone");
+        let first = i64::from(wanted) == i64::from(lab.size.many[0]);
+        let must =
+            (!first).then(|| Must::AtMostOfRow(format!("fork.at.{}", lab.size.many[0]), 1.5));
+        book.row(Group::Fork, &id, &title, "ms", Better::Lower, must);
+        if wanted > there {
+            peer.fork_many(lab.work, &format!("crowd-{wanted}"), wanted - there)?;
+            there = wanted;
+        }
+        settle(&dir);
+        for round in 0..lab.size.rounds {
+            let mut gauge = Gauge {
+                mark: lab.work.mark(),
+                worst: Others::default(),
+            };
+            let times = gauge.during(|| {
+                let one = |k| peer.fork_fast(lab.work, None, &format!("one-{wanted}-{round}-{k}"));
+                (0..OFTEN).map(one).collect::<Result<Vec<_>>>()
+            })?;
+            let reading = Reading::of(id.as_str(), millis(&times));
+            book.enter(PeerKind::Forkdisk, round, &[reading], gauge.worst);
+        }
+    }
+    drop(peer);
+    lab.work.clear(&dir);
+    Ok(())
+}
