@@ -101,6 +101,8 @@ fn usage_errors_exit_with_2_and_a_hint() {
         &["ls", "everything"],
         &["daemon"],
         &["daemon", "bogus"],
+        &["bench", "everything"],
+        &["bench", "--vs", "zfs"],
         &["--color", "sometimes", "ls"],
         &["--units", "furlongs", "ls"],
         &["-q", "-v", "ls"],
@@ -255,6 +257,50 @@ fn the_doctor_needs_no_store_and_gives_a_fix_for_all_it_finds() {
     for check in checks {
         assert_eq!(check["status"] == "ok", check["fix"].is_null(), "{check}");
     }
+}
+
+#[test]
+fn without_fio_nothing_that_needs_it_is_measured() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let place = dir.path().to_str().expect("UTF-8");
+    let bench = |what: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_forkdisk"));
+        command.args(["--json", "bench", what, "--dir", place]);
+        run(command.env("PATH", place))
+    };
+    for what in ["read", "write", "chain", "all"] {
+        let output = bench(what);
+        assert_eq!(output.status.code(), Some(1), "{what}");
+        let error = json_error(&output);
+        assert_eq!(error["code"], "unsupported", "{what}");
+        let hint = error["hint"].as_str().expect("a hint");
+        assert!(hint.contains("apt-get install fio"), "{hint}");
+    }
+    let left = std::fs::read_dir(dir.path()).expect("listed").count();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn a_bench_says_what_it_would_measure() {
+    let args = [
+        "--json",
+        "-n",
+        "bench",
+        "fork",
+        "--vs",
+        "reflink,raw",
+        "--dir",
+        "/",
+    ];
+    let output = forkdisk(&args);
+    assert_eq!(output.status.code(), Some(0));
+    let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(document["groups"], serde_json::json!(["fork"]));
+    assert_eq!(
+        document["peers"],
+        serde_json::json!(["raw", "xfs", "btrfs"])
+    );
+    assert_eq!(document["dry_run"], true);
 }
 
 /// The words of every command of the parser that is not hidden: `["forkdisk", "daemon", "run"]`.

@@ -4,7 +4,7 @@ use crate::{
     bench::{
         Gauge, Group, Job, Lab, Level, Sizes,
         book::{Better, Book, Must, Reading},
-        peers::{Direct, Numbers, Peer, PeerKind},
+        peers::{Direct, Numbers, Peer, PeerKind, sector},
         sharing::traffic,
         speed::settle,
         work,
@@ -91,7 +91,7 @@ fn job<'a>(pattern: Pattern, size: &Sizes, book: &mut Book, device: &Path) -> Jo
         book.row(
             Group::Amplification,
             &format!("{what}.{id}"),
-            &format!("host bytes {what} for a byte: {title}"),
+            &format!("{what}: {title}"),
             "x",
             Better::Lower,
             pattern.must(what),
@@ -121,6 +121,10 @@ fn measure(
     let name = "amplified";
     peer.fork(lab.work, None, name)?;
     let device = peer.attach(lab.work, name)?;
+    if sector(&device) > pattern.len {
+        peer.remove(lab.work, name)?;
+        return Ok(Vec::new());
+    }
     let mut numbers = Numbers::new(count);
     let places = places(pattern, count, lab.size.shared, &mut numbers);
     settle(peer.home());

@@ -194,10 +194,14 @@ pub struct Book {
 }
 
 /// How the figures come about.
-const REMARKS: [&str; 5] = [
-    "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors; load by fio (libaio, direct I/O).",
+const REMARKS: [&str; 7] = [
+    "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors (XFS: 4096, which its reflinks need); load by fio (libaio, direct I/O).",
     "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache.",
     "Writes count with the time of a last flush; `during` in the JSON is the value without it.",
+    "A fork by a call: forkdisk's library, the reflink ioctl, both with the syncs that make it durable; qcow2 and copies are made by their \
+     command. A fork by command: `forkdisk create`, `cp --reflink=always`, `qemu-img create`; only the first of them syncs.",
+    "Sharing and amplification are counted at a loop device with a filesystem of its own, so that what others do is not in them; \
+     page cache by cachestat(2).",
     "Ratios are medians of the ratios to raw within one round.",
     "XFS and Btrfs lie in an image file on the same host filesystem, with one more loop device below them.",
 ];

@@ -43,7 +43,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
     for &depth in depths {
         let must =
             (depth != shallow).then(|| Must::AtMostOfRow(format!("read.depth.{shallow}"), 1.1));
-        let title = format!("random read 4 KiB at depth {depth}, warm");
+        let title = format!("4K random read at depth {depth}, warm");
         book.row(
             Group::Chain,
             &format!("read.depth.{depth}"),

@@ -36,11 +36,11 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
     let low = Better::Lower;
     let g = Group::Write;
     let title = format!(
-        "4 KiB changed in a new fork, durable (overlayfs: in a file of {} MiB)",
+        "4 KiB changed in a fork (overlayfs: a file of {} MiB)",
         size.large_file >> 20
     );
     book.row(g, CHANGE, &title, "ms", low, None);
-    book.row(g, BYTES, "host bytes that this takes", "bytes", low, None);
+    book.row(g, BYTES, "host bytes of that change", "bytes", low, None);
     let rounds = size.rounds.min(2);
     let mut jobs = vec![Job {
         name: "a small change".to_string(),
@@ -65,13 +65,13 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
         book.row(
             g,
             id,
-            &format!("sqlite, {n} transactions, journal mode {mode}"),
+            &format!("sqlite, {n} transactions, {mode}"),
             "s",
             low,
             must,
         );
     }
-    let title = format!("untar {} small files, and sync", size.files);
+    let title = format!("untar {} files + sync", size.files);
     book.row(g, UNTAR, &title, "s", low, Some(Must::RatioAtMost(1.0)));
     archive(&lab.work.path("files.tar"), size.files)?;
     for (mode, _) in MODES {

@@ -34,23 +34,16 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
     book.row(
         g,
         "fork.first",
-        "a fork of the base, durable (a call; qcow2: its command)",
+        "fork, durable, by a call",
         "ms",
         low,
         at_most(1.0),
     );
-    book.row(
-        g,
-        "fork.command",
-        "a fork of the base, by command (`forkdisk create`, `cp --reflink`, `qemu-img create`)",
-        "ms",
-        low,
-        None,
-    );
+    book.row(g, "fork.command", "fork, by command", "ms", low, None);
     book.row(
         g,
         "fork.batch",
-        &format!("each of {n} forks, durable together"),
+        &format!("each of {n} forks in a batch"),
         "ms",
         low,
         at_most(0.1),
@@ -58,7 +51,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
     book.row(
         g,
         "fork.bytes",
-        &format!("host bytes of each of {n} forks"),
+        "host bytes of a fork",
         "bytes",
         low,
         at_most(16384.0),
@@ -66,7 +59,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
     book.row(
         g,
         "fork.nth",
-        &format!("a fork when there are {n}"),
+        &format!("fork when there are {n}"),
         "ms",
         low,
         at_most(1.0),
@@ -74,7 +67,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
     book.row(
         g,
         "fork.written",
-        &format!("a fork of a disk with {} random writes", size.writes),
+        &format!("fork of a disk with {} writes", size.writes),
         "ms",
         low,
         at_most(2.0),
@@ -199,7 +192,7 @@ pub fn many(lab: &Lab<'_>, book: &mut Book) -> Result<()> {
         lab.watch
             .step(i as u64, total, &format!("{wanted} forks: forkdisk"));
         let id = format!("fork.at.{wanted}");
-        let title = format!("a fork when there are {wanted}, forkdisk alone");
+        let title = format!("fork when there are {wanted}, forkdisk alone");
         let first = i64::from(wanted) == i64::from(lab.size.many[0]);
         let must =
             (!first).then(|| Must::AtMostOfRow(format!("fork.at.{}", lab.size.many[0]), 1.5));

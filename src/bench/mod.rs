@@ -461,7 +461,11 @@ fn rounds(
     };
     let total: u64 = (0..rounds).map(steps).sum();
     // Samples that were disturbed are taken again, but not for ever.
-    let mut again = total / 4;
+    let mut again = if lab.size.level == Level::Tiny {
+        0
+    } else {
+        total / 4
+    };
     let mut done = 0;
     let mut longest = Duration::ZERO;
     for round in 0..rounds {

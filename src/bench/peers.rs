@@ -10,9 +10,13 @@ use crate::{
     sys::{loopdev, mounts, signals},
 };
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     fs::{self, File},
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -100,6 +104,8 @@ pub struct Peer {
     shown: HashMap<String, Shown>,
     /// Disks that [`Peer::ensure`] made.
     kept: HashSet<String>,
+    /// Disks that stand on another disk, not on the base.
+    stacked: RefCell<HashSet<String>>,
 }
 
 /// Needed for a filesystem of its own: beside the data.
@@ -124,6 +130,7 @@ impl Peer {
             one_file,
             shown: HashMap::new(),
             kept: HashSet::new(),
+            stacked: RefCell::default(),
         };
         match kind {
             PeerKind::Xfs | PeerKind::Btrfs => {
@@ -194,6 +201,9 @@ impl Peer {
     /// Makes a disk from the base (`None`) or from another disk, as a user does.
     pub fn fork(&self, work: &Work, from: Option<&str>, name: &str) -> Result<()> {
         let to = self.image(name);
+        if from.is_some() {
+            self.stacked.borrow_mut().insert(name.to_string());
+        }
         match self.kind {
             PeerKind::Raw | PeerKind::Copy => match to.exists() {
                 true => Ok(()),
@@ -386,11 +396,19 @@ impl Peer {
         File::create(&file).map_err(|e| Error::io("create", &file, &e))?;
         let image = self.image(name);
         let text = |path: &Path| path.display().to_string();
-        let node = serde_json::json!({
-            "driver": "qcow2", "node-name": "disk", "discard": "unmap",
-            "cache": {"direct": true},
-            "file": {"driver": "file", "filename": text(&image), "aio": "native", "cache": {"direct": true}, "discard": "unmap"},
+        let file_node = |path: &Path| {
+            let (path, direct) = (text(path), serde_json::json!({"direct": true}));
+            serde_json::json!({"driver": "file", "filename": path, "aio": "native", "cache": direct, "discard": "unmap"})
+        };
+        let mut node = serde_json::json!({
+            "driver": "qcow2", "node-name": "disk", "discard": "unmap", "cache": {"direct": true}, "file": file_node(&image),
         });
+        // What is named by the image itself would be read by threads instead.
+        if !self.stacked.borrow().contains(name) {
+            node["backing"] = serde_json::json!({"driver": "raw", "cache": {"direct": true}, "file": file_node(&self.base)});
+            node["backing"]["file"]["read-only"] = true.into();
+            node["backing"]["read-only"] = true.into();
+        }
         let mut export = serde_json::json!({
             "type": "fuse", "id": "export", "node-name": "disk", "mountpoint": text(&file),
             "writable": true, "growable": true, "allow-other": "off",
@@ -459,6 +477,7 @@ impl Peer {
         let (true, Some(from)) = (self.kind.is_qemu(), from) else {
             return self.fork(work, from, name);
         };
+        self.stacked.borrow_mut().insert(name.to_string());
         let len = fs::metadata(&self.base)
             .map_err(|e| Error::io("look at", &self.base, &e))?
             .len();
@@ -509,9 +528,11 @@ impl Peer {
             false => (image, None),
         };
         let mut command = work.command("losetup");
-        command
-            .args(["--find", "--show", "--direct-io=on"])
-            .arg(&file);
+        command.args(["--find", "--show", "--direct-io=on"]);
+        if self.kind == PeerKind::Xfs {
+            command.args(["--sector-size", "4096"]);
+        }
+        command.arg(&file);
         let device = work.short(command).inspect_err(|_| {
             if let Some(pid) = server {
                 work.end(pid);
@@ -595,7 +616,7 @@ fn check_signal() -> Result<()> {
     }
 }
 
-/// A loop device with direct I/O over a file.
+/// A loop device with direct I/O over a file: the device, and the file's numbers.
 pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
     let open = File::options()
         .read(true)
@@ -605,13 +626,36 @@ pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
     let meta = open
         .metadata()
         .map_err(|e| Error::io("look at", file, &e))?;
-    let setup = loopdev::Setup {
-        read_only: false,
-        block_size: 512,
-        direct_io: true,
-    };
-    let device = loopdev::attach(std::os::fd::AsFd::as_fd(&open), file, setup)?;
-    Ok((device, meta.dev(), meta.ino()))
+    // Where the file below cannot do direct I/O in sectors of 512 bytes (reflinks on XFS), the kernel goes through the page cache without
+    // a word.
+    for block_size in [512, 4096] {
+        let setup = loopdev::Setup {
+            read_only: false,
+            block_size,
+            direct_io: true,
+        };
+        let device = loopdev::attach(open.as_fd(), file, setup)?;
+        if loopdev::status(&device)?.is_some_and(|s| s.direct_io) {
+            return Ok((device, meta.dev(), meta.ino()));
+        }
+        let options = loopdev::DetachOptions::default();
+        loopdev::detach(&device, meta.dev(), meta.ino(), options)?;
+    }
+    Err(Error::new(
+        Kind::Unsupported,
+        format!(
+            "there is no direct I/O for a loop device over {}",
+            file.display()
+        ),
+    )
+    .hint("measure on another filesystem: --dir DIR"))
+}
+
+/// Bytes of a device's sectors.
+pub fn sector(device: &Path) -> u64 {
+    let name = device.file_name().unwrap_or_default().to_string_lossy();
+    let text = fs::read_to_string(format!("/sys/block/{name}/queue/logical_block_size"));
+    text.ok().and_then(|t| t.trim().parse().ok()).unwrap_or(512)
 }
 
 /// Makes an image file with a filesystem in `home` and mounts it: the mount point and the device.

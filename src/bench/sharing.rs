@@ -39,13 +39,13 @@ fn rows(size: &Sizes, book: &mut Book) {
     let fair = size.shared as f64 / 1e6 / f64::from(n);
     let low = Better::Lower;
     let g = Group::Sharing;
-    let what = format!("{n} disks read the same {mib} MiB");
+    let what = format!("{n} disks, same {mib} MiB");
     // A little more than the bytes themselves: the host reads its own metadata, too.
     let must = Some(Must::AtMost(fair * 1.0133));
     book.row(
         g,
         "share.read",
-        &format!("{what}: host bytes read, for each disk"),
+        &format!("{what}: host read per disk"),
         "MB",
         low,
         must,
@@ -53,7 +53,7 @@ fn rows(size: &Sizes, book: &mut Book) {
     book.row(
         g,
         "share.cache",
-        &format!("{what}: page cache, for each disk, its device's own included"),
+        &format!("{what}: page cache per disk"),
         "MB",
         low,
         None,
@@ -61,7 +61,7 @@ fn rows(size: &Sizes, book: &mut Book) {
     book.row(
         g,
         "share.below",
-        &format!("{what}: page cache below the devices, for each disk"),
+        &format!("{what}: of that, below the devices"),
         "MB",
         low,
         None,
@@ -69,7 +69,7 @@ fn rows(size: &Sizes, book: &mut Book) {
     book.row(
         g,
         "share.memory",
-        &format!("{what}: memory of what serves them, all together"),
+        &format!("{what}: memory of the servers, all"),
         "MB",
         low,
         None,
@@ -115,12 +115,15 @@ fn measure(
     let files: Vec<PathBuf> = files.into_iter().collect();
     settle(peer.home());
     drop_caches(&files);
+    // A device's cache goes with its last user.
+    let used: Vec<File> = devices.iter().filter_map(|d| File::open(d).ok()).collect();
     let cached_before = cached(&files);
     let before = traffic(host)?.0;
     gauge.during(|| devices.iter().try_for_each(|d| read(d, len)))?;
     let read = traffic(host)?.0 - before;
     let below = cached(&files).saturating_sub(cached_before);
     let all = below + cached(devices);
+    drop(used);
     let memory: u64 = peer.servers(lab.work).into_iter().map(memory).sum();
     let each = |bytes: u64| bytes as f64 / 1e6 / devices.len() as f64;
     let mut readings = vec![

@@ -8,6 +8,7 @@ use crate::{
         Outcome,
         context::Context,
         render::{
+            json::Document,
             table::{Align, Table},
             time,
         },
@@ -97,6 +98,9 @@ pub(crate) struct Bench {
     /// Also write a page with charts
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     html: Option<PathBuf>,
+    /// Also write the JSON document, with all samples
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    save: Option<PathBuf>,
     /// Smaller and shorter: under 4 minutes instead of under 40
     #[arg(long)]
     quick: bool,
@@ -149,29 +153,38 @@ impl Bench {
                 )
             });
         }
+        let files: Vec<&PathBuf> = self.html.iter().chain(&self.save).collect();
         // Found out before, not after half an hour.
-        if let Some(file) = &self.html {
-            fs::write(file, "").map_err(|e| {
-                Error::io("write", file, &e).or_hint("name a file that can be written")
-            })?;
+        for file in &files {
+            fs::write(file, "").map_err(|e| failed(file, &e))?;
         }
         signals::catch();
         let steps = ui.steps();
         let report = bench::run(&options, &Talk { ui, steps: &steps });
         drop(steps);
         let report = report.inspect_err(|_| {
-            // No empty page is left of a run that failed.
-            if let Some(file) = &self.html {
+            // Nothing empty is left of a run that failed.
+            for file in &files {
                 let _ = fs::remove_file(file);
             }
         })?;
         if let Some(file) = &self.html {
             let page = bench::page(&report, &time::date_time(report.started));
-            fs::write(file, page).map_err(|e| Error::io("write", file, &e))?;
-            ui.talk(format_args!("the page is {}", file.display()));
+            fs::write(file, page).map_err(|e| failed(file, &e))?;
+        }
+        if let Some(file) = &self.save {
+            let document = Document::new(&report).text();
+            fs::write(file, document).map_err(|e| failed(file, &e))?;
+        }
+        for file in &files {
+            ui.talk(format_args!("wrote {}", file.display()));
         }
         ui.answer(&report, || text(ui, &report))
     }
+}
+
+fn failed(file: &Path, error: &std::io::Error) -> Error {
+    Error::io("write", file, error).or_hint("name a file that can be written")
 }
 
 /// The nearest directory that exists: where the store is or would be.
@@ -253,7 +266,7 @@ fn text(ui: &Ui, report: &Report) -> String {
             out.push_str(&format!("{}: {note}\n", peer.id.id()));
         }
     }
-    out.push_str("median (min-max), ratio to raw; ~ marks what could only be measured while others used the machine\n");
+    out.push_str("each: median and ratio to raw, below it min-max; ~ marks what could only be measured while others used the machine\n");
     out
 }
 
@@ -275,35 +288,47 @@ fn table(rows: &[&Row]) -> Table {
         } else {
             "↓"
         };
-        let mut cells = vec![row.title.clone(), format!("{} {arrow}", row.unit)];
-        cells.extend(
-            peers
+        let of = |what: fn(&Cell) -> String| {
+            let cells = peers
                 .iter()
-                .map(|p| row.cell(*p).map_or(String::new(), cell)),
-        );
-        cells.push(row.must.as_ref().map(|m| m.text()).unwrap_or_default());
-        cells.push(match row.verdict {
-            Some(Verdict::Met) => "ok".to_string(),
-            Some(Verdict::Missed) => "missed".to_string(),
-            None => String::new(),
-        });
-        table.row(cells);
+                .map(|p| row.cell(*p).map_or(String::new(), what));
+            cells.collect::<Vec<_>>()
+        };
+        let verdict = match row.verdict {
+            Some(Verdict::Met) => "ok",
+            Some(Verdict::Missed) => "missed",
+            None => "",
+        };
+        let must = row.must.as_ref().map(|m| m.text()).unwrap_or_default();
+        let mut first = vec![row.title.clone(), format!("{} {arrow}", row.unit)];
+        first.extend(of(middle));
+        first.extend([must, verdict.to_string()]);
+        table.row(first);
+        let ranges = of(range);
+        if ranges.iter().any(|r| !r.is_empty()) {
+            let mut second = vec![String::new(); 2];
+            second.extend(ranges);
+            second.extend([String::new(), String::new()]);
+            table.row(second);
+        }
     }
     table
 }
 
-/// `12.3k (11.9k-12.8k) 0.96`.
-fn cell(cell: &Cell) -> String {
-    let mut text = String::new();
-    if cell.noisy {
-        text.push('~');
+/// `12.3k 0.96`: the median, and the ratio to raw.
+fn middle(cell: &Cell) -> String {
+    let noisy = if cell.noisy { "~" } else { "" };
+    let median = figure(cell.median);
+    match cell.ratio.filter(|_| cell.peer != PeerKind::Raw) {
+        Some(ratio) => format!("{noisy}{median} {}", figure(ratio)),
+        None => format!("{noisy}{median}"),
     }
-    text.push_str(&figure(cell.median));
-    if cell.min != cell.max {
-        text.push_str(&format!(" ({}-{})", figure(cell.min), figure(cell.max)));
+}
+
+/// `11.9k-12.8k`: the smallest and the largest.
+fn range(cell: &Cell) -> String {
+    match cell.min == cell.max {
+        true => String::new(),
+        false => format!("{}-{}", figure(cell.min), figure(cell.max)),
     }
-    if let Some(ratio) = cell.ratio.filter(|_| cell.peer != PeerKind::Raw) {
-        text.push_str(&format!(" {}", figure(ratio)));
-    }
-    text
 }

@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod attach;
+mod bench;
 mod busy;
 mod daemon;
 mod damage;
