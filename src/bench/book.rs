@@ -56,6 +56,7 @@ pub struct Sample {
     /// In which round, from 0.
     pub round: u32,
     /// The value, with what made it durable.
+    #[serde(serialize_with = "number")]
     pub value: f64,
     /// The value before a last flush, where that is another one.
     pub during: Option<f64>,
@@ -76,10 +77,13 @@ pub struct Cell {
     #[serde(serialize_with = "id")]
     pub peer: PeerKind,
     /// Of the samples that count.
+    #[serde(serialize_with = "number")]
     pub median: f64,
     /// The smallest of them.
+    #[serde(serialize_with = "number")]
     pub min: f64,
     /// The largest.
+    #[serde(serialize_with = "number")]
     pub max: f64,
     /// The median of the ratios to raw of the same round.
     pub ratio: Option<f64>,
@@ -93,6 +97,14 @@ pub struct Cell {
 
 fn id<S: Serializer>(kind: &PeerKind, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str(kind.id())
+}
+
+/// Whole numbers, such as bytes, are written as such.
+fn number<S: Serializer>(value: &f64, s: S) -> Result<S::Ok, S::Error> {
+    match value.fract() == 0.0 && value.abs() < 1e15 {
+        true => s.serialize_i64(*value as i64),
+        false => s.serialize_f64(*value),
+    }
 }
 
 /// Something that is measured.
@@ -196,7 +208,8 @@ pub struct Book {
 /// How the figures come about.
 const REMARKS: [&str; 7] = [
     "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors (XFS: 4096, which its reflinks need); load by fio (libaio, direct I/O).",
-    "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache.",
+    "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache, \
+     where that is used at all (by forkdisk and overlayfs; the others go round it).",
     "Writes count with the time of a last flush; `during` in the JSON is the value without it.",
     "A fork by a call: forkdisk's library, the reflink ioctl, both with the syncs that make it durable; qcow2 and copies are made by their \
      command. A fork by command: `forkdisk create`, `cp --reflink=always`, `qemu-img create`; only the first of them syncs.",
@@ -211,6 +224,9 @@ impl Book {
     pub fn new(machine: Machine, options: &Options, rounds: u32) -> Book {
         let mut kinds = options.peers.clone();
         kinds.push(PeerKind::Forkdisk);
+        if options.groups.contains(&Group::Read) {
+            kinds.push(PeerKind::Plain);
+        }
         kinds.sort();
         let notes = kinds.into_iter().map(|id| PeerNote {
             id,

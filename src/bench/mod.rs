@@ -357,7 +357,8 @@ fn check(options: &Options, lab: &Lab<'_>) -> Result<()> {
     if has(Group::Read) || has(Group::Write) || has(Group::Chain) {
         fio::must_exist(lab.work)?;
     }
-    crate::attach::may_attach_loops()?;
+    crate::attach::may_attach_loops()
+        .map_err(|e| e.hint("what is measured are loop devices, which need root"))?;
     let size = &lab.size;
     let kinds = &options.peers;
     let own = kinds

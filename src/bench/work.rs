@@ -41,6 +41,7 @@ impl Work {
     pub fn new(parent: &Path) -> Result<Work> {
         fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, &e))?;
         let parent = fs::canonicalize(parent).map_err(|e| Error::io("look at", parent, &e))?;
+        clear_dead(&parent);
         let exe = std::env::current_exe().map_err(|e| Error::io("find", "forkdisk", &e))?;
         let pid = std::process::id();
         for attempt in 0..100 {
@@ -221,58 +222,16 @@ impl Work {
     }
     /// Takes away everything that was made below `dir`, then `dir`. The rest of the run goes on.
     pub fn clear(&self, dir: &Path) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let mut ended = false;
-        loop {
-            let here: Vec<PathBuf> = mounts::list()
-                .unwrap_or_default()
-                .into_iter()
-                .rev()
-                .filter(|m| m.mount_point.starts_with(dir))
-                // What a daemon serves is unmounted by the daemon, unless it is gone.
-                .filter(|m| ended || !m.fs_type.starts_with("fuse"))
-                .map(|m| m.mount_point)
-                .collect();
-            for place in &here {
-                if mounts::unmount(place).is_err() && Instant::now() > deadline {
-                    let _ = mounts::unmount_lazily(place);
-                }
+        clear(dir, &|| {
+            let mut stores = self.stores.lock();
+            let here: Vec<PathBuf> = stores.extract_if(.., |s| s.starts_with(dir)).collect();
+            drop(stores);
+            here.iter().for_each(|store| self.stop_daemon(store));
+            if dir == self.dir {
+                let all: Vec<i32> = self.children.lock().iter().map(|c| c.id() as i32).collect();
+                all.into_iter().for_each(|pid| self.end(pid));
             }
-            let loops = loops_below(dir);
-            for device in &loops {
-                detach_loop(device);
-            }
-            if !ended {
-                // First everything that can go while those that serve it live.
-                ended = true;
-                let mut stores = self.stores.lock();
-                for store in stores.extract_if(.., |s| s.starts_with(dir)) {
-                    self.stop_daemon(&store);
-                }
-                drop(stores);
-                if dir == self.dir {
-                    let all: Vec<i32> =
-                        self.children.lock().iter().map(|c| c.id() as i32).collect();
-                    for pid in all {
-                        self.end(pid);
-                    }
-                }
-                continue;
-            }
-            if here.is_empty() && loops.is_empty() {
-                break;
-            }
-            if Instant::now() > deadline + Duration::from_secs(5) {
-                tracing::warn!("{} is still in use; it stays", dir.display());
-                return;
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-        if let Err(e) = fs::remove_dir_all(dir)
-            && e.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::warn!("cannot remove {}: {e}", dir.display());
-        }
+        });
     }
     fn stop_daemon(&self, store: &Path) {
         // Asked first: its process must be waited for, also if stopping fails.
@@ -297,6 +256,103 @@ impl Drop for Work {
     fn drop(&mut self) {
         let dir = self.dir.clone();
         self.clear(&dir);
+    }
+}
+
+/// Takes away what runs that were killed left in `parent`: directories of ours that are named after a process that is no more.
+fn clear_dead(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| {
+            n.strip_prefix("forkdisk-bench.")?
+                .split_once('.')?
+                .0
+                .parse()
+                .ok()
+        });
+        let ours = entry.metadata().is_ok_and(|m| {
+            m.is_dir() && m.uid() == rustix::process::geteuid().as_raw() && m.mode() & 0o077 == 0
+        });
+        let Some(pid) = pid.filter(|_| ours) else {
+            continue;
+        };
+        if process::is_alive(pid) {
+            continue;
+        }
+        let dir = entry.path();
+        tracing::info!("a killed run left {}: it is taken away", dir.display());
+        let mark = format!("{MARK}={}", dir.display());
+        clear(&dir, &|| end_marked(mark.as_bytes()));
+    }
+}
+
+/// Ends the processes that a killed run left, which have its mark in their environment.
+fn end_marked(mark: &[u8]) {
+    let mut ended = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|n| n.parse().ok());
+        let Some(pid) = pid.filter(|pid| *pid != std::process::id() as i32) else {
+            continue;
+        };
+        // The descriptor is of the very process whose environment is read next.
+        let Ok(fd) = process::pidfd(pid) else {
+            continue;
+        };
+        let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment.split(|b| *b == 0).any(|v| v == mark) {
+            let _ = rustix::process::pidfd_send_signal(&fd, Signal::TERM);
+            ended.push(fd);
+        }
+    }
+    for fd in ended {
+        let gone = process::wait_for_end(&fd, Duration::from_secs(10));
+        if !gone.unwrap_or(false) {
+            let _ = rustix::process::pidfd_send_signal(&fd, Signal::KILL);
+        }
+    }
+}
+
+/// Takes away the mounts, the devices and the files below `dir`. `end` ends what serves them, once all is gone that can go while that lives.
+fn clear(dir: &Path, end: &dyn Fn()) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut ended = false;
+    loop {
+        let here: Vec<PathBuf> = mounts::list()
+            .unwrap_or_default()
+            .into_iter()
+            .rev()
+            .filter(|m| m.mount_point.starts_with(dir))
+            // What a daemon serves is unmounted by the daemon, unless it is gone.
+            .filter(|m| ended || !m.fs_type.starts_with("fuse"))
+            .map(|m| m.mount_point)
+            .collect();
+        for place in &here {
+            if mounts::unmount(place).is_err() && Instant::now() > deadline {
+                let _ = mounts::unmount_lazily(place);
+            }
+        }
+        let loops = loops_below(dir);
+        for device in &loops {
+            detach_loop(device);
+        }
+        if !ended {
+            ended = true;
+            end();
+            continue;
+        }
+        if here.is_empty() && loops.is_empty() {
+            break;
+        }
+        if Instant::now() > deadline + Duration::from_secs(5) {
+            tracing::warn!("{} is still in use; it stays", dir.display());
+            return;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    if let Err(e) = fs::remove_dir_all(dir)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!("cannot remove {}: {e}", dir.display());
     }
 }
 

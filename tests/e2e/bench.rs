@@ -125,3 +125,27 @@ fn an_interrupted_run_leaves_nothing() {
         nothing_left(&w);
     }
 }
+
+#[test]
+fn the_next_run_takes_away_what_a_killed_one_left() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let dir = w.mkdir("bench");
+    let mut command = Command::new(BIN);
+    command
+        .args(["-q", "bench", "write", "--vs", "raw", "--dir", s(&dir)])
+        .env("FORKDISK_BENCH_SIZE", "tiny")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    eventually("something is attached", || w.loops().len() > 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // What it was waiting for ends by itself; its daemon and its devices stay.
+    assert!(!w.loops().is_empty() && !w.processes().is_empty());
+    let out = finish(bench(&w, &["sharing", "--vs", "raw"]));
+    assert_eq!(out.code, 0, "{out:?}");
+    nothing_left(&w);
+}
