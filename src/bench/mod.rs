@@ -301,6 +301,7 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         if has(Group::Fork) {
             fork::many(&lab, &mut book)?;
         }
+        peers.iter_mut().for_each(|p| p.close(&work));
         drop(peers);
         work.clear(&dir);
         let _ = std::fs::remove_file(base);
@@ -345,7 +346,7 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         if has(Group::Sharing) && kinds.contains(&PeerKind::Overlayfs) {
             sharing::overlay(&lab, &mut book, &dir, &device)?;
         }
-        drop(peers);
+        peers.iter_mut().for_each(|p| p.close(&work));
     }
     drop(work);
     Ok(book.close(started.elapsed()))

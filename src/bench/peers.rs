@@ -472,6 +472,15 @@ impl Peer {
         }
         gone
     }
+    /// Takes all its devices away.
+    pub fn close(&mut self, work: &Work) {
+        let names: Vec<String> = self.shown.keys().cloned().collect();
+        for name in names {
+            if let Err(e) = self.detach(work, &name) {
+                tracing::debug!("{e}");
+            }
+        }
+    }
     /// Puts a disk on another for a stack: as [`Peer::fork`], but QEMU need not open all that is below.
     pub fn stack(&self, work: &Work, from: Option<&str>, name: &str) -> Result<()> {
         let (true, Some(from)) = (self.kind.is_qemu(), from) else {

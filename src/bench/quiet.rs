@@ -1,7 +1,9 @@
 //! Was the machine ours while a sample was taken?
 //!
-//! What others use is what all processors were busy with, less our own processes and the kernel's threads, which work for whoever
-//! does I/O. Time that the hypervisor took away counts as well.
+//! What others used is the processor time of all processes that are not of this run, each with that of its children that have ended: what
+//! a process used goes over to its parent when it ends, so that the sum grows by exactly what was used. The kernel's threads work for
+//! whoever does I/O and count for nobody; the processors' own counters are no help, for many kernels only sample them. Time that the
+//! hypervisor took away counts as well.
 
 use std::{
     fs,
@@ -22,9 +24,8 @@ const KERNEL_THREAD: u64 = 0x0020_0000;
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
     when: Instant,
-    busy: f64,
     stolen: f64,
-    ours: f64,
+    others: f64,
 }
 
 /// What others did between two moments.
@@ -42,19 +43,16 @@ impl Moment {
     /// Now. `mark` is what our processes have in their environment.
     pub fn now(mark: &str) -> Moment {
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-        let (busy, stolen) = machine(&stat);
         Moment {
             when: Instant::now(),
-            busy,
-            stolen,
-            ours: ours(mark.as_bytes()),
+            stolen: stolen(&stat),
+            others: others(mark.as_bytes()),
         }
     }
     /// What happened since.
     pub fn until(&self, later: &Moment) -> Others {
         let wall = later.when - self.when;
-        let used = (later.busy - self.busy) - (later.ours - self.ours);
-        judge(wall, used, later.stolen - self.stolen)
+        judge(wall, later.others - self.others, later.stolen - self.stolen)
     }
 }
 
@@ -68,43 +66,31 @@ fn judge(wall: Duration, used: f64, stolen: f64) -> Others {
     }
 }
 
-/// Seconds that processors were busy with processes, and that were stolen, from `/proc/stat`.
-fn machine(stat: &str) -> (f64, f64) {
+/// Seconds that the hypervisor took away, from `/proc/stat`.
+fn stolen(stat: &str) -> f64 {
     let line = stat.lines().find_map(|l| l.strip_prefix("cpu "));
-    let fields: Vec<f64> = line
-        .unwrap_or_default()
-        .split_whitespace()
-        .map(|f| f.parse().unwrap_or(0.0))
-        .collect();
-    let field = |i: usize| fields.get(i).copied().unwrap_or(0.0) / TICKS;
-    // user, nice, system; interrupts are nobody's.
-    (field(0) + field(1) + field(2), field(7))
+    let field = line.and_then(|l| l.split_whitespace().nth(7));
+    field.and_then(|f| f.parse().ok()).unwrap_or(0.0) / TICKS
 }
 
-/// Seconds used by this process, by what it started and has ended, by marked processes, and by the kernel's threads.
-fn ours(mark: &[u8]) -> f64 {
+/// Seconds used by all processes but this one, the marked ones, and the kernel's threads.
+fn others(mark: &[u8]) -> f64 {
     let me = std::process::id().to_string();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut sum = 0.0;
     for entry in entries {
         let name = entry.file_name();
-        let Some(pid) = name
-            .to_str()
-            .filter(|n| n.bytes().all(|b| b.is_ascii_digit()))
-        else {
+        let is_pid = |n: &&str| n.bytes().all(|b| b.is_ascii_digit()) && *n != me;
+        if name.to_str().filter(is_pid).is_none() {
             continue;
-        };
+        }
         let dir = entry.path();
-        let Some(process) = fs::read_to_string(dir.join("stat"))
-            .ok()
-            .and_then(|t| parse(&t))
-        else {
+        let stat = fs::read_to_string(dir.join("stat"));
+        let Some(process) = stat.ok().and_then(|t| parse(&t)) else {
             continue;
         };
-        if pid == me {
-            sum += process.own + process.children;
-        } else if process.kernel || (process.own > 0.0 && marked(&dir, mark)) {
-            sum += process.own;
+        if !process.kernel && process.used > 0.0 && !marked(&dir, mark) {
+            sum += process.used;
         }
     }
     sum
@@ -116,8 +102,8 @@ fn marked(dir: &Path, mark: &[u8]) -> bool {
 
 struct Process {
     kernel: bool,
-    own: f64,
-    children: f64,
+    /// Seconds, with those of children that have ended.
+    used: f64,
 }
 
 /// Reads `/proc/PID/stat`; the name in it may hold anything.
@@ -127,13 +113,11 @@ fn parse(text: &str) -> Option<Process> {
         .split_whitespace()
         .map(|f| f.parse().unwrap_or(0))
         .collect();
-    let field = |i: usize| fields.get(i).copied();
     // proc(5) counts from 1; the state, its third, is our first.
-    let seconds = |a: usize| Some((field(a)? + field(a + 1)?) as f64 / TICKS);
+    let ticks: u64 = fields.get(11..15)?.iter().sum();
     Some(Process {
-        kernel: field(6)? & KERNEL_THREAD != 0,
-        own: seconds(11)?,
-        children: seconds(13)?,
+        kernel: fields.get(6)? & KERNEL_THREAD != 0,
+        used: ticks as f64 / TICKS,
     })
 }
 
@@ -144,11 +128,12 @@ mod tests {
     #[test]
     fn the_times_of_the_kernel_are_read() {
         let stat = "cpu  100 10 40 5000 70 3 4 25 0 0\ncpu0 1 2 3\n";
-        assert_eq!(machine(stat), (1.5, 0.25));
+        assert_eq!(stolen(stat), 0.25);
+        assert_eq!(stolen(""), 0.0);
         let line = "7 (a) b (c) S 1 7 7 0 -1 2097152 9 9 9 9 150 50 20 30 20 0 1 0 5 0 0";
         let process = parse(line).unwrap();
         assert!(process.kernel);
-        assert_eq!((process.own, process.children), (2.0, 0.5));
+        assert_eq!(process.used, 2.5);
         assert!(parse("nonsense").is_none());
     }
 
@@ -165,22 +150,49 @@ mod tests {
 
     #[test]
     fn work_of_ones_own_is_no_disturbance_and_that_of_others_is() {
-        let before = Moment::now("FORKDISK_BENCH_RUN=none");
-        let until = Instant::now() + Duration::from_millis(400);
+        // Not of this machine, which others may use, but of the difference that the mark makes.
+        let (mine, foreign) = (b"FORKDISK_BENCH_RUN=a-test", b"FORKDISK_BENCH_RUN=no-one");
+        let difference = || others(foreign) - others(mine);
+        let before = difference();
         let mut child = std::process::Command::new("sh")
             .args(["-c", "while :; do :; done"])
+            .env("FORKDISK_BENCH_RUN", "a-test")
             .spawn()
             .unwrap();
-        while Instant::now() < until {
-            std::hint::spin_loop();
+        let stat = format!("/proc/{}/stat", child.id());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while parse(&fs::read_to_string(&stat).unwrap()).unwrap().used < 1.0 {
+            assert!(Instant::now() < deadline, "it gets no processor");
+            std::thread::sleep(Duration::from_millis(10));
         }
-        let during = Moment::now("FORKDISK_BENCH_RUN=none");
+        let during = difference();
         child.kill().unwrap();
         child.wait().unwrap();
-        // The child is not marked and has not ended: it is one of the others.
-        assert!(before.until(&during).used > 0.1);
-        let after = Moment::now("FORKDISK_BENCH_RUN=none");
-        // It has ended: what it used is ours now, and more than what passed meanwhile.
-        assert!(during.until(&after).used < 0.1);
+        assert!(during - before > 0.5, "{before} {during}");
+        // It has ended: what it used is this process's, and nobody's disturbance.
+        let after = difference();
+        assert!(during - after > 0.5, "{during} {after}");
+    }
+
+    #[test]
+    fn what_has_ended_is_not_forgotten() {
+        let mark = "FORKDISK_BENCH_RUN=none";
+        // The shell is of the others; its child works and ends, and the shell waits for it.
+        let script = "read go; timeout 0.5 sh -c 'while :; do :; done'; echo done; read end";
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let before = Moment::now(mark);
+        let mut input = shell.stdin.take().unwrap();
+        std::io::Write::write_all(&mut input, b"go\n").unwrap();
+        let mut output = std::io::BufReader::new(shell.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut output, &mut String::new()).unwrap();
+        let after = Moment::now(mark);
+        drop(input);
+        shell.wait().unwrap();
+        assert!(before.until(&after).used > 0.05);
     }
 }
