@@ -239,9 +239,10 @@ fn a_power_cut_under_many_threads() {
         let model = Model::new();
         // Versions that a flush has promised.
         let durable: Vec<AtomicU64> = (0..2 * BLOCKS).map(|_| AtomicU64::new(0)).collect();
+        let writers = AtomicU64::new(2);
         std::thread::scope(|scope| {
             for h in 0..2usize {
-                let (model, disk) = (&model, &disk);
+                let (model, disk, writers) = (&model, &disk, &writers);
                 scope.spawn(move || {
                     let mut rng = Rng(seed + h as u64);
                     loop {
@@ -249,6 +250,7 @@ fn a_power_cut_under_many_threads() {
                         let i = 2 * n as usize + h;
                         let next = model.begun[i].fetch_add(1, SeqCst) + 1;
                         if disk.write(&half(next), n * B + (h * HALF) as u64).is_err() {
+                            writers.fetch_sub(1, SeqCst);
                             return;
                         }
                         model.done[i].store(next, SeqCst);
@@ -256,9 +258,10 @@ fn a_power_cut_under_many_threads() {
                 });
             }
             for _ in 0..2 {
-                let (model, durable, disk) = (&model, &durable, &disk);
+                let (model, durable, disk, writers) = (&model, &durable, &disk, &writers);
                 scope.spawn(move || {
-                    loop {
+                    // A flush that finds nothing to do does not notice that the power is gone.
+                    while writers.load(SeqCst) > 0 {
                         let low = Model::now(&model.done);
                         if disk.flush().is_err() {
                             return;
