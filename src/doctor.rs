@@ -3,7 +3,12 @@
 //! Always true: examining changes nothing that outlives it. What is tried out on the store's
 //! filesystem is tried on a file without a name, or on one that is removed at once.
 
-use crate::{daemon::Client, store::Store, sys::private, units::BLOCK};
+use crate::{
+    daemon::{Client, Transport},
+    store::Store,
+    sys::private,
+    units::BLOCK,
+};
 use rustix::{
     fs::{Access, AtFlags, CWD, FallocateFlags, Mode, OFlags},
     io::Errno,
@@ -286,12 +291,15 @@ fn fusermount() -> Probe {
     }
 }
 
+/// Can `--transport io_uring` be used? It is a choice, so nothing is wrong if not.
 fn uring() -> Probe {
     let name = "fuse io_uring";
-    match std::fs::read_to_string("/sys/module/fuse/parameters/enable_uring") {
-        Ok(on) if on.trim() == "Y" => ok(name, "enabled"),
-        Ok(_) => ok(name, "disabled (optional, not used by default)"),
-        Err(_) => ok(name, "not in this kernel (optional, not used by default)"),
+    match Transport::IoUring.available() {
+        Ok(()) => ok(name, "can be used (--transport io_uring)"),
+        Err(e) => {
+            let how = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
+            ok(name, format!("optional, not used by default: {e}{how}"))
+        }
     }
 }
 

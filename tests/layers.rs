@@ -56,6 +56,7 @@ const UNSAFE: &[&str] = &[
     "sys/process.rs",
     "sys/shared.rs",
     "sys/signals.rs",
+    "sys/uring.rs",
 ];
 
 /// Calls that end the thread, outside of tests: file, how many, why they cannot happen.

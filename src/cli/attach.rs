@@ -9,7 +9,7 @@ use crate::{
         context::{Context, mounts_of},
         render::json::AttachedDoc,
     },
-    daemon::{self, AttachRequest, Attached, Client, Dead, Via},
+    daemon::{self, AttachRequest, Attached, Client, Dead, Transport, Via},
     error::{Error, Kind, Result},
     store::{ObjectKind, Store},
     sys::{idle, mounts, signals},
@@ -35,6 +35,37 @@ enum Door {
     Nbd,
 }
 
+/// How the daemon gets its requests from the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Way {
+    /// From /dev/fuse: works everywhere, and disks survive the death of the server
+    Device,
+    /// Over io_uring: quicker, but if the server dies attached disks give I/O errors
+    #[value(name = "io_uring")]
+    IoUring,
+}
+
+/// The option of all commands that may start a daemon.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct TransportArg {
+    /// How the daemon gets its requests from the kernel [default: device]
+    #[arg(long, value_enum, env = "FORKDISK_TRANSPORT", hide_env = true)]
+    transport: Option<Way>,
+}
+
+impl TransportArg {
+    /// What was asked for, if anything was.
+    fn wanted(self) -> Option<Transport> {
+        self.transport.map(|way| match way {
+            Way::Device => Transport::Device,
+            Way::IoUring => Transport::IoUring,
+        })
+    }
+    pub(crate) fn or_default(self) -> Transport {
+        self.wanted().unwrap_or_default()
+    }
+}
+
 /// Make a disk usable as a block device; prints the device
 #[derive(Args, Debug)]
 #[command(
@@ -57,6 +88,8 @@ pub(crate) struct Attach {
     /// Size of the device's sectors; 4096 is faster, and only for a filesystem made for it
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
+    #[command(flatten)]
+    transport: TransportArg,
 }
 
 #[derive(Serialize)]
@@ -108,7 +141,7 @@ impl Attach {
             attach::may_attach_loops()?;
         }
         signals::catch();
-        let mut daemon = Client::connect_or_start(&store)?;
+        let mut daemon = Client::connect_or_start(&store, self.transport.wanted())?;
         let attached = daemon.attach(&AttachRequest {
             reference: self.reference,
             via,

@@ -3,6 +3,7 @@
 use crate::{
     cli::{
         Outcome, Stop,
+        attach::TransportArg,
         context::Context,
         render::{
             json::Done,
@@ -24,6 +25,8 @@ pub(crate) enum Daemon {
         /// Stay in the foreground, for systemd
         #[arg(long)]
         foreground: bool,
+        #[command(flatten)]
+        transport: TransportArg,
     },
     /// Become the keeper, in the background
     #[command(hide = true)]
@@ -37,10 +40,15 @@ pub(crate) enum Daemon {
         /// The log goes to standard error too
         #[arg(long)]
         foreground: bool,
+        #[command(flatten)]
+        transport: TransportArg,
     },
     /// Become the server of a keeper
     #[command(hide = true)]
-    Serve,
+    Serve {
+        #[command(flatten)]
+        transport: TransportArg,
+    },
     /// Tell whether it runs, and its processes and places
     #[command(after_help = "Exit code 1: no daemon runs.")]
     Status,
@@ -59,7 +67,7 @@ impl Daemon {
     pub(crate) fn logs_for_itself(&self) -> bool {
         matches!(
             self,
-            Daemon::Run { .. } | Daemon::Keep { .. } | Daemon::Serve
+            Daemon::Run { .. } | Daemon::Keep { .. } | Daemon::Serve { .. }
         )
     }
     pub(crate) fn run(self, context: &Context) -> Outcome {
@@ -75,20 +83,24 @@ impl Daemon {
             Daemon::Run { .. } if context.dry_run => ui.answer(done(true), || {
                 format!("would become the daemon of {shown}\n")
             }),
-            Daemon::Run { foreground } => Ok(daemon::run(store, foreground)?),
+            Daemon::Run {
+                foreground,
+                transport,
+            } => Ok(daemon::run(store, foreground, transport.or_default())?),
             Daemon::Keep {
                 go_on,
                 adopt,
                 foreground,
+                transport,
             } => {
                 let how = match (go_on, adopt) {
                     (Some(descriptors), _) => Keep::GoOn(descriptors),
                     (None, Some(server)) => Keep::Adopt(server),
-                    (None, None) => Keep::New,
+                    (None, None) => Keep::New(transport.or_default()),
                 };
                 Ok(daemon::keep(store, how, foreground)?)
             }
-            Daemon::Serve => Ok(daemon::serve(store)?),
+            Daemon::Serve { transport } => Ok(daemon::serve(store, transport.or_default())?),
             Daemon::Takeover => {
                 let Some(mut client) = Client::connect(&store)? else {
                     return Err(

@@ -99,11 +99,15 @@ fn sub_pages(parent: &clap::Command, pages: &mut Vec<(String, io::Result<Vec<u8>
 
 /// The page of `forkdisk` itself, with what holds for all commands.
 fn main_page(main: clap::Command) -> io::Result<Vec<u8>> {
-    const ENVIRONMENT: [(&str, &str); 3] = [
+    const ENVIRONMENT: [(&str, &str); 4] = [
         ("FORKDISK_STORE", "the store, where -S names none"),
         (
             "FORKDISK_LOG",
             "a filter for the log: error, warn, info, debug, trace",
+        ),
+        (
+            "FORKDISK_TRANSPORT",
+            "how a daemon that is started gets its requests: device, io_uring",
         ),
         (
             "NO_COLOR",

@@ -6,6 +6,7 @@ use super::protocol::{
 use super::{AttachRequest, Attached, SOCKET, Via, handover, keeper};
 use crate::attach::{self, LoopAttachment, LoopOptions};
 use crate::error::{Error, Kind, Result};
+use crate::serve::fuse::session::Transport;
 use crate::store::{Object, Store};
 use crate::sys::loopdev::DetachOptions;
 use serde_json::{Value, json};
@@ -155,13 +156,16 @@ impl Client {
             place,
         }))
     }
-    /// Talks to the daemon, starting one if none runs.
-    pub fn connect_or_start(store: &Store) -> Result<Client> {
+    /// Talks to the daemon, starting one if none runs. `transport`: how it must get its requests, if that matters.
+    pub fn connect_or_start(store: &Store, transport: Option<Transport>) -> Result<Client> {
         for _ in 0..3 {
-            if let Some(client) = Client::connect(store)? {
+            if let Some(mut client) = Client::connect(store)? {
+                if let Some(wanted) = transport {
+                    client.must_use(wanted)?;
+                }
                 return Ok(client);
             }
-            match keeper::start(store) {
+            match keeper::start(store, transport.unwrap_or_default()) {
                 // Another command was faster: its daemon serves us as well.
                 Err(e) if e.kind() == Kind::Busy => std::thread::sleep(Duration::from_millis(20)),
                 other => other?,
@@ -172,6 +176,25 @@ impl Client {
                 .path(store.run_dir().join(super::LOG))
                 .hint("its log tells why")
         })
+    }
+    /// Fails if the daemon gets its requests in another way.
+    fn must_use(&mut self, wanted: Transport) -> Result<()> {
+        let status = self.status()?;
+        // One that says nothing knows no other.
+        let has = status["transport"]
+            .as_str()
+            .unwrap_or(Transport::Device.word());
+        if has == wanted.word() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Busy,
+            format!("the daemon of this store runs with the transport {has}"),
+        )
+        .hint(format!(
+            "detach everything and `forkdisk daemon stop`, then attach with --transport {}; or leave --transport out",
+            wanted.word()
+        )))
     }
     fn ask(&mut self, request: Value) -> Result<Value> {
         match self.try_ask(&request)? {

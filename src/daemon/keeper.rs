@@ -5,8 +5,8 @@
 //!
 //! While it lives, the descriptor of the mount lives, and with it all requests that were not answered; so does the handover, in which stands what the
 //! server must leave to its successor. When the server ends in order, the keeper takes mount and socket away. When the server dies, it starts
-//! another one, which goes on: users of the disks see a pause. Only where the kernel cannot pass on requests (before Linux 6.9), or no server
-//! comes up any more, it ends the mount, so that I/O fails instead of hanging: what was flushed is safe in the layers.
+//! another one, which goes on: users of the disks see a pause. Only where the kernel cannot pass on requests (before Linux 6.9, and with the
+//! transport io_uring), or no server comes up any more, it ends the mount, so that I/O fails instead of hanging: what was flushed is safe in the layers.
 //!
 //! A keeper that is killed is replaced too, by the server: whoever is left brings the other back. Only if both die at once is the mount lost.
 //!
@@ -18,7 +18,7 @@ use super::{Attached, LOCK, LOG, MOUNT, SOCKET, dead, log, place_of, protocol, s
 use crate::attach;
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::mount as fuse_mount;
-use crate::serve::fuse::session::Negotiated;
+use crate::serve::fuse::session::{Negotiated, Transport};
 use crate::store::Store;
 use crate::sys::{cgroup, loopdev};
 use crate::sys::{fdpass, mounts, private, process};
@@ -86,11 +86,12 @@ fn own_command(store: &Path, command: &str) -> Result<Command> {
 }
 
 /// Starts a daemon in the background and returns when it serves.
-pub(super) fn start(store: &Store) -> Result<()> {
+pub(super) fn start(store: &Store, transport: Transport) -> Result<()> {
     let path =
         std::path::absolute(store.path()).map_err(|e| Error::io("find", store.path(), &e))?;
     let store = Store::open(&path)?;
     let mut child = own_command(store.path(), KEEP_COMMAND)?
+        .args(["--transport", transport.word()])
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -115,24 +116,24 @@ pub(super) fn start(store: &Store) -> Result<()> {
 }
 
 /// Becomes the daemon in the foreground, or starts one in the background.
-pub fn run(store: Store, foreground: bool) -> Result<()> {
+pub fn run(store: Store, foreground: bool, transport: Transport) -> Result<()> {
     if !foreground {
-        return start(&store);
+        return start(&store, transport);
     }
-    let keeper = Keeper::begin(store, true)?;
+    let keeper = Keeper::begin(store, true, transport)?;
     keeper.stay()
 }
 
 /// Becomes the server: what the hidden command does.
-pub fn serve(store: Store) -> Result<()> {
-    server::run(store)
+pub fn serve(store: Store, transport: Transport) -> Result<()> {
+    server::run(store, transport)
 }
 
 /// How a keeper begins.
 #[derive(Clone, Debug)]
 pub enum Keep {
-    /// With a new mount and a new server.
-    New,
+    /// With a new mount and a new server, which gets its requests in this way.
+    New(Transport),
     /// As the keeper that this process was as another program, with these descriptors.
     GoOn(String),
     /// In the place of a dead one, for the server of this number, which is at the other end of standard input.
@@ -141,16 +142,16 @@ pub enum Keep {
 
 /// Becomes the keeper.
 pub fn keep(store: Store, how: Keep, foreground: bool) -> Result<()> {
-    match how {
-        Keep::New => {}
+    let transport = match how {
+        Keep::New(transport) => transport,
         Keep::GoOn(descriptors) => return Keeper::go_on(store, &descriptors, foreground)?.stay(),
         Keep::Adopt(server) => return Keeper::adopt(store, server)?.stay(),
-    }
+    };
     // In the background: no terminal, no directory that could not be unmounted.
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
     let left = cgroup::leave_limited_memory();
-    let begun = Keeper::begin(store, false);
+    let begun = Keeper::begin(store, false, transport);
     if let Some(group) = left {
         tracing::info!(group = %group.display(), "left a group whose memory is limited");
     }
@@ -248,7 +249,9 @@ enum Over {
 
 impl Keeper {
     /// Everything until the server serves.
-    fn begin(store: Store, foreground: bool) -> Result<Keeper> {
+    fn begin(store: Store, foreground: bool, transport: Transport) -> Result<Keeper> {
+        // Before there is anything to take back.
+        transport.available()?;
         let run_dir = store.run_dir();
         std::fs::DirBuilder::new()
             .mode(0o700)
@@ -287,7 +290,7 @@ impl Keeper {
         let begun = (|| {
             let listener = listen(&run_dir)?;
             let memory = Handover::create()?;
-            let server = start_server(&store_of(&open), &fuse, &listener, &memory)?;
+            let server = start_server(&store_of(&open), &fuse, &listener, &memory, transport)?;
             Ok((listener, memory, server))
         })();
         match begun {
@@ -324,7 +327,9 @@ impl Keeper {
             "the keeper is another program now"
         );
         let path = store_of(&run_dir);
-        let server = match start_server(&path, &fuse, &listener, &memory) {
+        // Only over the device can a session be taken over.
+        let transport = Transport::Device;
+        let server = match start_server(&path, &fuse, &listener, &memory, transport) {
             Ok(server) => Ok(server),
             Err(e) => {
                 // Back to what worked, if that can be.
@@ -541,6 +546,7 @@ impl Keeper {
                 &self.fuse,
                 &self.listener,
                 &self.memory,
+                Transport::Device,
             ) {
                 Ok(server) => {
                     self.server = server;
@@ -784,10 +790,17 @@ fn inherited(numbers: &str) -> Result<[OwnedFd; 6]> {
     taken.try_into().map_err(|_| wrong())
 }
 
-fn start_server(store: &Path, fuse: &OwnedFd, listener: &OwnedFd, memory: &File) -> Result<Server> {
+fn start_server(
+    store: &Path,
+    fuse: &OwnedFd,
+    listener: &OwnedFd,
+    memory: &File,
+    transport: Transport,
+) -> Result<Server> {
     let io = |e: std::io::Error| Error::io("start", "the server", &e);
     let (here, there) = UnixStream::pair().map_err(io)?;
     let mut process = own_command(store, SERVE_COMMAND)?
+        .args(["--transport", transport.word()])
         .stdin(Stdio::from(OwnedFd::from(there)))
         .stdout(Stdio::null())
         .spawn()

@@ -21,6 +21,8 @@ pub use client::{Client, TakenOver};
 pub use dead::{Dead, dead_devices};
 pub use keeper::{Keep, keep, run, serve};
 
+pub use crate::serve::fuse::session::Transport;
+
 use crate::store::ObjectKind;
 use crate::units::Id;
 use std::fs::File;

@@ -16,7 +16,7 @@ use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
-use crate::serve::fuse::session::{Init, Negotiated, Options, Session};
+use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
 use crate::store::{Object, ObjectKind, Store};
 use crate::sys::{fdpass, holders, loopdev, private, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -80,16 +80,16 @@ enum End {
 }
 
 /// Becomes the server: the descriptors come over standard input.
-pub fn run(store: Store) -> Result<()> {
+pub fn run(store: Store, transport: Transport) -> Result<()> {
     log::begin(&store.run_dir(), false)?;
-    let ended = serve(store);
+    let ended = serve(store, transport);
     if let Err(e) = &ended {
         tracing::error!("the server ends: {e:?}");
     }
     ended
 }
 
-fn serve(store: Store) -> Result<()> {
+fn serve(store: Store, transport: Transport) -> Result<()> {
     // Before any thread starts, as all of them serve I/O that the kernel may need to free memory.
     if !process::set_io_flusher() {
         tracing::info!("not allowed to be an I/O flusher (needs CAP_SYS_RESOURCE)");
@@ -126,7 +126,11 @@ fn serve(store: Store) -> Result<()> {
     let own_fuse = fuse.try_clone().map_err(io)?;
     let own_listener = listener.try_clone().map_err(io)?;
     let keeper_pid = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
-    let session = Session::start(fuse, files.clone(), init, Options::default())?;
+    let options = Options {
+        transport,
+        ..Options::default()
+    };
+    let session = Session::start(fuse, files.clone(), init, options)?;
     let run_dir =
         File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
     let (end, ended) = channel();
@@ -760,6 +764,13 @@ impl Server {
             )
             .hint("detach everything, `forkdisk daemon stop`, and attach with the new program"));
         }
+        if self.session.negotiated().transport() == Transport::IoUring {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "requests that come over io_uring cannot be passed on to another server",
+            )
+            .hint("detach everything, `forkdisk daemon stop`, and attach with the new program"));
+        }
         if !self.session.negotiated().can_resend() {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -875,6 +886,7 @@ impl Server {
             "threads": threads,
             "peak_threads": peak,
             "requests": total,
+            "transport": self.session.negotiated().transport().word(),
             "can_take_over": self.session.negotiated().can_resend(),
             "takeovers": self.before,
             "program": std::env::current_exe().ok().map(|p| p.display().to_string()),

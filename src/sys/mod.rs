@@ -16,3 +16,4 @@ pub mod probe;
 pub mod process;
 pub mod shared;
 pub mod signals;
+pub mod uring;

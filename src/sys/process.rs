@@ -96,6 +96,44 @@ pub fn comm(pid: i32) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).trim_end().to_string())
 }
 
+/// The version of the running kernel: 6.18.3 is (6, 18, 3).
+pub fn kernel_version() -> (u32, u32, u32) {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
+/// Numbers of the CPUs that are `possible`, `present` or `online`, in order; none if the kernel does not tell.
+pub fn cpus(which: &str) -> Vec<usize> {
+    let list = fs::read_to_string(format!("/sys/devices/system/cpu/{which}")).unwrap_or_default();
+    ranges(list.trim())
+}
+
+/// What a list like `0-2,5` means.
+fn ranges(list: &str) -> Vec<usize> {
+    list.split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+        })
+        .flatten()
+        .collect()
+}
+
+/// Keeps the calling thread on one CPU. `false` if it may not be there.
+pub fn stay_on_cpu(cpu: usize) -> bool {
+    let mut set = rustix::thread::CpuSet::new();
+    if cpu >= rustix::thread::CpuSet::MAX_CPU {
+        return false;
+    }
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).is_ok()
+}
+
 /// The signal that gets a thread out of a blocking read, for [`wake`]. The kernel ignores it unless a
 /// handler is installed, so that one sent too early or by someone else never does harm.
 const WAKE: libc::c_int = libc::SIGURG;
@@ -147,6 +185,14 @@ mod tests {
         assert!(is_alive(me));
         assert!(comm(me).is_some());
         assert!(!is_alive(0) && !is_alive(i32::MAX));
+    }
+
+    #[test]
+    fn lists_of_cpus_are_read() {
+        assert_eq!(ranges("0-2,5,7-8"), [0, 1, 2, 5, 7, 8]);
+        assert_eq!((ranges("0"), ranges("")), (vec![0], vec![]));
+        assert!(cpus("possible").len() >= cpus("online").len() && !cpus("online").is_empty());
+        assert!(kernel_version() > (2, 6, 0));
     }
 
     #[test]

@@ -22,4 +22,7 @@ mod rig;
 mod security;
 mod space;
 mod survive;
+mod transport;
+#[path = "../common/uring.rs"]
+mod uring;
 mod users;

@@ -384,6 +384,7 @@ fn kernel() -> &'static Mutex<(OwnedFd, Session)> {
         let options = Options {
             max_threads: 1,
             keep_threads: 1,
+            ..Options::default()
         };
         let begun = Init::Resumed(negotiated);
         let session = Session::start(theirs, Arc::new(files), begun, options).expect("a session");

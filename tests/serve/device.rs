@@ -342,6 +342,7 @@ fn thirty_two_requests_of_a_device_are_in_service_at_once() {
     let rig = Rig::with(Options {
         max_threads: 40,
         keep_threads: 1,
+        ..Options::default()
     });
     let mut disk = MemDisk::new(64 * MIB);
     disk.read_delay = Duration::from_millis(5);

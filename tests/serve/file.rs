@@ -355,6 +355,7 @@ fn thirty_two_requests_are_served_at_once() {
     let rig = Rig::with(Options {
         max_threads: 33,
         keep_threads: 2,
+        ..Options::default()
     });
     let mut disk = MemDisk::new(MIB);
     disk.read_delay = Duration::from_millis(500);
@@ -399,6 +400,7 @@ fn more_requests_than_threads_only_wait() {
     let rig = Rig::with(Options {
         max_threads: 2,
         keep_threads: 1,
+        ..Options::default()
     });
     let disk = Arc::new(MemDisk::new(MIB));
     rig.serve("disk", disk.clone());
@@ -492,6 +494,7 @@ fn nonsense_from_the_descriptor_does_no_harm() {
         Options {
             max_threads: 4,
             keep_threads: 1,
+            ..Options::default()
         },
     )
     .unwrap();

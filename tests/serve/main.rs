@@ -6,4 +6,7 @@ mod device;
 mod disks;
 mod file;
 mod rig;
+mod ring;
 mod takeover;
+#[path = "../common/uring.rs"]
+mod uring;

@@ -1,4 +1,4 @@
-//! The FUSE protocol as in `linux/fuse.h`, version 7.41: what this server needs of it. Numbers are in the
+//! The FUSE protocol as in `linux/fuse.h`, version 7.42: what this server needs of it. Numbers are in the
 //! machine's byte order. Pure.
 
 #![allow(missing_docs, reason = "names and meanings are those of linux/fuse.h")]
@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version we speak. The kernel speaks the lower of both.
 pub const MAJOR: u32 = 7;
-pub const MINOR: u32 = 41;
+pub const MINOR: u32 = 42;
 /// The oldest we work with: kernel 4.20 brought `max_pages`.
 pub const MINOR_MIN: u32 = 28;
 
@@ -50,7 +50,9 @@ pub mod init {
     pub const ABORT_ERROR: u64 = 1 << 21;
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const INIT_EXT: u64 = 1 << 30;
+    pub const PASSTHROUGH: u64 = 1 << 37;
     pub const HAS_RESEND: u64 = 1 << 39;
+    pub const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Flags in the answer to OPEN.
@@ -289,6 +291,29 @@ pub struct InvalInodeOut {
     pub len: i64,
 }
 
+/// What stands in the first buffer of an entry of a ring: the request as it came, then the answer to it. Data and names are in the
+/// second buffer.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Clone, Copy, Debug)]
+#[repr(C)]
+pub struct RingHeaders {
+    /// [`InHeader`] or [`OutHeader`].
+    pub header: [u8; 128],
+    /// The fixed part of the request.
+    pub fixed: [u8; 128],
+    pub entry: RingEntry,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Clone, Copy, Debug)]
+#[repr(C)]
+pub struct RingEntry {
+    pub flags: u64,
+    pub commit_id: u64,
+    /// Bytes in the second buffer.
+    pub payload_size: u32,
+    pub padding: u32,
+    pub reserved: u64,
+}
+
 /// Size of [`InHeader`].
 pub const IN_HEADER: usize = size_of::<InHeader>();
 /// Size of [`OutHeader`].
@@ -310,4 +335,5 @@ const _: () = {
     assert!(size_of::<LseekIn>() == 24);
     assert!(size_of::<Dirent>() == 24);
     assert!(size_of::<InvalInodeOut>() == 24);
+    assert!(size_of::<RingHeaders>() == 288);
 };

@@ -6,7 +6,8 @@
 //!
 //! - [`abi`]: the protocol's numbers and structures (pure);
 //! - [`mod@mount`]: makes a mount and its descriptor;
-//! - [`session`]: threads that read requests and answer them;
+//! - [`session`]: the greeting, and the threads that take requests and answer them;
+//! - `device` and `ring`: the two ways requests come;
 //! - `ops`: what each request does.
 //!
 //! A server must never use its own mount, nor a loop device over it, from one of its own threads: if
@@ -14,9 +15,12 @@
 //! before its thread, and a successor would wait for the process.
 
 pub mod abi;
+mod crew;
+mod device;
 pub mod mount;
 mod ops;
+mod ring;
 pub mod session;
 
 pub use mount::{mount, unmount};
-pub use session::{Ended, Init, Negotiated, Options, Session};
+pub use session::{Ended, Init, Negotiated, Options, Session, Transport};

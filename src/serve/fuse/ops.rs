@@ -1,4 +1,4 @@
-//! What each request does. Malformed requests are answered with an error like any other: lengths are
+//! What each request does, however it came ([`Message`]). Malformed requests are answered with an error like any other: lengths are
 //! checked before anything is looked at.
 //!
 //! Two decisions about what the kernel may remember:
@@ -10,15 +10,17 @@
 
 use super::{
     abi::{self, op},
-    session::{Buffer, MAX_DATA, Shared},
+    session::MAX_DATA,
 };
 use crate::{
     disk::{Disk, Extent, Source},
     error::{Error, Kind, Result},
-    serve::files::{FIRST_INO, Op, ServedFile},
+    serve::files::{FIRST_INO, Files, Op, ServedFile},
 };
-use rustix::io::Errno;
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// How long the kernel may remember attributes, in seconds.
@@ -30,11 +32,82 @@ const BLKSIZE: u32 = 4096;
 const SEEK_FIRST: u64 = 4 << 20;
 const SEEK_MAX: u64 = 64 << 30;
 
+/// Failures logged per second; the rest is counted. A failing disk fails thousands of requests.
+const LOGGED_PER_SECOND: u64 = 10;
+
+/// A request and the room for its answer, whichever way it came. What came and the room may be the same place.
+pub(super) trait Message {
+    /// The fixed part of the request, after its header; what follows may be in it too.
+    fn fixed(&self) -> &[u8];
+    /// What came after a fixed part of so many bytes: a name, the data of a WRITE.
+    fn rest(&self, fixed: usize) -> &[u8];
+    /// [`MAX_DATA`] bytes for the body of the answer.
+    fn room(&mut self) -> &mut [u8];
+}
+
+/// An answer: its body is in the room.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reply {
+    /// 0, or an `errno`, negative.
+    pub(super) error: i32,
+    /// Length of the body.
+    pub(super) len: usize,
+}
+
+impl Reply {
+    /// Done, and nothing to tell.
+    pub(super) const DONE: Reply = Reply { error: 0, len: 0 };
+    /// Failed with `errno`.
+    pub(super) fn failed(errno: i32) -> Reply {
+        Reply {
+            error: -errno,
+            len: 0,
+        }
+    }
+}
+
+/// What requests are served from, by whatever transport they come.
+pub(super) struct Service {
+    files: Arc<Files>,
+    owner: (u32, u32),
+    log: LogLimit,
+}
+
+impl Service {
+    pub(super) fn new(files: Arc<Files>) -> Service {
+        Service {
+            files,
+            owner: (
+                rustix::process::geteuid().as_raw(),
+                rustix::process::getegid().as_raw(),
+            ),
+            log: LogLimit::default(),
+        }
+    }
+    /// May one more failure be logged now?
+    pub(super) fn may_log(&self) -> bool {
+        self.log.allow()
+    }
+    /// Serves one request; `None` if no answer is expected.
+    pub(super) fn serve(&self, header: &abi::InHeader, message: &mut dyn Message) -> Option<Reply> {
+        let request = Request {
+            service: self,
+            header,
+            message,
+        };
+        match request.dispatch() {
+            Ok(Answer::Silence) => None,
+            Ok(Answer::Body(len)) => Some(Reply { error: 0, len }),
+            Err(errno) => Some(Reply::failed(errno)),
+        }
+    }
+}
+
 /// How a request ends.
 enum Answer {
     /// No answer is expected.
     Silence,
-    /// Done, with so many bytes in the buffer's data area.
+    /// Done, with so many bytes in the room.
     Body(usize),
 }
 
@@ -43,52 +116,10 @@ type Outcome = std::result::Result<Answer, i32>;
 
 const DONE: Outcome = Ok(Answer::Body(0));
 
-/// Serves the request in the first `n` bytes of the buffer and answers it.
-pub(super) fn serve(shared: &Shared, buffer: &mut Buffer, n: usize) {
-    let Ok((header, _)) = abi::InHeader::read_from_prefix(&buffer.request()[..n]) else {
-        // Without a header there is nobody to answer.
-        if shared.log.allow() {
-            tracing::error!("a request of {n} bytes from /dev/fuse");
-        }
-        return;
-    };
-    let outcome = if header.len as usize == n {
-        Request {
-            shared,
-            header,
-            buffer: &mut *buffer,
-            n,
-        }
-        .dispatch()
-    } else {
-        Err(libc::EIO)
-    };
-    let written = match outcome {
-        Ok(Answer::Silence) => return,
-        Ok(Answer::Body(len)) => {
-            rustix::io::write(&shared.fd, buffer.answer(header.unique, 0, len))
-        }
-        Err(errno) => rustix::io::write(&shared.fd, buffer.answer(header.unique, -errno, 0)),
-    };
-    match written {
-        // NOENT: whoever asked was killed meanwhile. NODEV: the mount is gone; the next read says so.
-        Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => {}
-        Err(e) => {
-            tracing::error!(
-                "the kernel refuses the answer to a request of kind {}: {e}",
-                header.opcode
-            );
-            // It must not wait for ever.
-            let _ = rustix::io::write(&shared.fd, buffer.answer(header.unique, -libc::EIO, 0));
-        }
-    }
-}
-
 struct Request<'a> {
-    shared: &'a Shared,
-    header: abi::InHeader,
-    buffer: &'a mut Buffer,
-    n: usize,
+    service: &'a Service,
+    header: &'a abi::InHeader,
+    message: &'a mut dyn Message,
 }
 
 impl Request<'_> {
@@ -104,7 +135,7 @@ impl Request<'_> {
             op::SETATTR => self.setattr(),
             op::OPEN => self.open(),
             op::RELEASE => {
-                if let Some(file) = self.shared.files.get(self.header.nodeid) {
+                if let Some(file) = self.service.files.get(self.header.nodeid) {
                     file.closed();
                 }
                 DONE
@@ -127,15 +158,14 @@ impl Request<'_> {
 
     /// The fixed part of the request, after the header.
     fn arg<T: FromBytes>(&self) -> std::result::Result<T, i32> {
-        let body = &self.buffer.request()[abi::IN_HEADER..self.n.max(abi::IN_HEADER)];
-        T::read_from_prefix(body)
+        T::read_from_prefix(self.message.fixed())
             .map(|(arg, _)| arg)
             .map_err(|_| libc::EINVAL)
     }
 
     fn body<T: IntoBytes + Immutable>(&mut self, body: &T) -> Outcome {
         let bytes = body.as_bytes();
-        self.buffer.data_mut()[..bytes.len()].copy_from_slice(bytes);
+        self.message.room()[..bytes.len()].copy_from_slice(bytes);
         Ok(Answer::Body(bytes.len()))
     }
 
@@ -143,7 +173,7 @@ impl Request<'_> {
     fn file(&self) -> std::result::Result<Arc<ServedFile>, i32> {
         match self.header.nodeid {
             abi::ROOT_INO => Err(libc::EISDIR),
-            ino => self.shared.files.get(ino).ok_or(libc::ESTALE),
+            ino => self.service.files.get(ino).ok_or(libc::ESTALE),
         }
     }
 
@@ -161,7 +191,7 @@ impl Request<'_> {
             Some(Err(e)) => e,
             None => return Err(libc::ESTALE),
         };
-        if self.shared.log.allow() {
+        if self.service.log.allow() {
             tracing::error!(disk = file.name(), at, len, "{what} failed: {e}");
         }
         Err(e.errno())
@@ -171,14 +201,14 @@ impl Request<'_> {
         let arg: abi::IoIn = self.arg()?;
         let file = self.file()?;
         let want = (arg.size as usize).min(MAX_DATA) as u64;
-        let buffer = &mut *self.buffer;
+        let room = self.message.room();
         let mut len = 0;
         let result = file.request(Op::Read(want), |disk| {
             len = want.min(disk.size().saturating_sub(arg.offset)) as usize;
             if len == 0 {
                 Ok(())
             } else {
-                disk.read(&mut buffer.data_mut()[..len], arg.offset)
+                disk.read(&mut room[..len], arg.offset)
             }
         });
         self.result(&file, "read", arg.offset, want, result)?;
@@ -188,11 +218,10 @@ impl Request<'_> {
     fn write(&mut self) -> Outcome {
         let arg: abi::IoIn = self.arg()?;
         let file = self.file()?;
-        let sent = self.n.saturating_sub(abi::WRITE_HEAD);
-        if arg.size as usize > sent.min(MAX_DATA) {
+        let data = self.message.rest(size_of::<abi::IoIn>());
+        if arg.size as usize > data.len().min(MAX_DATA) {
             return Err(libc::EINVAL);
         }
-        let buffer = &*self.buffer;
         let want = u64::from(arg.size);
         let mut len = 0;
         let result = file.request(Op::Write(want), |disk| {
@@ -203,7 +232,7 @@ impl Request<'_> {
             if len == 0 {
                 Ok(())
             } else {
-                disk.write(&buffer.data()[..len], arg.offset)
+                disk.write(&data[..len], arg.offset)
             }
         });
         self.result(&file, "write", arg.offset, want, result)?;
@@ -286,10 +315,10 @@ impl Request<'_> {
         if self.header.nodeid != abi::ROOT_INO {
             return Err(libc::ENOTDIR);
         }
-        let body = &self.buffer.request()[abi::IN_HEADER..self.n.max(abi::IN_HEADER)];
+        let body = self.message.rest(0);
         let end = body.iter().position(|&c| c == 0).ok_or(libc::EINVAL)?;
         let name = std::str::from_utf8(&body[..end]).map_err(|_| libc::ENOENT)?;
-        let file = self.shared.files.lookup(name).ok_or(libc::ENOENT)?;
+        let file = self.service.files.lookup(name).ok_or(libc::ENOENT)?;
         let attr = self.attr_of(&file).ok_or(libc::ENOENT)?;
         let entry = abi::EntryOut {
             nodeid: file.ino(),
@@ -316,8 +345,8 @@ impl Request<'_> {
             ctime: file.since(),
             mode: libc::S_IFREG | if read_only { 0o400 } else { 0o600 },
             nlink: 1,
-            uid: self.shared.owner.0,
-            gid: self.shared.owner.1,
+            uid: self.service.owner.0,
+            gid: self.service.owner.1,
             blksize: BLKSIZE,
             ..Default::default()
         })
@@ -331,8 +360,8 @@ impl Request<'_> {
             ino: abi::ROOT_INO,
             mode: libc::S_IFDIR | 0o700,
             nlink: 2,
-            uid: self.shared.owner.0,
-            gid: self.shared.owner.1,
+            uid: self.service.owner.0,
+            gid: self.service.owner.1,
             blksize: BLKSIZE,
             ..Default::default()
         })
@@ -406,7 +435,7 @@ impl Request<'_> {
             used += total;
             true
         };
-        let data = self.buffer.data_mut();
+        let data = self.message.room();
         let dir = u32::from(libc::DT_DIR);
         let mut at = arg.offset;
         for (position, name) in [(1, &b"."[..]), (2, b"..")] {
@@ -415,7 +444,7 @@ impl Request<'_> {
             }
         }
         at = at.max(2);
-        while let Some(file) = self.shared.files.after(at.max(FIRST_INO - 1)) {
+        while let Some(file) = self.service.files.after(at.max(FIRST_INO - 1)) {
             at = file.ino();
             if !put(
                 data,
@@ -431,7 +460,7 @@ impl Request<'_> {
     }
 
     fn statfs(&mut self) -> Outcome {
-        let (files, bytes) = self.shared.files.extent();
+        let (files, bytes) = self.service.files.extent();
         self.body(&abi::StatfsOut {
             blocks: bytes / u64::from(BLKSIZE),
             files,
@@ -470,4 +499,41 @@ fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
         step = (step * 2).min(SEEK_MAX);
     }
     Ok(if want_data { None } else { Some(size) })
+}
+
+/// Lets so many messages pass a second.
+#[derive(Default)]
+struct LogLimit {
+    second: AtomicU64,
+    count: AtomicU64,
+}
+
+impl LogLimit {
+    fn allow(&self) -> bool {
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
+        if self.second.swap(now, Relaxed) != now {
+            let dropped = self
+                .count
+                .swap(0, Relaxed)
+                .saturating_sub(LOGGED_PER_SECOND);
+            if dropped > 0 {
+                tracing::error!("{dropped} more failures were not logged");
+            }
+        }
+        self.count.fetch_add(1, Relaxed) < LOGGED_PER_SECOND
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_is_limited() {
+        let log = LogLimit::default();
+        let passed = (0..1000).filter(|_| log.allow()).count() as u64;
+        assert!((LOGGED_PER_SECOND..=3 * LOGGED_PER_SECOND).contains(&passed));
+    }
 }

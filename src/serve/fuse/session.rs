@@ -1,40 +1,28 @@
-//! The threads that read requests from `/dev/fuse` and answer them.
-//!
-//! Each worker blocks in read(2) with a buffer of its own, serves what it got from beginning to end,
-//! and answers with one write(2). A worker that takes a request and leaves no other waiting starts one
-//! more, so as many requests are in service as are in flight, up to a limit.
+//! A session: the greeting, and the threads that take requests and answer them, by one of two transports.
 //!
 //! Always true:
-//! - a buffer belongs to one request at a time, and never leaves its worker;
 //! - serving allocates nothing, and no thread here waits for memory that the kernel can only free by
-//!   writing to a disk we serve ([`process::set_io_flusher`]);
-//! - a request that was read is answered, whatever it holds, unless the process dies.
+//!   writing to a disk we serve ([`set_io_flusher`](crate::sys::process::set_io_flusher));
+//! - a request that was taken is answered, whatever it holds, unless the process dies.
 
-use super::{abi, ops};
+use super::{
+    abi,
+    crew::Crew,
+    device::{Buffer, Pool},
+    ops::Service,
+    ring::{self, Rings},
+};
 use crate::{
     error::{Error, Kind, Result},
     serve::files::Files,
     sys::process,
 };
-use memmap2::{Advice, MmapMut, MmapOptions};
-use parking_lot::{Condvar, Mutex};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
-use std::{
-    os::fd::OwnedFd,
-    sync::{
-        Arc,
-        atomic::{
-            AtomicBool, AtomicU64, AtomicUsize,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
-        },
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Largest data of one READ or WRITE: what the kernel allows (256 pages).
@@ -45,14 +33,8 @@ const MAX_PAGES: u16 = 256;
 const MAX_BACKGROUND: u16 = 4096;
 /// From here on the kernel calls the mount congested: three quarters, as it does by itself.
 const CONGESTION: u16 = MAX_BACKGROUND / 4 * 3;
-/// Idle workers above the number to keep end only after this long without need for more: starting and
-/// ending threads at every change of load would cost more than they do.
-const SURPLUS_AGE: Duration = Duration::from_secs(5);
 /// How long a new mount may take to send its greeting.
 const INIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Failures logged per second; the rest is counted. A failing disk fails thousands of requests.
-const LOGGED_PER_SECOND: u64 = 10;
-
 /// Flags we ask for. What is not here is left out on purpose: no write-back cache (a write must reach the
 /// disk when it returns), no splice (the data is looked at anyway).
 const WANTED: u64 = abi::init::ASYNC_READ
@@ -68,7 +50,7 @@ const WANTED: u64 = abi::init::ASYNC_READ
 const WITHOUT_RESEND: &str = "FORKDISK_WITHOUT_RESEND";
 
 /// What a session and the kernel agreed on: all that a successor must know of the greeting.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Negotiated {
     /// Minor version of the protocol.
     pub minor: u32,
@@ -82,7 +64,43 @@ impl Negotiated {
     /// Can a successor get requests that were under way again (kernel 6.9)? Otherwise they wait for ever
     /// after a takeover.
     pub fn can_resend(&self) -> bool {
-        self.flags & abi::init::HAS_RESEND != 0
+        self.flags & abi::init::HAS_RESEND != 0 && self.transport() == Transport::Device
+    }
+    /// How requests come.
+    pub fn transport(&self) -> Transport {
+        match self.flags & abi::init::OVER_IO_URING {
+            0 => Transport::Device,
+            _ => Transport::IoUring,
+        }
+    }
+}
+
+/// How requests and answers travel between the kernel and this process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Transport {
+    /// Read from and written to `/dev/fuse`. Disks survive the death of the server.
+    #[default]
+    #[serde(rename = "device")]
+    Device,
+    /// Rings that both share: quicker where one request follows the other. Disks do not survive the death of the server.
+    #[serde(rename = "io_uring")]
+    IoUring,
+}
+
+impl Transport {
+    /// The word on the command line, in JSON and on the socket.
+    pub fn word(self) -> &'static str {
+        match self {
+            Transport::Device => "device",
+            Transport::IoUring => "io_uring",
+        }
+    }
+    /// Fails if this kernel does not offer it, with what can be done.
+    pub fn available(self) -> Result<()> {
+        match self {
+            Transport::Device => Ok(()),
+            Transport::IoUring => ring::available(),
+        }
     }
 }
 
@@ -96,13 +114,15 @@ pub enum Init {
     Resumed(Negotiated),
 }
 
-/// How many threads.
+/// How requests come to a new session, and how many threads there are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Options {
     /// Most threads, and so most requests in service at one time.
     pub max_threads: usize,
     /// Threads that stay when there is little to do. Each has a buffer of 1 MiB, locked in memory.
     pub keep_threads: usize,
+    /// How requests come; a session that goes on keeps what was agreed on. Over rings the number of threads is that of the CPUs.
+    pub transport: Transport,
 }
 
 impl Default for Options {
@@ -110,6 +130,7 @@ impl Default for Options {
         Options {
             max_threads: 40,
             keep_threads: 8,
+            transport: Transport::Device,
         }
     }
 }
@@ -128,43 +149,63 @@ pub enum Ended {
 /// Threads that serve one mount. Dropping it stops them, and leaves the mount to whoever holds the
 /// descriptor.
 pub struct Session {
-    shared: Arc<Shared>,
+    fd: Arc<OwnedFd>,
+    crew: Arc<Crew>,
     negotiated: Negotiated,
 }
 
-pub(super) struct Shared {
-    pub(super) fd: OwnedFd,
-    pub(super) files: Arc<Files>,
-    pub(super) owner: (u32, u32),
-    pub(super) log: LogLimit,
-    options: Options,
-    /// Workers that wait for a request or are about to.
-    idle: AtomicUsize,
-    threads: AtomicUsize,
-    peak: AtomicUsize,
-    started: Instant,
-    /// When the pool last had to grow, in milliseconds since `started`.
-    grown_at: AtomicU64,
-    stopping: AtomicBool,
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-struct State {
-    /// Kernel's numbers of the running workers.
-    workers: Vec<i32>,
-    /// Workers started and not ended.
-    alive: usize,
-    ended: Option<Ended>,
-}
-
 impl Session {
-    /// Begins to serve `files` on the descriptor of a mount ([`super::mount()`]). On return the mount answers.
+    /// Begins to serve `files` on the descriptor of a mount ([`super::mount()`]). On return the mount answers. If this fails, the mount may have been
+    /// greeted: it is to be ended.
     pub fn start(fd: OwnedFd, files: Arc<Files>, init: Init, options: Options) -> Result<Session> {
         process::install_wake_handler()
             .map_err(|e| Error::new(Kind::Io, format!("cannot install a signal handler: {e}")))?;
-        let negotiated = match init {
-            Init::Fresh => greet(&fd)?,
+        let fd = Arc::new(fd);
+        let service = Arc::new(Service::new(files));
+        // From here on its drop ends the threads that did start.
+        let mut session = Session {
+            fd: Arc::clone(&fd),
+            crew: Arc::default(),
+            negotiated: Negotiated::default(),
+        };
+        let mut options = options;
+        match init {
+            Init::Fresh => {
+                let greeting = Greeting::hear(&fd)?;
+                let rings = match options.transport {
+                    Transport::Device => None,
+                    Transport::IoUring if greeting.offers(abi::init::OVER_IO_URING) => {
+                        Some(Rings::prepare(&fd, &service, &session.crew)?)
+                    }
+                    Transport::IoUring => {
+                        // Says why, as a rule.
+                        ring::available()?;
+                        return Err(Error::new(
+                            Kind::Unsupported,
+                            "the kernel does not offer the transport io_uring",
+                        )
+                        .hint("--transport device works with every kernel"));
+                    }
+                };
+                let wanted = match rings {
+                    None => WANTED,
+                    Some(_) => WANTED | abi::init::OVER_IO_URING,
+                };
+                session.negotiated = greeting.answer(&fd, wanted)?;
+                if let Some(rings) = rings {
+                    rings.begin()?;
+                    // What is left for the descriptor: requests that want no answer.
+                    options.keep_threads = 1;
+                    options.max_threads = 2;
+                }
+            }
+            Init::Resumed(negotiated) if negotiated.transport() == Transport::IoUring => {
+                return Err(Error::new(
+                    Kind::Unsupported,
+                    "requests that came over io_uring cannot be taken over",
+                )
+                .hint("detach everything and restart the daemon"));
+            }
             Init::Resumed(negotiated) => {
                 // Before any worker reads: what they hold would be sent again as well.
                 resend(&fd).map_err(|e| {
@@ -172,43 +213,10 @@ impl Session {
                         .context(format!("the kernel refuses to send them again: {e}"))
                         .hint("kernel 6.9 or newer can; with an older one detach and attach again")
                 })?;
-                negotiated
+                session.negotiated = negotiated;
             }
-        };
-        let owner = (
-            rustix::process::geteuid().as_raw(),
-            rustix::process::getegid().as_raw(),
-        );
-        let shared = Arc::new(Shared {
-            fd,
-            files,
-            owner,
-            log: LogLimit::default(),
-            options: Options {
-                max_threads: options.max_threads.max(1),
-                ..options
-            },
-            idle: AtomicUsize::new(0),
-            threads: AtomicUsize::new(0),
-            peak: AtomicUsize::new(0),
-            started: Instant::now(),
-            grown_at: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
-            state: Mutex::new(State {
-                workers: Vec::new(),
-                alive: 0,
-                ended: None,
-            }),
-            changed: Condvar::new(),
-        });
-        let session = Session { shared, negotiated };
-        for _ in 0..options
-            .keep_threads
-            .clamp(1, session.shared.options.max_threads)
-        {
-            // The drop of `session` ends those that did start.
-            session.shared.start_worker()?;
         }
+        Pool::start(fd, service, Arc::clone(&session.crew), options)?;
         Ok(session)
     }
     /// What was agreed on: to be kept for [`Init::Resumed`].
@@ -217,43 +225,20 @@ impl Session {
     }
     /// Waits until the session ends.
     pub fn wait(&self) -> Ended {
-        let mut state = self.shared.state.lock();
-        while state.alive > 0 {
-            self.shared.changed.wait(&mut state);
-        }
-        state.ended.unwrap_or(Ended::Stopped)
+        self.crew.wait()
     }
     /// Has the session ended?
     pub fn ended(&self) -> Option<Ended> {
-        let state = self.shared.state.lock();
-        if state.alive > 0 {
-            None
-        } else {
-            Some(state.ended.unwrap_or(Ended::Stopped))
-        }
+        self.crew.ended()
     }
     /// Ends the session and leaves the mount standing: what is under way is finished and answered, what
-    /// comes waits for the next session.
+    /// comes waits for the next session. (Over rings there is none: the mount is to be ended.)
     pub fn stop(&self) -> Ended {
-        self.shared.stopping.store(true, Release);
-        let mut state = self.shared.state.lock();
-        while state.alive > 0 {
-            for &tid in &state.workers {
-                process::wake(tid);
-            }
-            // A worker may have been between its look at `stopping` and its read: again, then.
-            self.shared
-                .changed
-                .wait_for(&mut state, Duration::from_millis(5));
-        }
-        *state.ended.get_or_insert(Ended::Stopped)
+        self.crew.stop()
     }
     /// Threads now, and the most there were.
     pub fn threads(&self) -> (usize, usize) {
-        (
-            self.shared.threads.load(Relaxed),
-            self.shared.peak.load(Relaxed),
-        )
+        self.crew.count()
     }
     /// Tells the kernel that a file's size changed, so that `stat` asks again.
     pub fn size_changed(&self, ino: u64) -> Result<()> {
@@ -262,7 +247,7 @@ impl Session {
             off: -1,
             len: 0,
         };
-        match notify(&self.shared.fd, abi::notify::INVAL_INODE, body.as_bytes()) {
+        match notify(&self.fd, abi::notify::INVAL_INODE, body.as_bytes()) {
             // The kernel never heard of this file, or forgot it: nothing to refresh.
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(e) => Err(Error::new(
@@ -298,7 +283,7 @@ fn resend(fd: &OwnedFd) -> Result<(), Errno> {
     notify(fd, abi::notify::RESEND, &[])
 }
 
-fn readable(fd: &OwnedFd, timeout: Duration) -> bool {
+pub(super) fn readable(fd: &OwnedFd, timeout: Duration) -> bool {
     let timeout = Timespec {
         tv_sec: timeout.as_secs() as i64,
         tv_nsec: timeout.subsec_nanos().into(),
@@ -312,298 +297,114 @@ fn readable(fd: &OwnedFd, timeout: Duration) -> bool {
     }
 }
 
-/// Answers the kernel's greeting.
-fn greet(fd: &OwnedFd) -> Result<Negotiated> {
-    let refuse = |why: String| {
-        Error::new(
-            Kind::Unsupported,
-            format!("cannot agree with the kernel on a FUSE session: {why}"),
-        )
-        .hint("kernel 4.20 or newer is needed")
-    };
-    // A server that died with the greeting in its hands leaves nothing to read: ask for it again.
-    if !readable(fd, Duration::from_secs(1)) {
-        let _ = resend(fd);
-        if !readable(fd, INIT_TIMEOUT) {
-            return Err(refuse("it sends no greeting".into()));
-        }
-    }
-    let mut buffer = Buffer::new()?;
-    let n = loop {
-        match rustix::io::read(fd, buffer.request_mut()) {
-            Ok(n) => break n,
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(refuse(format!("reading the greeting failed: {e}"))),
-        }
-    };
-    let message = &buffer.request()[..n];
-    let Ok((header, body)) = abi::InHeader::read_from_prefix(message) else {
-        return Err(refuse(format!("a greeting of {n} bytes")));
-    };
-    if header.opcode != abi::op::INIT {
-        return Err(refuse(format!(
-            "the first request is of kind {}",
-            header.opcode
-        )));
-    }
-    let Ok((init, rest)) = abi::InitIn::read_from_prefix(body) else {
-        return Err(refuse(format!("a greeting of {n} bytes")));
-    };
-    let mut out = abi::InitOut {
-        major: abi::MAJOR,
-        minor: abi::MINOR,
-        ..Default::default()
-    };
-    if init.major != abi::MAJOR || init.minor < abi::MINOR_MIN {
-        let answer = abi::OutHeader {
-            len: abi::OUT_HEADER as u32,
-            error: -libc::EPROTO,
-            unique: header.unique,
-        };
-        let _ = rustix::io::write(fd, answer.as_bytes());
-        return Err(refuse(format!(
-            "it speaks version {}.{}",
-            init.major, init.minor
-        )));
-    }
-    let mut offered = u64::from(init.flags);
-    if offered & abi::init::INIT_EXT != 0
-        && let Ok((flags2, _)) = u32::read_from_prefix(rest)
-    {
-        offered |= u64::from(flags2) << 32;
-    }
-    let mut flags = offered & WANTED;
-    if std::env::var_os(WITHOUT_RESEND).is_some() {
-        flags &= !abi::init::HAS_RESEND;
-    }
-    out.minor = out.minor.min(init.minor);
-    out.max_readahead = init.max_readahead;
-    out.flags = flags as u32;
-    out.flags2 = (flags >> 32) as u32;
-    out.max_background = MAX_BACKGROUND;
-    out.congestion_threshold = CONGESTION;
-    out.max_write = MAX_DATA as u32;
-    out.time_gran = 1;
-    out.max_pages = MAX_PAGES;
-    let answer = abi::OutHeader {
-        len: (abi::OUT_HEADER + size_of::<abi::InitOut>()) as u32,
-        error: 0,
-        unique: header.unique,
-    };
-    let parts = [
-        std::io::IoSlice::new(answer.as_bytes()),
-        std::io::IoSlice::new(out.as_bytes()),
-    ];
-    rustix::io::writev(fd, &parts)
-        .map_err(|e| refuse(format!("answering the greeting failed: {e}")))?;
-    Ok(Negotiated {
-        minor: out.minor,
-        flags,
-        max_write: out.max_write,
-    })
+/// The kernel's greeting: the first request of a mount.
+struct Greeting {
+    unique: u64,
+    init: abi::InitIn,
+    offered: u64,
 }
 
-/// Where data begins in a [`Buffer`]: on a page, whatever stands before it.
-const DATA: usize = 4096;
-/// What follows the largest data: names and small structures need no more than it either.
-const SLACK: usize = 4096;
-
-/// Memory of one worker, laid out so that data is page-aligned both in a WRITE request and in the
-/// answer to a READ, and both are one piece with their headers.
-pub(super) struct Buffer {
-    map: MmapMut,
+fn refuse(why: String) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!("cannot agree with the kernel on a FUSE session: {why}"),
+    )
+    .hint("kernel 4.20 or newer is needed")
 }
 
-impl Buffer {
-    /// All of it is in memory from the start, and stays there. Not for speed: a killed process can no
-    /// longer take a page fault, and the kernel fails a request that it was just handing over to a missing
-    /// page. The same for pages that a fork made read-only. With its pages in place, a death at that
-    /// moment costs nothing: the request is among those that are sent again.
-    fn new() -> Result<Buffer> {
-        let map = MmapOptions::new()
-            .len(DATA + MAX_DATA + SLACK)
-            .populate()
-            .map_anon()
-            .map_err(|e| Error::new(Kind::Io, format!("cannot allocate a request buffer: {e}")))?;
-        // Best effort: users without root may lock little memory.
-        let _ = map.lock();
-        let _ = map.advise(Advice::DontFork);
-        // Nor are its pages taken away for a moment to be made one large page.
-        let _ = map.advise(Advice::NoHugePage);
-        Ok(Buffer { map })
-    }
-    /// The whole request.
-    pub(super) fn request(&self) -> &[u8] {
-        &self.map[DATA - abi::WRITE_HEAD..]
-    }
-    fn request_mut(&mut self) -> &mut [u8] {
-        &mut self.map[DATA - abi::WRITE_HEAD..]
-    }
-    /// The data of a WRITE request, and the body of an answer: the same place.
-    pub(super) fn data(&self) -> &[u8] {
-        &self.map[DATA..DATA + MAX_DATA]
-    }
-    pub(super) fn data_mut(&mut self) -> &mut [u8] {
-        &mut self.map[DATA..DATA + MAX_DATA]
-    }
-    /// Puts a header before the first `len` bytes of the body and returns the whole answer.
-    pub(super) fn answer(&mut self, unique: u64, error: i32, len: usize) -> &[u8] {
-        let header = abi::OutHeader {
-            len: (abi::OUT_HEADER + len) as u32,
-            error,
-            unique,
-        };
-        self.map[DATA - abi::OUT_HEADER..DATA].copy_from_slice(header.as_bytes());
-        &self.map[DATA - abi::OUT_HEADER..DATA + len]
-    }
-}
-
-impl Shared {
-    /// Starts one worker; it counts as idle from now on, so that no other is started in its place.
-    fn start_worker(self: &Arc<Shared>) -> Result<()> {
-        let buffer = Buffer::new()?;
-        self.idle.fetch_add(1, AcqRel);
-        let threads = self.threads.fetch_add(1, AcqRel) + 1;
-        self.peak.fetch_max(threads, Relaxed);
-        self.state.lock().alive += 1;
-        let shared = Arc::clone(self);
-        let started = thread::Builder::new()
-            .name("fuse-worker".into())
-            .stack_size(512 << 10)
-            .spawn(move || shared.work(buffer));
-        if let Err(e) = started {
-            self.idle.fetch_sub(1, AcqRel);
-            self.worker_gone(None);
-            return Err(Error::new(
-                Kind::Io,
-                format!("cannot start a worker thread: {e}"),
-            ));
-        }
-        Ok(())
-    }
-
-    fn worker_gone(&self, ended: Option<Ended>) {
-        self.threads.fetch_sub(1, AcqRel);
-        let tid = process::thread_id();
-        let mut state = self.state.lock();
-        state.workers.retain(|&t| t != tid);
-        state.alive -= 1;
-        if state.ended.is_none() {
-            state.ended = ended;
-        }
-        if state.alive == 0 {
-            self.changed.notify_all();
-        }
-    }
-
-    fn millis(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
-    }
-
-    /// No reader is left: one more, if the limit allows.
-    fn grow(self: &Arc<Shared>) {
-        self.grown_at.store(self.millis(), Relaxed);
-        if self.threads.load(Acquire) >= self.options.max_threads {
-            return;
-        }
-        if let Err(e) = self.start_worker()
-            && self.log.allow()
-        {
-            tracing::warn!("requests have to wait: {e}");
-        }
-    }
-
-    /// Is this worker, idle again, one too many?
-    fn surplus(&self, idle_before: usize) -> bool {
-        idle_before >= self.options.keep_threads.max(1)
-            && self.millis().saturating_sub(self.grown_at.load(Relaxed))
-                > SURPLUS_AGE.as_millis() as u64
-    }
-
-    fn work(self: Arc<Shared>, mut buffer: Buffer) {
-        process::set_io_flusher();
-        self.state.lock().workers.push(process::thread_id());
-        let ended = loop {
-            if self.stopping.load(Acquire) {
-                break None;
+impl Greeting {
+    /// Waits for it.
+    fn hear(fd: &OwnedFd) -> Result<Greeting> {
+        // A server that died with the greeting in its hands leaves nothing to read: ask for it again.
+        if !readable(fd, Duration::from_secs(1)) {
+            let _ = resend(fd);
+            if !readable(fd, INIT_TIMEOUT) {
+                return Err(refuse("it sends no greeting".into()));
             }
-            let n = match rustix::io::read(&self.fd, buffer.request_mut()) {
-                Ok(n) => n,
-                // NOENT: the request was withdrawn while it was handed over.
-                Err(Errno::INTR | Errno::NOENT) => continue,
-                Err(Errno::AGAIN) => {
-                    // Somebody made the descriptor non-blocking.
-                    readable(&self.fd, Duration::from_millis(100));
-                    continue;
-                }
-                Err(Errno::NODEV | Errno::CONNABORTED) => break Some(Ended::Unmounted),
-                Err(e) => {
-                    tracing::error!("reading from /dev/fuse failed: {e}");
-                    break Some(Ended::Failed(e.raw_os_error()));
-                }
+        }
+        let mut buffer = Buffer::new()?;
+        let n = loop {
+            match rustix::io::read(fd, buffer.request_mut()) {
+                Ok(n) => break n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(refuse(format!("reading the greeting failed: {e}"))),
+            }
+        };
+        let message = &buffer.request()[..n];
+        let Ok((header, body)) = abi::InHeader::read_from_prefix(message) else {
+            return Err(refuse(format!("a greeting of {n} bytes")));
+        };
+        if header.opcode != abi::op::INIT {
+            return Err(refuse(format!(
+                "the first request is of kind {}",
+                header.opcode
+            )));
+        }
+        let Ok((init, rest)) = abi::InitIn::read_from_prefix(body) else {
+            return Err(refuse(format!("a greeting of {n} bytes")));
+        };
+        if init.major != abi::MAJOR || init.minor < abi::MINOR_MIN {
+            let answer = abi::OutHeader {
+                len: abi::OUT_HEADER as u32,
+                error: -libc::EPROTO,
+                unique: header.unique,
             };
-            if self.idle.fetch_sub(1, AcqRel) == 1 {
-                self.grow();
-            }
-            ops::serve(&self, &mut buffer, n);
-            let idle_before = self.idle.fetch_add(1, AcqRel);
-            if self.surplus(idle_before) {
-                break None;
-            }
-        };
-        self.idle.fetch_sub(1, AcqRel);
-        self.worker_gone(ended);
-    }
-}
-
-/// Lets so many messages pass a second.
-#[derive(Default)]
-pub(super) struct LogLimit {
-    second: AtomicU64,
-    count: AtomicU64,
-}
-
-impl LogLimit {
-    pub(super) fn allow(&self) -> bool {
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
-        if self.second.swap(now, Relaxed) != now {
-            let dropped = self
-                .count
-                .swap(0, Relaxed)
-                .saturating_sub(LOGGED_PER_SECOND);
-            if dropped > 0 {
-                tracing::error!("{dropped} more failures were not logged");
-            }
+            let _ = rustix::io::write(fd, answer.as_bytes());
+            return Err(refuse(format!(
+                "it speaks version {}.{}",
+                init.major, init.minor
+            )));
         }
-        self.count.fetch_add(1, Relaxed) < LOGGED_PER_SECOND
+        let mut offered = u64::from(init.flags);
+        if offered & abi::init::INIT_EXT != 0
+            && let Ok((flags2, _)) = u32::read_from_prefix(rest)
+        {
+            offered |= u64::from(flags2) << 32;
+        }
+        if std::env::var_os(WITHOUT_RESEND).is_some() {
+            offered &= !abi::init::HAS_RESEND;
+        }
+        Ok(Greeting {
+            unique: header.unique,
+            init,
+            offered,
+        })
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn data_is_page_aligned_and_one_piece_with_its_headers() {
-        let mut buffer = Buffer::new().unwrap();
-        assert_eq!(buffer.data().as_ptr() as usize % 4096, 0);
-        assert_eq!(
-            buffer.request()[abi::WRITE_HEAD..].as_ptr(),
-            buffer.data().as_ptr()
-        );
-        // The kernel refuses to hand requests to a smaller one.
-        assert!(buffer.request().len() >= abi::WRITE_HEAD + MAX_DATA);
-        buffer.data_mut()[0] = 7;
-        let answer = buffer.answer(1, 0, 1);
-        assert_eq!((answer.len(), answer[16]), (17, 7));
+    /// Does the kernel offer what a flag stands for?
+    fn offers(&self, flag: u64) -> bool {
+        self.offered & flag != 0
     }
-
-    #[test]
-    fn the_log_is_limited() {
-        let log = LogLimit::default();
-        let passed = (0..1000).filter(|_| log.allow()).count() as u64;
-        assert!((LOGGED_PER_SECOND..=3 * LOGGED_PER_SECOND).contains(&passed));
+    /// Answers it, and asks for what is wanted as far as it is offered.
+    fn answer(self, fd: &OwnedFd, wanted: u64) -> Result<Negotiated> {
+        let flags = self.offered & wanted;
+        let out = abi::InitOut {
+            major: abi::MAJOR,
+            minor: abi::MINOR.min(self.init.minor),
+            max_readahead: self.init.max_readahead,
+            flags: flags as u32,
+            flags2: (flags >> 32) as u32,
+            max_background: MAX_BACKGROUND,
+            congestion_threshold: CONGESTION,
+            max_write: MAX_DATA as u32,
+            time_gran: 1,
+            max_pages: MAX_PAGES,
+            ..Default::default()
+        };
+        let answer = abi::OutHeader {
+            len: (abi::OUT_HEADER + size_of::<abi::InitOut>()) as u32,
+            error: 0,
+            unique: self.unique,
+        };
+        let parts = [
+            std::io::IoSlice::new(answer.as_bytes()),
+            std::io::IoSlice::new(out.as_bytes()),
+        ];
+        rustix::io::writev(fd, &parts)
+            .map_err(|e| refuse(format!("answering the greeting failed: {e}")))?;
+        Ok(Negotiated {
+            minor: out.minor,
+            flags,
+            max_write: out.max_write,
+        })
     }
 }

@@ -1,0 +1,115 @@
+//! The threads of a session, whatever they do: how many there are, how they are ended, and why they ended.
+
+use super::session::Ended;
+use crate::{
+    error::{Error, Kind, Result},
+    sys::process,
+};
+use parking_lot::{Condvar, Mutex};
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicBool,
+            Ordering::{Acquire, Release},
+        },
+    },
+    thread,
+    time::Duration,
+};
+
+/// All of them are interrupted by [`process::wake`] in whatever call they wait.
+#[derive(Default)]
+pub(super) struct Crew {
+    stopping: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Kernel's numbers of the running threads.
+    running: Vec<i32>,
+    /// Threads started and not ended.
+    alive: usize,
+    peak: usize,
+    ended: Option<Ended>,
+}
+
+impl Crew {
+    /// Starts a thread. What `work` returns is why it ended, if that ends the session.
+    pub(super) fn start(
+        self: &Arc<Crew>,
+        name: &str,
+        work: impl FnOnce() -> Option<Ended> + Send + 'static,
+    ) -> Result<()> {
+        {
+            let mut state = self.state.lock();
+            state.alive += 1;
+            state.peak = state.peak.max(state.alive);
+        }
+        let crew = Arc::clone(self);
+        let started = thread::Builder::new()
+            .name(name.into())
+            .stack_size(512 << 10)
+            .spawn(move || {
+                process::set_io_flusher();
+                crew.state.lock().running.push(process::thread_id());
+                let ended = work();
+                crew.gone(ended);
+            });
+        started.map(|_| ()).map_err(|e| {
+            self.gone(None);
+            Error::new(Kind::Io, format!("cannot start a worker thread: {e}"))
+        })
+    }
+    fn gone(&self, ended: Option<Ended>) {
+        let tid = process::thread_id();
+        let mut state = self.state.lock();
+        state.running.retain(|&t| t != tid);
+        state.alive -= 1;
+        if state.ended.is_none() {
+            state.ended = ended;
+        }
+        self.changed.notify_all();
+    }
+    /// Is the session to end?
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Acquire)
+    }
+    /// Waits until all have ended.
+    pub(super) fn wait(&self) -> Ended {
+        let mut state = self.state.lock();
+        while state.alive > 0 {
+            self.changed.wait(&mut state);
+        }
+        state.ended.unwrap_or(Ended::Stopped)
+    }
+    /// Why the session ended, if it did. One thread that failed is enough: what was its to serve waits for ever.
+    pub(super) fn ended(&self) -> Option<Ended> {
+        let state = self.state.lock();
+        match state.ended {
+            Some(Ended::Failed(errno)) => Some(Ended::Failed(errno)),
+            ended if state.alive == 0 => Some(ended.unwrap_or(Ended::Stopped)),
+            _ => None,
+        }
+    }
+    /// Ends all, after what they have under way.
+    pub(super) fn stop(&self) -> Ended {
+        self.stopping.store(true, Release);
+        let mut state = self.state.lock();
+        while state.alive > 0 {
+            for &tid in &state.running {
+                process::wake(tid);
+            }
+            // One may have been between its look at `stopping` and its call: again, then.
+            self.changed.wait_for(&mut state, Duration::from_millis(5));
+        }
+        *state.ended.get_or_insert(Ended::Stopped)
+    }
+    /// Threads now, and the most there were.
+    pub(super) fn count(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.alive, state.peak)
+    }
+}

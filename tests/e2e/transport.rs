@@ -1,0 +1,227 @@
+//! The ways requests reach the daemon, as a user chooses them.
+
+use crate::{rig::*, uring::Switch};
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+fn switched() -> Option<Switch> {
+    root().then(|| Switch::set(true)).flatten()
+}
+
+#[test]
+fn a_disk_attached_over_io_uring() {
+    let Some(_on) = switched() else {
+        return;
+    };
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d", "--transport", "io_uring"]);
+    let status = w.status();
+    assert_eq!(status["transport"], "io_uring", "{status}");
+    assert_eq!(status["can_take_over"], false, "{status}");
+    tool(
+        "fio",
+        [
+            "--name=verify",
+            &format!("--filename={device}"),
+            "--offset=128m",
+            "--size=64m",
+            "--rw=randwrite",
+            "--bs=4k",
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=32",
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--output=/dev/null",
+        ],
+    );
+    tool("mkfs.ext4", ["-qF", &device]);
+    let m = w.mkdir("m");
+    tool("mount", [&device, s(&m)]);
+    fs::write(m.join("f"), noise(1, 20 << 20)).unwrap();
+    // Live, over rings: the snapshot is made while the filesystem is mounted.
+    w.ok(["snapshot", "d@s", "--freeze"]);
+    fs::write(m.join("g"), noise(2, 1 << 20)).unwrap();
+    tool("umount", [s(&m)]);
+    tool("e2fsck", ["-fn", &device]);
+    // The same daemon serves all; another way is refused, none in particular is not.
+    w.ok(["create", "e", "--from", "d@s"]);
+    let told = w.fails_here(11, &["attach", "e", "--transport", "device"]);
+    assert!(
+        told.contains("io_uring") && told.contains("daemon stop"),
+        "{told}"
+    );
+    w.ok(["attach", "e", "--mount", s(&m)]);
+    assert!(fs::read(m.join("f")).unwrap() == noise(1, 20 << 20));
+    assert!(!m.join("g").exists());
+    // No server can be followed by another.
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    let told = w.fails_here(1, &["daemon", "takeover"]);
+    assert!(
+        told.contains("io_uring") && told.contains("detach"),
+        "{told}"
+    );
+    assert_eq!((keeper, server), (w.pid("keeper_pid"), w.pid("server_pid")));
+    // A keeper can.
+    kill_and_wait(keeper);
+    eventually("another keeper", || {
+        let now = w.pid("keeper_pid");
+        now != 0 && now != keeper
+    });
+    assert!(fs::read(m.join("f")).unwrap() == noise(1, 20 << 20));
+    w.ok(["detach", "d", "e"]);
+    w.finish();
+}
+
+#[test]
+fn the_daemon_is_started_with_a_transport() {
+    let Some(_on) = switched() else {
+        return;
+    };
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    w.ok(["daemon", "run", "--transport", "io_uring"]);
+    assert_eq!(w.status()["transport"], "io_uring");
+    w.ok(["attach", "d"]);
+    w.ok(["detach", "d"]);
+    w.ok(["daemon", "stop"]);
+    w.nothing_left();
+    // By the environment; the option comes first.
+    for (option, used) in [(None, "io_uring"), (Some("device"), "device")] {
+        let mut attach = w.command(["attach", "d"]);
+        attach.env("FORKDISK_TRANSPORT", "io_uring");
+        if let Some(option) = option {
+            attach.args(["--transport", option]);
+        }
+        let out = finish(attach);
+        assert_eq!(out.code, 0, "{out:?}");
+        w.note(&out.stdout);
+        assert_eq!(w.status()["transport"], used);
+        w.ok(["detach", "d"]);
+        w.ok(["daemon", "stop"]);
+    }
+    w.finish();
+}
+
+/// The price of rings: what was under way when the server died fails, at once and cleanly. What was flushed is there.
+#[test]
+fn the_death_of_a_server_over_io_uring_is_an_error_and_no_hang() {
+    let Some(_on) = switched() else {
+        return;
+    };
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base", "--count", "2"]);
+    let raw = w.ok(["attach", "d-1", "--transport", "io_uring"]);
+    let m = w.mkdir("m");
+    let mounted = w.ok(["attach", "d-2", "--mount", s(&m)]);
+    fs::write(m.join("f"), noise(1, 3 << 20)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let open = || {
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(&raw)
+            .unwrap()
+    };
+    // Each writer says what it last flushed, until it gets an error.
+    let writers: Vec<_> = (0..4u64)
+        .map(|i| {
+            let file = open();
+            thread::spawn(move || {
+                let mut block = memmap2::MmapMut::map_anon(4096).unwrap();
+                let mut flushed = 0u64;
+                for n in 1.. {
+                    block.copy_from_slice(&noise(i << 32 | n, 4096));
+                    let at = (128 << 20) + i * 4096;
+                    if file.write_all_at(&block, at).is_err() || file.sync_data().is_err() {
+                        break;
+                    }
+                    flushed = n;
+                }
+                flushed
+            })
+        })
+        .collect();
+    let busy = Command::new("fio")
+        .args([
+            "--name=busy",
+            &format!("--filename={raw}"),
+            "--rw=randrw",
+            "--bs=4k",
+            "--size=64m",
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=32",
+            "--time_based",
+            "--runtime=60",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_millis(700));
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    let killed = Instant::now();
+    kill_and_wait(server);
+    let out = busy.wait_with_output().unwrap();
+    assert!(!out.status.success(), "fio should get errors");
+    let flushed: Vec<u64> = writers.into_iter().map(|w| w.join().unwrap()).collect();
+    let waited = killed.elapsed();
+    assert!(waited < Duration::from_secs(10), "{waited:?}");
+    eventually("the keeper ends", || !alive(keeper));
+    // The device that nobody uses is taken away; the mounted one fails.
+    let mut block = memmap2::MmapMut::map_anon(4096).unwrap();
+    let device = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&mounted)
+        .unwrap();
+    let read = device.read_at(&mut block, 0);
+    assert!(read.is_err(), "{read:?}");
+    assert!(w.log().contains("the server died"), "{}", w.log());
+    // Attached again, over whatever: all that was flushed is there, or what was written after it.
+    drop(device);
+    let device = w.ok(["attach", "d-1"]);
+    for (i, &n) in flushed.iter().enumerate() {
+        assert!(n > 0, "writer {i} flushed nothing");
+        let found = read_direct(device.as_ref(), (128 << 20) + i as u64 * 4096, 4096);
+        let one_of = [n, n + 1].map(|n| noise((i as u64) << 32 | n, 4096));
+        assert!(one_of.contains(&found), "writer {i}: flush {n} is lost");
+    }
+    let n = w.mkdir("n");
+    w.ok(["attach", "d-2", "--mount", s(&n)]);
+    assert!(fs::read(n.join("f")).unwrap() == noise(1, 3 << 20));
+    w.ok(["detach", "d-1", "d-2"]);
+    w.ok(["detach", s(&m)]);
+    w.finish();
+}
+
+#[test]
+fn without_the_switch_io_uring_is_refused() {
+    if !root() {
+        return;
+    }
+    let _off = Switch::set(false);
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let told = w.fails_here(1, &["attach", "d", "--transport", "io_uring"]);
+    assert!(told.contains("io_uring"), "{told}");
+    let told = w.fails_here(1, &["daemon", "run", "--transport", "io_uring"]);
+    assert!(told.contains("io_uring"), "{told}");
+    w.nothing_left();
+    assert_eq!(w.run(["daemon", "status"]).code, 1);
+    let doctor = w.run(["doctor"]);
+    assert!(doctor.stdout.contains("fuse io_uring"), "{doctor:?}");
+    w.ok(["attach", "d"]);
+    assert_eq!(w.status()["transport"], "device");
+    w.ok(["detach", "d"]);
+    w.finish();
+}
