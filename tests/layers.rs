@@ -53,6 +53,7 @@ const UNSAFE: &[&str] = &[
     "sys/cachestat.rs",
     "sys/freeze.rs",
     "sys/loopdev.rs",
+    "sys/passthrough.rs",
     "sys/process.rs",
     "sys/shared.rs",
     "sys/signals.rs",

@@ -88,6 +88,9 @@ pub(crate) struct Attach {
     /// Size of the device's sectors; 4096 is faster, and only for a filesystem made for it
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
     block_size: String,
+    /// Let the kernel read the image by itself: quicker, but its checksums are not verified
+    #[arg(long)]
+    passthrough: bool,
     #[command(flatten)]
     transport: TransportArg,
 }
@@ -123,8 +126,12 @@ impl Attach {
             );
         }
         let store = context.open()?;
+        // Refused before a daemon is started for it.
+        let object = store.resolve(&self.reference)?;
+        if self.passthrough {
+            daemon::may_pass_through(&object)?;
+        }
         if context.dry_run {
-            let object = store.resolve(&self.reference)?;
             let document = json!({"dry_run": true, "name": object.name, "id": object.id.to_string(), "mount": mount});
             return ui.answer(document, || match &mount {
                 Some(dir) => format!(
@@ -135,8 +142,6 @@ impl Attach {
                 None => format!("would attach {}\n", object.name),
             });
         }
-        // Refused before a daemon is started for it.
-        store.resolve(&self.reference)?;
         if via == Via::Loop {
             attach::may_attach_loops()?;
         }
@@ -147,6 +152,7 @@ impl Attach {
             via,
             read_only: self.ro,
             block_size: if self.block_size == "4096" { 4096 } else { 512 },
+            passthrough: self.passthrough,
         })?;
         if let Err(stop) = finish(context, &attached, mount.as_deref()) {
             undo(&mut daemon, &attached, mount.as_deref());
@@ -266,6 +272,7 @@ fn was_attached(store: &Store, dead: &Dead) -> Attached {
         id: object.as_ref().map_or(Id([0; 16]), |o| o.id),
         kind: object.as_ref().map_or(ObjectKind::Disk, |o| o.kind),
         read_only: false,
+        passthrough: false,
         via: Via::Loop,
         device: Some(dead.device.display().to_string()),
         file: store.run_dir().join(&dead.name),

@@ -235,6 +235,7 @@ impl Client {
         let answer = self.ask(json!({
             "op": "attach", "reference": request.reference, "via": request.via.word(),
             "read_only": request.read_only, "block_size": request.block_size,
+            "passthrough": request.passthrough,
         }))?;
         let opened = attached(&answer["attached"])?;
         if !answer["fresh"].as_bool().unwrap_or(false) || request.via == Via::File {

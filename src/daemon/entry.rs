@@ -2,9 +2,9 @@
 //!
 //! Always true: the handover says of an entry what the entry says, and says it first.
 
-use super::Attached;
 use super::handover::{Handover, Place};
 use super::protocol::{attached, attached_json, number, text};
+use super::{Attached, Via};
 use crate::disk::{CowDisk, Disk, FailedDisk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
@@ -36,6 +36,8 @@ pub(super) struct Entry {
     pub(super) dev: u64,
     pub(super) disk: Option<Arc<CowDisk>>,
     pub(super) phase: Phase,
+    /// The number of the file that the kernel reads in its place. It belongs to the mount, and so to all servers.
+    pub(super) backing: Option<u32>,
     /// Where the successor finds it.
     pub(super) place: Place,
     /// It was attached by a predecessor: who has its file open is not known from requests.
@@ -63,6 +65,7 @@ impl Entry {
         said["block_size"] = self.block_size.into();
         said["ino"] = self.ino.into();
         said["dev"] = self.dev.into();
+        said["backing"] = self.backing.into();
         said["phase"] = self.phase.word().into();
         self.place.write(&said)
     }
@@ -121,10 +124,15 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         _ => Phase::Closing,
     };
     let name = attached.name.clone();
+    let backing = said["backing"].as_u64().map(|id| id as u32);
+    let show = |disk| match backing {
+        Some(id) => files.add_backed(&name, disk, Some(ino), id).map(|_| ()),
+        None => files.add_with_ino(&name, disk, ino),
+    };
     let opened = reopen(store, &attached, &place);
     let (disk, failed) = match opened {
         Ok(disk) => {
-            files.add_with_ino(&name, disk.clone(), ino)?;
+            show(disk.clone())?;
             (Some(disk), None)
         }
         Err(e) => {
@@ -133,7 +141,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
                 "cannot be taken over, gives errors from now on: {e:?}"
             );
             let disk = FailedDisk::new(attached.size, e.clone());
-            files.add_with_ino(&name, Arc::new(disk), ino)?;
+            show(Arc::new(disk))?;
             (None, Some(e))
         }
     };
@@ -144,6 +152,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         dev: number(said, "dev")?,
         disk,
         phase,
+        backing,
         place,
         inherited: true,
         orphan: phase != Phase::Ready,
@@ -197,4 +206,46 @@ pub(super) fn open_again(
         ));
     }
     Ok(disk)
+}
+
+/// One more user of what is attached read-only already.
+pub(super) fn share(
+    entry: &mut Entry,
+    object: &Object,
+    read_only: bool,
+    via: Via,
+    block_size: u64,
+    passthrough: bool,
+) -> Result<()> {
+    let a = &mut entry.attached;
+    let place = a
+        .device
+        .clone()
+        .unwrap_or_else(|| a.file.display().to_string());
+    if !(a.read_only && read_only) {
+        return Err(Error::new(
+            Kind::Busy,
+            format!("{} is attached already, as {place}", object.name),
+        )
+        .hint(format!(
+            "use {place}, or `forkdisk detach {}` first",
+            object.name
+        )));
+    }
+    if a.via != via
+        || a.passthrough != passthrough
+        || (via == Via::Loop && entry.block_size != block_size)
+    {
+        return Err(Error::new(
+            Kind::Busy,
+            format!(
+                "{} is attached already, in another way, as {place}",
+                object.name
+            ),
+        )
+        .hint("attach it in the same way to share it"));
+    }
+    a.count += 1;
+    entry.noted();
+    Ok(())
 }

@@ -23,7 +23,8 @@ pub use keeper::{Keep, keep, run, serve};
 
 pub use crate::serve::fuse::session::Transport;
 
-use crate::store::ObjectKind;
+use crate::error::{Error, Kind, Result};
+use crate::store::{Object, ObjectKind};
 use crate::units::Id;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -59,6 +60,8 @@ pub struct AttachRequest {
     pub read_only: bool,
     /// Sector size of the loop device: 512 or 4096.
     pub block_size: u32,
+    /// Let the kernel read the image by itself: only a base, and no checksum is verified.
+    pub passthrough: bool,
 }
 
 /// An attached object.
@@ -72,6 +75,8 @@ pub struct Attached {
     pub kind: ObjectKind,
     /// Can it only be read?
     pub read_only: bool,
+    /// Does the kernel read it by itself?
+    pub passthrough: bool,
     /// Door.
     pub via: Via,
     /// The loop device, if there is one.
@@ -82,6 +87,21 @@ pub struct Attached {
     pub count: u32,
     /// Bytes.
     pub size: u64,
+}
+
+/// Fails if an object is nothing that the kernel could read by itself.
+pub fn may_pass_through(object: &Object) -> Result<()> {
+    match object.kind {
+        ObjectKind::Base => Ok(()),
+        _ => Err(Error::new(
+            Kind::Unsupported,
+            format!(
+                "{} cannot be attached with --passthrough: its blocks lie in layers",
+                object.name
+            ),
+        )
+        .hint("only an image that was imported is one file; attach others without --passthrough")),
+    }
 }
 
 /// Where a directory is now: it may have been moved since it was opened.

@@ -128,6 +128,7 @@ pub fn via_of(word: &str) -> Result<Via> {
 pub fn attached_json(a: &Attached) -> Value {
     json!({
         "name": a.name, "id": a.id.to_string(), "kind": a.kind.word(), "read_only": a.read_only,
+        "passthrough": a.passthrough,
         "via": a.via.word(), "device": a.device, "file": a.file, "count": a.count, "size": a.size,
     })
 }
@@ -139,6 +140,7 @@ pub fn attached(value: &Value) -> Result<Attached> {
         id: id_of(text(value, "id")?)?,
         kind: kind_of(text(value, "kind")?)?,
         read_only: flag(value, "read_only"),
+        passthrough: flag(value, "passthrough"),
         via: via_of(text(value, "via")?)?,
         device: value
             .get("device")

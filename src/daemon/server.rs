@@ -8,7 +8,7 @@
 //! - what a successor needs stands in the handover before anybody is told that it is done.
 
 use super::client::answer;
-use super::entry::{self, Entry, Phase, inherit};
+use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
@@ -17,14 +17,14 @@ use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
-use crate::store::{Object, ObjectKind, Store};
+use crate::store::{ObjectKind, Store};
 use crate::sys::{fdpass, holders, loopdev, private, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -491,6 +491,10 @@ impl Server {
         let block_size = number(request, "block_size")?;
         let object = self.store.resolve(text(request, "reference")?)?;
         let read_only = flag(request, "read_only") || object.kind != ObjectKind::Disk;
+        let passthrough = flag(request, "passthrough");
+        if passthrough {
+            super::may_pass_through(&object)?;
+        }
         let memory;
         {
             let same = |e: &Entry| {
@@ -508,7 +512,7 @@ impl Server {
                     )
                     .hint(format!("`forkdisk detach {}` first", object.name)));
                 }
-                share(entry, &object, read_only, via, block_size)?;
+                share(entry, &object, read_only, via, block_size, passthrough)?;
                 let mut said = self.shown(&entry.attached);
                 said["fresh"] = false.into();
                 return Ok(said);
@@ -518,6 +522,7 @@ impl Server {
                 id: object.id,
                 kind: object.kind,
                 read_only,
+                passthrough,
                 via,
                 device: None,
                 file: self.mount().join(&object.name),
@@ -531,6 +536,7 @@ impl Server {
                 dev: 0,
                 disk: None,
                 phase: Phase::Opening,
+                backing: None,
                 place: self.handover.claim()?,
                 inherited: false,
                 orphan: false,
@@ -548,12 +554,20 @@ impl Server {
                 true => self.store.open_cow(&object, false)?,
                 false => self.store.open_cow_on(&object, memory)?,
             };
-            let ino = self.files.add(&object.name, disk.clone())?;
-            Ok((disk, ino))
+            let (name, shown) = (&object.name, disk.clone());
+            if !passthrough {
+                return Ok((self.files.add(name, shown)?, disk, None));
+            }
+            let file = crate::disk::Disk::plain_file(&*disk)
+                .map_err(|e| e.context(format!("cannot attach {name} with --passthrough")))?;
+            let backing = self.session.open_backing(file.as_fd())?;
+            let ino = self.files.add_backed(name, shown, None, backing);
+            let ino = ino.inspect_err(|_| self.session.close_backing(backing))?;
+            Ok((ino, disk, Some(backing)))
         });
         let noted = self.note_session();
         let mut table = self.table.lock();
-        let (disk, ino) = match opened.and_then(|opened| noted.map(|()| opened)) {
+        let (ino, disk, backing) = match opened.and_then(|opened| noted.map(|()| opened)) {
             Ok(opened) => opened,
             Err(e) => {
                 if let Some(entry) = table.remove(&object.name) {
@@ -568,6 +582,7 @@ impl Server {
         entry.attached.size = crate::disk::Disk::size(&*disk);
         entry.disk = Some(disk);
         entry.ino = ino;
+        entry.backing = backing;
         entry.noted();
         if via == Via::File {
             entry.set_phase(Phase::Ready);
@@ -630,11 +645,11 @@ impl Server {
 
     /// Takes an attachment away: the file, then the disk. Returns when all is durable.
     fn close(&self, name: &str) -> Result<()> {
-        let (ino, disk) = {
+        let (ino, disk, backing) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
             entry.set_phase(Phase::Closing);
-            (entry.ino, entry.disk.take())
+            (entry.ino, entry.disk.take(), entry.backing)
         };
         // Waits for requests under way.
         let removed = if ino != 0 {
@@ -642,6 +657,9 @@ impl Server {
         } else {
             Ok(())
         };
+        if let Some(id) = backing {
+            self.session.close_backing(id);
+        }
         let closed = disk.as_ref().map_or(Ok(()), |d| d.close());
         // The lock of the layer file goes with the last handle, before anyone can see the name free.
         drop(disk);
@@ -918,44 +936,6 @@ impl Server {
             tracing::error!("{e}");
         }
     }
-}
-
-/// One more user of what is attached read-only already.
-fn share(
-    entry: &mut Entry,
-    object: &Object,
-    read_only: bool,
-    via: Via,
-    block_size: u64,
-) -> Result<()> {
-    let a = &mut entry.attached;
-    let place = a
-        .device
-        .clone()
-        .unwrap_or_else(|| a.file.display().to_string());
-    if !(a.read_only && read_only) {
-        return Err(Error::new(
-            Kind::Busy,
-            format!("{} is attached already, as {place}", object.name),
-        )
-        .hint(format!(
-            "use {place}, or `forkdisk detach {}` first",
-            object.name
-        )));
-    }
-    if a.via != via || (via == Via::Loop && entry.block_size != block_size) {
-        return Err(Error::new(
-            Kind::Busy,
-            format!(
-                "{} is attached already, in another way, as {place}",
-                object.name
-            ),
-        )
-        .hint("attach it in the same way to share it"));
-    }
-    a.count += 1;
-    entry.noted();
-    Ok(())
 }
 
 fn not_attached(name: &str) -> Error {

@@ -11,6 +11,7 @@ use crate::layer::{Layer, State};
 use crate::sync::RwLock;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 // Counters for people: no order depends on them.
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -482,6 +483,26 @@ impl Disk for CowDisk {
             Some(layer) => layer.flush(),
             None => Ok(()),
         }
+    }
+    fn plain_file(&self) -> Result<OwnedFd> {
+        let no = |why: String| Error::new(Kind::Unsupported, why);
+        let top = self.top.read();
+        if top.layer.is_some() || !top.chain.layers().is_empty() {
+            return Err(no("its blocks lie in layers, not in one file".into())
+                .hint("only an image that was imported can be read past the daemon"));
+        }
+        let base = top.chain.base();
+        if base.len() != self.size {
+            return Err(no(format!(
+                "the image has {} bytes, which is no multiple of {BLOCK}",
+                base.len()
+            ))
+            .hint("attach it without --passthrough, or import it again with its end filled up with zeros (`truncate -s %4096`)"));
+        }
+        let fd = base.file().fd();
+        let fd = fd.ok_or_else(|| no("the image is no file of the host".into()))?;
+        fd.try_clone_to_owned()
+            .map_err(|e| Error::io("open", base.file().path(), &e))
     }
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>> {
         self.check(at, len)?;

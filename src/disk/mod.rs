@@ -13,7 +13,8 @@ pub mod cow;
 
 pub use cow::CowDisk;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use std::os::fd::OwnedFd;
 
 /// A fixed-size array of bytes that outlives crashes. Any offset and any length within the size; all
 /// methods may be called by many threads at once.
@@ -39,6 +40,14 @@ pub trait Disk: Send + Sync {
     }
     /// Makes all that returned before this call durable.
     fn flush(&self) -> Result<()>;
+    /// A file that holds exactly these bytes at these places and never changes, if there is one: then others can read it past this disk, and past
+    /// its checksums. The error says why there is none.
+    fn plain_file(&self) -> Result<OwnedFd> {
+        Err(Error::new(
+            Kind::Unsupported,
+            "the disk is not the contents of one file",
+        ))
+    }
     /// What stands where in `at..at+len` (rounded outwards to blocks), in order and without gaps.
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>>;
 }

@@ -138,6 +138,8 @@ pub struct ServedFile {
     since: u64,
     /// The disk; `None` once removed. Each request holds it for reading, from beginning to end.
     disk: RwLock<Option<Arc<dyn Disk>>>,
+    /// The file that the kernel reads in its place ([`crate::sys::passthrough`]).
+    backing: Option<u32>,
     /// Refuses new requests while a removal waits for those under way.
     closing: AtomicBool,
     opens: AtomicI64,
@@ -179,6 +181,10 @@ impl ServedFile {
     /// When it was added, in seconds since 1970.
     pub fn since(&self) -> u64 {
         self.since
+    }
+    /// The number of the file that the kernel reads in its place.
+    pub fn backing(&self) -> Option<u32> {
+        self.backing
     }
     /// The disk, held for one request: while it is held the disk is neither removed nor replaced. `None`
     /// once the file is removed.
@@ -271,13 +277,30 @@ impl Files {
     /// Shows a disk under a new name and returns its number. It can be opened at once: the kernel
     /// remembers neither names nor their absence.
     pub fn add(&self, name: &str, disk: Arc<dyn Disk>) -> Result<u64> {
-        self.insert(name, disk, None)
+        self.insert(name, disk, None, None)
     }
     /// Shows a disk under the number it had before a takeover: open files know it by that number.
     pub fn add_with_ino(&self, name: &str, disk: Arc<dyn Disk>, ino: u64) -> Result<()> {
-        self.insert(name, disk, Some(ino)).map(|_| ())
+        self.insert(name, disk, Some(ino), None).map(|_| ())
     }
-    fn insert(&self, name: &str, disk: Arc<dyn Disk>, ino: Option<u64>) -> Result<u64> {
+    /// Shows a disk that the kernel reads by itself, from the file of number `backing`: it can only be read. `ino`: the number it had before a
+    /// takeover.
+    pub fn add_backed(
+        &self,
+        name: &str,
+        disk: Arc<dyn Disk>,
+        ino: Option<u64>,
+        backing: u32,
+    ) -> Result<u64> {
+        self.insert(name, disk, ino, Some(backing))
+    }
+    fn insert(
+        &self,
+        name: &str,
+        disk: Arc<dyn Disk>,
+        ino: Option<u64>,
+        backing: Option<u32>,
+    ) -> Result<u64> {
         if name.is_empty()
             || name.len() > NAME_MAX
             || name == "."
@@ -314,6 +337,7 @@ impl Files {
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |d| d.as_secs()),
             disk: RwLock::new(Some(disk)),
+            backing,
             closing: AtomicBool::new(false),
             opens: AtomicI64::new(0),
             counters: Counters::default(),

@@ -11,6 +11,7 @@ pub mod holders;
 pub mod idle;
 pub mod loopdev;
 pub mod mounts;
+pub mod passthrough;
 pub mod private;
 pub mod probe;
 pub mod process;

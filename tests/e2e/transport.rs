@@ -38,6 +38,7 @@ fn a_disk_attached_over_io_uring() {
             "--iodepth=32",
             "--verify=crc32c",
             "--do_verify=1",
+            "--verify_state_save=0",
             "--output=/dev/null",
         ],
     );
@@ -223,5 +224,112 @@ fn without_the_switch_io_uring_is_refused() {
     w.ok(["attach", "d"]);
     assert_eq!(w.status()["transport"], "device");
     w.ok(["detach", "d"]);
+    w.finish();
+}
+
+fn pattern_base(w: &World) -> Vec<u8> {
+    let content = noise(7, 24 << 20);
+    w.ok(["import", s(&w.file("plain.img", &content)), "plain"]);
+    content
+}
+
+fn reads_of_the_daemon(w: &World) -> u64 {
+    w.status()["requests"]["reads"].as_u64().unwrap()
+}
+
+/// The kernel reads the image past the daemon: the same bytes, also while there is no server, and with the next one.
+#[test]
+fn an_image_attached_with_passthrough() {
+    if !root() {
+        return;
+    }
+    // A filesystem of its own, to see that the image is let go.
+    let w = World::at("host/store");
+    let host = w.mkdir("host");
+    tool(
+        "mount",
+        ["-t", "tmpfs", "-o", "size=200m", "none", s(&host)],
+    );
+    let content = pattern_base(&w);
+    let device = w.json(["attach", "plain", "--passthrough"]);
+    assert_eq!(device["passthrough"], true, "{device}");
+    assert_eq!(device["read_only"], true, "{device}");
+    let file = device["file"].as_str().unwrap().to_string();
+    let device = device["device"].as_str().unwrap().to_string();
+    let exported = w.path("out.img");
+    w.ok(["export", "plain", s(&exported)]);
+    let read = || read_direct(device.as_ref(), 0, content.len());
+    assert!(read() == content);
+    assert_eq!(sha256(device.as_ref()), sha256(&exported));
+    assert_eq!(reads_of_the_daemon(&w), 0, "the daemon was asked");
+    let write = File::options().write(true).open(&device);
+    let written = write.and_then(|f| f.write_all_at(&[0; 4096], 0));
+    assert!(written.is_err(), "a write to an image");
+    assert!(File::options().write(true).open(&file).is_err());
+    // One device for all who want it so; another way is refused.
+    assert_eq!(w.ok(["attach", "plain", "--passthrough"]), device);
+    let told = w.fails_here(11, &["attach", "plain"]);
+    assert!(told.contains("another way"), "{told}");
+    w.ok(["detach", "plain"]);
+    // Nobody serves: reads go on.
+    let server = w.pid("server_pid");
+    kill(server, "STOP");
+    let stopped = read();
+    kill(server, "CONT");
+    assert!(stopped == content);
+    // Another server goes on with the number that the kernel knows the image by.
+    let open = File::open(&file).unwrap();
+    for round in 0..2 {
+        match round {
+            0 => kill_and_wait(w.pid("server_pid")),
+            _ => drop(w.ok(["daemon", "takeover"])),
+        }
+        assert!(read() == content);
+        let mut some = vec![0; 9000];
+        open.read_exact_at(&mut some, 12345).unwrap();
+        assert!(some == content[12345..12345 + 9000]);
+        let another = File::open(&file).unwrap();
+        another.read_exact_at(&mut some, 54321).unwrap();
+        assert!(some == content[54321..54321 + 9000]);
+        assert_eq!(reads_of_the_daemon(&w), 0, "the daemon was asked");
+    }
+    drop(open);
+    w.ok(["detach", "plain"]);
+    // The daemon lives, and holds nothing of the image any more.
+    let free = || rustix::fs::statvfs(&host).unwrap().f_bavail;
+    let before = free();
+    w.ok(["rm", "plain"]);
+    eventually("the image is gone", || {
+        (free().saturating_sub(before)) * 4096 > 23 << 20
+    });
+    w.ok(["check"]);
+    w.ok(["daemon", "stop"]);
+    assert_eq!(w.loops(), [""; 0]);
+    tool("umount", [s(&host)]);
+    w.nothing_left();
+}
+
+#[test]
+fn passthrough_is_refused_for_what_is_not_one_file() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    pattern_base(&w);
+    w.ok(["create", "d", "--from", "plain"]);
+    w.ok(["snapshot", "d@s"]);
+    let odd = noise(3, (1 << 20) + 100);
+    w.ok(["import", s(&w.file("odd.img", &odd)), "odd"]);
+    for reference in ["d", "d@s"] {
+        let told = w.fails_here(1, &["attach", reference, "--ro", "--passthrough"]);
+        assert!(told.contains("layers"), "{told}");
+    }
+    let told = w.fails_here(1, &["attach", "odd", "--passthrough"]);
+    assert!(told.contains("multiple"), "{told}");
+    assert_eq!(w.attached(), [""; 0]);
+    assert_eq!(w.loops(), [""; 0]);
+    // Without it all of them can be had.
+    w.ok(["attach", "odd", "--via", "file"]);
+    w.ok(["detach", "odd"]);
     w.finish();
 }

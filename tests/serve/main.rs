@@ -5,6 +5,7 @@
 mod device;
 mod disks;
 mod file;
+mod passthrough;
 mod rig;
 mod ring;
 mod takeover;

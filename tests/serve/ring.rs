@@ -183,6 +183,7 @@ fn a_filesystem_lives_on_a_device_over_rings() {
             "--iodepth=32",
             "--verify=crc32c",
             "--do_verify=1",
+            "--verify_state_save=0",
             "--output=/dev/null",
         ],
     );

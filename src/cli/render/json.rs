@@ -144,6 +144,8 @@ pub struct AttachedDoc {
     pub file: PathBuf,
     /// Can it only be read?
     pub read_only: bool,
+    /// Does the kernel read the image by itself?
+    pub passthrough: bool,
     /// How many times it is attached.
     pub count: u32,
     /// Where it is mounted, as this process sees it.
@@ -162,6 +164,7 @@ impl AttachedDoc {
             device: attached.device.clone(),
             file: attached.file.clone(),
             read_only: attached.read_only,
+            passthrough: attached.passthrough,
             count: attached.count,
             mounts: mounts.to_vec(),
         }

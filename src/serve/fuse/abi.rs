@@ -60,6 +60,7 @@ pub mod fopen {
     pub const DIRECT_IO: u32 = 1 << 0;
     pub const NOFLUSH: u32 = 1 << 5;
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+    pub const PASSTHROUGH: u32 = 1 << 7;
 }
 
 /// Notifications, sent as the `error` of a message without a request.

@@ -394,16 +394,21 @@ impl Request<'_> {
         let arg: abi::OpenIn = self.arg()?;
         let file = self.file()?;
         let read_only = file.disk().map(|d| d.read_only()).ok_or(libc::ESTALE)?;
-        if read_only && arg.flags as i32 & libc::O_ACCMODE != libc::O_RDONLY {
+        // The kernel would write to the backing file itself: never, whatever the disk in its place says.
+        let backing = file.backing();
+        if (read_only || backing.is_some()) && arg.flags as i32 & libc::O_ACCMODE != libc::O_RDONLY
+        {
             return Err(libc::EROFS);
         }
         file.opened();
+        use abi::fopen::{DIRECT_IO, NOFLUSH, PARALLEL_DIRECT_WRITES, PASSTHROUGH};
         self.body(&abi::OpenOut {
             fh: file.ino(),
-            open_flags: abi::fopen::DIRECT_IO
-                | abi::fopen::PARALLEL_DIRECT_WRITES
-                | abi::fopen::NOFLUSH,
-            backing_id: 0,
+            open_flags: match backing {
+                None => DIRECT_IO | PARALLEL_DIRECT_WRITES | NOFLUSH,
+                Some(_) => PASSTHROUGH | NOFLUSH,
+            },
+            backing_id: backing.map_or(0, |id| id as i32),
         })
     }
 

@@ -15,14 +15,18 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     serve::files::Files,
-    sys::process,
+    sys::{passthrough, process},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Largest data of one READ or WRITE: what the kernel allows (256 pages).
@@ -44,6 +48,7 @@ const WANTED: u64 = abi::init::ASYNC_READ
     | abi::init::MAX_PAGES
     | abi::init::INIT_EXT
     | abi::init::HAS_RESEND
+    | abi::init::PASSTHROUGH
     | abi::init::ABORT_ERROR;
 
 /// An environment variable that makes a kernel look like one before 6.9: to try what happens there.
@@ -240,6 +245,36 @@ impl Session {
     pub fn threads(&self) -> (usize, usize) {
         self.crew.count()
     }
+    /// Makes known a file that the kernel is to read by itself in the place of a served one, whose bytes are the same
+    /// ([`Files::add_backed`]). The number belongs to the mount, and is given back with [`Session::close_backing`].
+    pub fn open_backing(&self, file: BorrowedFd<'_>) -> Result<u32> {
+        if self.negotiated.flags & abi::init::PASSTHROUGH == 0 {
+            return Err(
+                no_passthrough("the kernel did not offer it when the daemon began").hint(
+                    "Linux 6.9 or newer is needed; without --passthrough it works everywhere",
+                ),
+            );
+        }
+        passthrough::open(self.fd.as_fd(), file).map_err(|e| match e.raw_os_error() {
+            Some(libc::EPERM) => no_passthrough("the daemon has no CAP_SYS_ADMIN")
+                .hint("attach as root; without --passthrough it works for every user"),
+            Some(libc::ELOOP) => {
+                no_passthrough("the image lies on a filesystem that is itself stacked on another")
+                    .hint("put the store on a local filesystem such as ext4, xfs or btrfs")
+            }
+            Some(libc::EOPNOTSUPP) => no_passthrough("the filesystem of the image cannot do it")
+                .hint("put the store on a local filesystem such as ext4, xfs or btrfs"),
+            _ => no_passthrough(&e.to_string()).hint("attach it without --passthrough"),
+        })
+    }
+    /// Gives the number back. One that is not known any more is no error: an earlier session may have given it back and died.
+    pub fn close_backing(&self, id: u32) {
+        match passthrough::close(self.fd.as_fd(), id) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(e) => tracing::warn!("a backing file stays open: {e}"),
+        }
+    }
     /// Tells the kernel that a file's size changed, so that `stat` asks again.
     pub fn size_changed(&self, ino: u64) -> Result<()> {
         let body = abi::InvalInodeOut {
@@ -262,6 +297,13 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+fn no_passthrough(why: &str) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!("the kernel cannot read the image by itself: {why}"),
+    )
 }
 
 /// Sends a message of our own. `unique` 0 marks it as such.
@@ -388,6 +430,8 @@ impl Greeting {
             max_write: MAX_DATA as u32,
             time_gran: 1,
             max_pages: MAX_PAGES,
+            // Backing files lie on a filesystem that is not stacked itself.
+            max_stack_depth: u32::from(flags & abi::init::PASSTHROUGH != 0),
             ..Default::default()
         };
         let answer = abi::OutHeader {
