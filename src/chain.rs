@@ -6,6 +6,7 @@
 use crate::base::Base;
 use crate::error::Result;
 use crate::format::Pointer;
+use crate::io::File;
 use crate::layer::ReadLayer;
 use crate::map::RegionMap;
 use crate::sync::RwLock;
@@ -219,6 +220,16 @@ impl Chain {
     pub fn is_base(&self, region: Region) -> Result<bool> {
         Ok(self.layers.is_empty()
             || self.resolve(region, |resolved| matches!(resolved, Resolved::Base))?)
+    }
+    /// The file in which a block is that is not zeros, and the offset there.
+    pub fn file_of(&self, place: Place, lba: Lba) -> Option<(&Arc<dyn File>, u64)> {
+        match place {
+            Place::Base if lba.at() < self.base.len() => Some((self.base.file(), lba.at())),
+            Place::Base | Place::Zero { .. } => None,
+            Place::Slot { depth, slot, .. } => {
+                Some((self.layers[depth as usize].file(), slot.at()))
+            }
+        }
     }
     /// Reads `n` neighbouring blocks that begin at `place` into `buf`. For a slot, `sums` are the checksums.
     pub fn read_blocks(&self, place: Place, sums: &[u32], lba: Lba, buf: &mut [u8]) -> Result<()> {

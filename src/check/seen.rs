@@ -42,6 +42,12 @@ impl File for Seen {
     fn start_writeback(&self, at: u64, len: u64) {
         self.0.start_writeback(at, len);
     }
+    fn prefetch(&self, at: u64, len: u64) {
+        self.0.prefetch(at, len);
+    }
+    fn is_cached(&self, at: u64) -> bool {
+        self.0.is_cached(at)
+    }
     fn await_writeback(&self, at: u64, len: u64) {
         self.0.await_writeback(at, len);
     }

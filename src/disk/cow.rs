@@ -2,6 +2,7 @@
 //!
 //! Every request holds `top` for reading while it runs; a seal takes it for writing, which quiesces the disk.
 
+use super::ahead::Stream;
 use super::{Disk, Extent, Source};
 use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
@@ -11,6 +12,7 @@ use crate::layer::{Layer, State};
 use crate::sync::RwLock;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 // Counters for people: no order depends on them.
@@ -46,6 +48,7 @@ pub struct CowDisk {
     size: u64,
     top: RwLock<Top>,
     counters: Counters,
+    stream: Stream,
 }
 
 /// Where the next blocks are, as the disk sees it.
@@ -93,6 +96,7 @@ impl CowDisk {
                 chain,
             }),
             counters: Counters::default(),
+            stream: Stream::default(),
         }
     }
     /// A chain as a disk that can only be read.
@@ -101,6 +105,7 @@ impl CowDisk {
             size: chain.size(),
             top: RwLock::new(Top { layer: None, chain }),
             counters: Counters::default(),
+            stream: Stream::default(),
         }
     }
     /// What was read and written so far.
@@ -268,6 +273,46 @@ impl CowDisk {
         Ok(())
     }
 
+    /// Begins to read what a sequential reader will ask for next. Damage is met when it is read.
+    fn read_ahead(&self, top: &Top, range: Range<u64>) {
+        let last = Lba::of(range.end.min(self.size)).0;
+        let mut next = Lba::of(range.start);
+        let mut places = [At::OwnZero; REGION_BLOCKS];
+        let mut cold = false;
+        while next.0 < last {
+            let n = (REGION_BLOCKS - next.index()).min((last - next.0) as usize);
+            let _guard = top.layer.as_ref().map(Layer::enter);
+            if Self::locate::<REGION_BLOCKS>(top, next.region(), next.index(), &mut places[..n])
+                .is_err()
+            {
+                return;
+            }
+            let mut i = 0;
+            while i < n {
+                let mut len = 1;
+                while i + len < n && places[i].continued_by(places[i + len], len) {
+                    len += 1;
+                }
+                let lba = Lba(next.0 + i as u32);
+                let there = match places[i] {
+                    At::Own(slot, _) => top.layer.as_ref().map(|l| (l.file(), slot.at())),
+                    At::OwnZero => None,
+                    At::Below(place) => top.chain.file_of(place, lba),
+                };
+                if let Some((file, at)) = there {
+                    // What is in memory at the beginning is taken to be there as a whole.
+                    if !cold && file.is_cached(at) {
+                        return;
+                    }
+                    cold = true;
+                    file.prefetch(at, len as u64 * BLOCK);
+                }
+                i += len;
+            }
+            next = Lba(next.0 + n as u32);
+        }
+    }
+
     /// Replaces part of one block: read, merge, write as a whole, and publish only if nobody changed the block meanwhile.
     fn write_part(
         &self,
@@ -403,6 +448,9 @@ impl Disk for CowDisk {
             return Ok(());
         }
         let top = self.top.read();
+        if let Some(range) = self.stream.read(at, buf.len() as u64) {
+            self.read_ahead(&top, range);
+        }
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {

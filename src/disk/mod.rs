@@ -9,6 +9,7 @@
 //!
 //! Not here: names, devices, requests and their queues.
 
+mod ahead;
 pub mod cow;
 
 pub use cow::CowDisk;

@@ -97,6 +97,12 @@ pub trait File: Send + Sync {
     fn punch(&self, at: u64, len: u64) -> Result<()>;
     /// Starts writing the range's dirty pages to the disk without waiting; a hint, promises nothing.
     fn start_writeback(&self, at: u64, len: u64);
+    /// Begins to read the range into memory without waiting; a hint.
+    fn prefetch(&self, _at: u64, _len: u64) {}
+    /// Is the byte at `at` in memory, as far as that can be known? A hint.
+    fn is_cached(&self, _at: u64) -> bool {
+        true
+    }
     /// Waits until what of the range is on its way to the disk has arrived, for about a second at most. Unlike other ways to wait for it this
     /// takes no error away from the next [`File::sync`]. A hint.
     fn await_writeback(&self, _at: u64, _len: u64) {}

@@ -19,6 +19,7 @@ use rustix::{
     io::{Errno, retry_on_intr},
 };
 use std::{
+    num::NonZeroU64,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -243,7 +244,17 @@ impl Dir for OsDir {
     }
 }
 
+/// From this length on a read asks the disk for all of it at once: the kernel's readahead goes in steps of 128 KiB unless told otherwise.
+const LARGE: usize = 64 << 10;
+
 impl OsFile {
+    /// Reads as much of the beginning of the range as is in memory, without waiting for the disk; how much that is.
+    fn read_cached(&self, buf: &mut [u8], at: u64) -> usize {
+        let mut parts = [std::io::IoSliceMut::new(buf)];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        // Errors are met again by the read that follows.
+        rustix::io::preadv2(&self.fd, &mut parts, at, flags).unwrap_or(0)
+    }
     fn fail(&self, what: &str, e: Errno) -> Error {
         fail(what, &self.path, e.raw_os_error())
     }
@@ -310,6 +321,13 @@ impl File for OsFile {
             return Err(past_end(&self.path, at, len));
         }
         let mut done = 0;
+        if len >= LARGE {
+            // What is in memory costs nothing more. For the rest the kernel would send one request of the size of its readahead after the other.
+            done = self.read_cached(buf, at);
+            if done < len {
+                self.prefetch(at + done as u64, (len - done) as u64);
+            }
+        }
         while done < len {
             let here = at + done as u64;
             match rustix::io::pread(&self.fd, &mut buf[done..], here) {
@@ -379,6 +397,17 @@ impl File for OsFile {
         }
     }
 
+    fn prefetch(&self, at: u64, len: u64) {
+        if let (Ok(_), Some(len)) = (check_range(&self.path, at, len), NonZeroU64::new(len)) {
+            // Nothing is lost if it fails.
+            let _ = fs::fadvise(&self.fd, at, Some(len), fs::Advice::WillNeed);
+        }
+    }
+
+    fn is_cached(&self, at: u64) -> bool {
+        self.read_cached(&mut [0], at) == 1
+    }
+
     fn await_writeback(&self, at: u64, len: u64) {
         if len == 0 || check_range(&self.path, at, len).is_err() {
             return;
@@ -398,7 +427,7 @@ impl File for OsFile {
         let at = at / FOLIO * FOLIO;
         let len = end.map_or(u64::MAX, |end| end - at);
         // A length of 0, and one past the largest offset, mean "to the end".
-        let len = std::num::NonZeroU64::new(len).filter(|l| l.get() <= i64::MAX as u64 - at);
+        let len = NonZeroU64::new(len).filter(|l| l.get() <= i64::MAX as u64 - at);
         // Nothing is lost if it fails.
         let _ = fs::fadvise(&self.fd, at, len, fs::Advice::DontNeed);
     }

@@ -577,7 +577,7 @@ impl Store {
         // It may have been renamed, snapshotted or removed since it was looked up.
         let object = self.object(&object.name)?;
         let (layer, chain) = self.open_top(&object, memory)?;
-        self.note_opened(&object.name, true);
+        self.note_opened(&object.name);
         Ok(Arc::new(CowDisk::writable(layer, chain)))
     }
     /// Opens a disk that a dead process had open with [`Store::open_cow_on`] and the same memory, with all that it had accepted.
@@ -613,7 +613,7 @@ impl Store {
         let layer = Layer::resume(file, memory)
             .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
         // The one that died may not have come to that.
-        self.note_opened(name, false);
+        self.note_opened(name);
         let chain = self.chain(parent_of(&header))?;
         Ok(Arc::new(CowDisk::writable(layer, chain)))
     }
@@ -670,7 +670,7 @@ impl Store {
     }
     /// Notes at a disk's name that its layer is more than a header from now on (its first superblock is durable): so a file that is cut
     /// to its header can be told from a fork that was never opened. The names lock is held.
-    fn note_opened(&self, name: &str, durable: bool) {
+    fn note_opened(&self, name: &str) {
         let noted = (|| {
             let mut record = read_name(&*self.names, name)?;
             if record.opened {
@@ -684,12 +684,8 @@ impl Store {
             if placed.is_err() {
                 let _ = self.names.remove(&temporary);
             }
-            placed?;
-            match durable {
-                true => self.names.sync(),
-                // Users wait: a note that a power cut takes back is worth no more than that.
-                false => Ok(()),
-            }
+            // Users wait: a note that a power cut takes back is worth no more than another sync.
+            placed
         })();
         if let Err(e) = noted {
             // Nothing depends on it; on a full host disk there may be no room for it.

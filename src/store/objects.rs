@@ -114,6 +114,10 @@ impl Store {
             // Layers before names, whatever the number; and all is written before the first sync, so that most of what the
             // later ones would do is done by then.
             if one {
+                // The host allocates space for both now, so that the first sync makes both allocations durable and the second finds little to do.
+                for file in &unsynced {
+                    file.start_writeback(0, BLOCK);
+                }
                 unsynced.iter().try_for_each(|file| file.sync())?;
                 self.layers.sync()?;
             } else {
@@ -338,7 +342,7 @@ impl Store {
             Ok((layer, chain))
         });
         match &done {
-            Ok(()) => self.note_opened(&source.name, false),
+            Ok(()) => self.note_opened(&source.name),
             Err(_) if !sealed_at => self.abandon(&prepared),
             Err(_) => {}
         }

@@ -133,6 +133,12 @@ impl File for HookedFile {
     fn start_writeback(&self, at: u64, len: u64) {
         self.inner.start_writeback(at, len);
     }
+    fn prefetch(&self, at: u64, len: u64) {
+        self.inner.prefetch(at, len);
+    }
+    fn is_cached(&self, at: u64) -> bool {
+        self.inner.is_cached(at)
+    }
     fn await_writeback(&self, at: u64, len: u64) {
         self.inner.await_writeback(at, len);
     }

@@ -69,6 +69,12 @@ impl File for Paused {
     fn start_writeback(&self, at: u64, len: u64) {
         self.0.start_writeback(at, len);
     }
+    fn prefetch(&self, at: u64, len: u64) {
+        self.0.prefetch(at, len);
+    }
+    fn is_cached(&self, at: u64) -> bool {
+        self.0.is_cached(at)
+    }
     fn await_writeback(&self, at: u64, len: u64) {
         self.0.await_writeback(at, len);
     }
