@@ -83,7 +83,7 @@ fn change(layer: &Layer, blocks: usize, seed: u64) {
     for _ in 0..blocks {
         let lba = rng.below(DISK);
         let taken = layer.take(1, 1).expect("taken");
-        let slot = Slot(taken.extents[0].0);
+        let slot = Slot(taken.extents.first().expect("one").0);
         let pointer = Pointer::Data { slot, sum: 7 };
         layer
             .publish(Lba(lba as u32), &[pointer], taken)

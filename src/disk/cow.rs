@@ -8,6 +8,7 @@ use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
 use crate::io::File;
+use crate::layer::writable::Taken;
 use crate::layer::{Layer, State};
 use crate::sync::RwLock;
 use crate::sys::shared::SharedMemory;
@@ -345,7 +346,7 @@ impl CowDisk {
             let pointer = if zero {
                 Pointer::Zero
             } else {
-                if let Err(e) = layer.write_slots(&taken, &block) {
+                if let Err(e) = layer.write_slots(&taken, 0, &block) {
                     layer.not_written(taken);
                     return Err(e);
                 }
@@ -363,45 +364,61 @@ impl CowDisk {
 
     /// Writes whole blocks, at most [`PIECE`]: the parent is never read.
     fn write_whole(&self, layer: &Layer, lba: Lba, data: &[u8]) -> Result<()> {
+        // As for reads: tables of the size of the request.
+        match data.len() / BLOCK_SIZE {
+            1 => self.write_blocks::<1>(layer, lba, data),
+            2..=32 => self.write_blocks::<32>(layer, lba, data),
+            _ => self.write_blocks::<PIECE>(layer, lba, data),
+        }
+    }
+
+    /// Writes at most `N` whole blocks.
+    fn write_blocks<const N: usize>(&self, layer: &Layer, lba: Lba, data: &[u8]) -> Result<()> {
         let n = data.len() / BLOCK_SIZE;
-        let mut zero = [false; PIECE];
+        let mut table = [Pointer::Zero; N];
+        let pointers = &mut table[..n];
         let mut slots = 0;
-        for (z, block) in zero.iter_mut().zip(data.chunks_exact(BLOCK_SIZE)) {
-            *z = is_zero(block);
-            slots += u32::from(!*z);
+        for (pointer, block) in pointers.iter_mut().zip(data.chunks_exact(BLOCK_SIZE)) {
+            if !is_zero(block) {
+                // Its slot is known once all are counted.
+                *pointer = Pointer::Data {
+                    slot: Slot(0),
+                    sum: format::crc(block),
+                };
+                slots += 1;
+            }
         }
         let taken = layer.take(n as u64, slots)?;
-        let mut pointers = Vec::with_capacity(n);
-        let mut free = taken
+        let free = taken
             .extents
             .iter()
-            .flat_map(|&(start, len)| start..start + len);
-        for (&z, block) in zero.iter().zip(data.chunks_exact(BLOCK_SIZE)) {
-            pointers.push(match free_slot(z, &mut free) {
-                None => Pointer::Zero,
-                Some(slot) => Pointer::Data {
-                    slot,
-                    sum: format::crc(block),
-                },
-            });
+            .flat_map(|(start, len)| start..start + len);
+        let filled = pointers.iter_mut().filter(|p| **p != Pointer::Zero);
+        for (pointer, next) in filled.zip(free) {
+            if let Pointer::Data { slot, .. } = pointer {
+                *slot = Slot(next);
+            }
         }
-        let written = if slots as usize == n {
-            layer.write_slots(&taken, data)
-        } else {
-            let dense: Vec<u8> = data
-                .chunks_exact(BLOCK_SIZE)
-                .zip(&zero)
-                .filter(|(_, z)| !**z)
-                .flat_map(|(block, _)| block.iter().copied())
-                .collect();
-            layer.write_slots(&taken, &dense)
-        };
-        if let Err(e) = written {
+        if let Err(e) = write_data(layer, &taken, pointers, data) {
             layer.not_written(taken);
             return Err(e);
         }
-        layer.publish(lba, &pointers, taken)
+        layer.publish(lba, pointers, taken)
     }
+}
+
+/// Writes the blocks that are not zeros into the slots that were taken for them: each row of them at once, from where it stands.
+fn write_data(layer: &Layer, taken: &Taken, pointers: &[Pointer], data: &[u8]) -> Result<()> {
+    let (mut at, mut done) = (0, 0);
+    for row in pointers.chunk_by(|a, b| (*a == Pointer::Zero) == (*b == Pointer::Zero)) {
+        let end = at + row.len() * BLOCK_SIZE;
+        if row[0] != Pointer::Zero {
+            layer.write_slots(taken, done, &data[at..end])?;
+            done += row.len() as u32;
+        }
+        at = end;
+    }
+    Ok(())
 }
 
 /// Does `f`, and once more if the host disk was full and the layer could give something back.
@@ -413,10 +430,6 @@ fn with_room(layer: &Layer, f: impl Fn() -> Result<()>) -> Result<()> {
         }
         other => other,
     }
-}
-
-fn free_slot(zero: bool, free: &mut impl Iterator<Item = u32>) -> Option<Slot> {
-    if zero { None } else { free.next().map(Slot) }
 }
 
 /// Is it all zeros? Real data fails at its first bytes.

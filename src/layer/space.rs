@@ -12,6 +12,37 @@ pub struct FreeSet {
     total: u64,
 }
 
+/// Extents in order, of which the first takes no memory of its own: nearly always it is the only one.
+#[derive(Default)]
+pub struct Extents {
+    first: Option<(u32, u32)>,
+    rest: Vec<(u32, u32)>,
+}
+
+impl Extents {
+    /// Adds one at the end; if it continues the last one, that becomes longer.
+    pub fn push(&mut self, start: u32, len: u32) {
+        let last = self.rest.last_mut().or(self.first.as_mut());
+        match last {
+            Some((s, l)) if *s + *l == start => *l += len,
+            Some(_) => self.rest.push((start, len)),
+            None => self.first = Some((start, len)),
+        }
+    }
+    /// The first one.
+    pub fn first(&self) -> Option<(u32, u32)> {
+        self.first
+    }
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.first.iter().chain(&self.rest).copied()
+    }
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+}
+
 /// Free slots with host blocks that no data is put into: the run that empties the journal needs them on a full disk.
 pub const SPARE: u64 = 8;
 
@@ -114,8 +145,8 @@ pub struct Space {
     pub cold: FreeSet,
     /// Free, and not given back to the host yet by the process before us: not in use before that is done.
     pub inherited: Vec<(u32, u32)>,
-    /// Unpublished in that epoch; readers may still know them.
-    waiting: VecDeque<(u64, Vec<(u32, u32)>)>,
+    /// Epoch and extent: unpublished in that epoch; readers may still know them.
+    waiting: VecDeque<(u64, (u32, u32))>,
     /// Journal entries that accepted and running writes of the open epoch may need.
     pub entries: u64,
     /// Journal slots in use by durable commits, and by the one being written.
@@ -137,10 +168,9 @@ impl Space {
         }
     }
     /// Makes extents free once no reader can know them.
-    pub fn retire(&mut self, epoch: u64, extents: Vec<(u32, u32)>) {
-        if !extents.is_empty() {
-            self.waiting.push_back((epoch, extents));
-        }
+    pub fn retire(&mut self, epoch: u64, extents: impl IntoIterator<Item = (u32, u32)>) {
+        self.waiting
+            .extend(extents.into_iter().map(|extent| (epoch, extent)));
     }
     /// Moves what no reader can know any more to the free slots.
     pub fn settle(&mut self, quiesce: &Quiesce) {
@@ -148,14 +178,11 @@ impl Space {
             return;
         }
         let now = quiesce.advance();
-        while self
-            .waiting
-            .front()
-            .is_some_and(|(epoch, _)| epoch + 2 <= now)
+        while let Some(&(epoch, (start, len))) = self.waiting.front()
+            && epoch + 2 <= now
         {
-            for (start, len) in self.waiting.pop_front().map(|(_, e)| e).unwrap_or_default() {
-                self.hot.insert(start, len);
-            }
+            self.waiting.pop_front();
+            self.hot.insert(start, len);
         }
     }
     /// `n` slots side by side; says whether they have host blocks.
@@ -176,7 +203,7 @@ impl Space {
         })
     }
     /// `n` slots, side by side where that is cheap.
-    pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Vec<(u32, u32)>> {
+    pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Extents> {
         self.settle(quiesce);
         // The last ones with host blocks are for emptying the journal.
         let hot = self.hot.total() >= SPARE + u64::from(n);
@@ -187,12 +214,13 @@ impl Space {
         } else if hot {
             found = self.hot.take(n);
         }
+        let mut got = Extents::default();
         if let Some(start) = found.or_else(|| self.fresh(n)) {
-            return Ok(vec![(start, n)]);
+            got.push(start, n);
+            return Ok(got);
         }
         // The file is at its largest: gather what is left.
         let mut left = n;
-        let mut got = Vec::new();
         while left > 0 {
             match self
                 .hot
@@ -200,11 +228,11 @@ impl Space {
                 .or_else(|| self.cold.take_some(left))
             {
                 Some((start, len)) => {
-                    got.push((start, len));
+                    got.push(start, len);
                     left -= len;
                 }
                 None => {
-                    for (start, len) in got {
+                    for (start, len) in got.iter() {
                         self.hot.insert(start, len);
                     }
                     return Err(Self::full());

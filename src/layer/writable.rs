@@ -19,7 +19,7 @@ pub(super) use commit::read_free_list;
 use super::early::{Early, Errand};
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
-use super::space::{FreeSet, SPARE, Space};
+use super::space::{Extents, FreeSet, SPARE, Space};
 use super::volatile::{self, VolatileLog};
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
@@ -184,7 +184,7 @@ pub struct Layer {
 /// [`Layer::not_written`].
 pub struct Taken {
     /// The extents, in order.
-    pub extents: Vec<(u32, u32)>,
+    pub extents: Extents,
     /// Journal entries reserved.
     entries: u64,
     /// Entries of the volatile log reserved.
@@ -557,7 +557,7 @@ impl Layer {
                 let extents = self
                     .reserve_journal(&mut space, end)
                     .and_then(|()| match slots {
-                        0 => Ok(Vec::new()),
+                        0 => Ok(Extents::default()),
                         _ => space.alloc(slots, &self.quiesce),
                     });
                 let extents = match extents {
@@ -591,15 +591,22 @@ impl Layer {
         taken
     }
 
-    /// Writes block data into taken slots. `data` is as long as the extents.
-    pub fn write_slots(&self, taken: &Taken, data: &[u8]) -> Result<()> {
-        let mut rest = data;
-        for &(start, len) in &taken.extents {
-            let (now, later) = rest.split_at(len as usize * BLOCK_SIZE);
-            self.file.write_at(now, Slot(start).at())?;
-            self.write_back_early(start, len);
+    /// Writes block data into taken slots, of which the first `skip` are left out.
+    pub fn write_slots(&self, taken: &Taken, skip: u32, data: &[u8]) -> Result<()> {
+        let (mut skip, mut rest) = (skip, data);
+        for (start, len) in taken.extents.iter() {
+            let left = skip.min(len);
+            skip -= left;
+            let n = ((len - left) as usize).min(rest.len() / BLOCK_SIZE);
+            if n == 0 {
+                continue;
+            }
+            let (now, later) = rest.split_at(n * BLOCK_SIZE);
+            self.file.write_at(now, Slot(start + left).at())?;
+            self.write_back_early(start + left, n as u32);
             rest = later;
         }
+        debug_assert!(rest.is_empty(), "as many slots were taken as are needed");
         Ok(())
     }
 
@@ -643,7 +650,7 @@ impl Layer {
         expected: Option<Pointer>,
         taken: &Taken,
     ) -> Result<bool> {
-        let mut reusable = Vec::new();
+        let mut reusable = Extents::default();
         let done = {
             let _gate = self.gate.read();
             let done = self.publish_regions(lba, pointers, expected, &mut reusable);
@@ -664,7 +671,7 @@ impl Layer {
         lba: Lba,
         pointers: &[Pointer],
         expected: Option<Pointer>,
-        reusable: &mut Vec<(u32, u32)>,
+        reusable: &mut Extents,
     ) -> Result<bool> {
         let epoch = self.epoch.load(SeqCst);
         let mut at = 0;
@@ -706,7 +713,7 @@ impl Layer {
         region: Region,
         index: usize,
         pointer: Pointer,
-        reusable: &mut Vec<(u32, u32)>,
+        reusable: &mut Extents,
     ) {
         if resident.changed != epoch {
             resident.changed = epoch;
@@ -728,19 +735,17 @@ impl Layer {
     }
 
     /// A pointer lost its place: its slot becomes free, at once if no commit names it, else with the commit of this epoch.
-    fn replaced(
-        &self,
-        old: Pointer,
-        dirty: bool,
-        counted: &mut Counted,
-        reusable: &mut Vec<(u32, u32)>,
-    ) {
-        if let Pointer::Data { slot, .. } = old {
-            let list = if dirty { reusable } else { &mut counted.freed };
-            match list.last_mut() {
-                Some((start, len)) if *start + *len == slot.0 => *len += 1,
-                _ => list.push((slot.0, 1)),
-            }
+    fn replaced(&self, old: Pointer, dirty: bool, counted: &mut Counted, reusable: &mut Extents) {
+        let Pointer::Data { slot, .. } = old else {
+            return;
+        };
+        if dirty {
+            reusable.push(slot.0, 1);
+            return;
+        }
+        match counted.freed.last_mut() {
+            Some((start, len)) if *start + *len == slot.0 => *len += 1,
+            _ => counted.freed.push((slot.0, 1)),
         }
     }
 
@@ -758,10 +763,10 @@ impl Layer {
         }
     }
 
-    fn retire(&self, extents: Vec<(u32, u32)>) {
+    fn retire(&self, extents: Extents) {
         if !extents.is_empty() {
             let epoch = self.quiesce.now();
-            self.space.lock().retire(epoch, extents);
+            self.space.lock().retire(epoch, extents.iter());
         }
     }
 
@@ -793,7 +798,7 @@ impl Layer {
     /// Zeroes some blocks of one region.
     fn zero_part(&self, lba: Lba, n: usize) -> Result<()> {
         let taken = self.take(n as u64, 0)?;
-        self.publish(lba, &vec![Pointer::Zero; n], taken)
+        self.publish(lba, &[Pointer::Zero; REGION_BLOCKS][..n], taken)
     }
 
     fn zero_regions(&self, region: Region, regions: u32) -> Result<()> {
@@ -811,7 +816,7 @@ impl Layer {
             }
         }
         let taken = self.take_for(1, 0, u64::from(regions))?;
-        let mut reusable = Vec::new();
+        let mut reusable = Extents::default();
         let done = {
             let _gate = self.gate.read();
             let epoch = self.epoch.load(SeqCst);
@@ -842,7 +847,7 @@ impl Layer {
         region: Region,
         in_runs: &dyn Fn() -> bool,
         epoch: u64,
-        reusable: &mut Vec<(u32, u32)>,
+        reusable: &mut Extents,
     ) -> Result<()> {
         let all = REGION_BLOCKS as i64;
         let r = region.0;

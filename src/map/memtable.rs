@@ -181,58 +181,78 @@ impl Memtable {
     }
     /// Its content as the entries of a commit record.
     pub fn entries(&self) -> Vec<CommitEntry> {
-        let mut entries = Vec::new();
-        let mut zero: Option<(u64, u64)> = None;
-        let flush = |zero: &mut Option<(u64, u64)>, entries: &mut Vec<CommitEntry>| {
-            if let Some((start, end)) = zero.take() {
-                // A range of 2^32 blocks does not fit into 32 bits: split it.
-                let mut at = start;
-                while at < end {
-                    let n = (end - at).min(1 << 31);
-                    entries.push(CommitEntry::new(Lba(at as u32), n as u32, Pointer::Zero));
-                    at += n;
-                }
+        let mut entries = Entries::default();
+        if self.zeros.is_empty() {
+            // Nearly always: nothing to lay over each other, so nothing is copied.
+            for (&r, map) in &self.regions {
+                entries.region(Region(r), map);
             }
-        };
-        let extend = |start: u64,
-                      len: u64,
-                      entries: &mut Vec<CommitEntry>,
-                      zero: &mut Option<(u64, u64)>| {
-            match zero {
-                Some((_, end)) if *end == start => *end += len,
-                _ => {
-                    flush(zero, entries);
-                    *zero = Some((start, start + len));
-                }
-            }
-        };
-        // The items of memory cannot fail.
-        for item in self.items().flatten() {
-            match item {
-                Item::Zeros(r, n) => extend(
-                    u64::from(r.0) * REGION_BLOCKS as u64,
-                    u64::from(n) * REGION_BLOCKS as u64,
-                    &mut entries,
-                    &mut zero,
-                ),
-                Item::Region(r, map) => {
-                    let base = u64::from(r.0) * REGION_BLOCKS as u64;
-                    for index in 0..REGION_BLOCKS {
-                        match map.get(index) {
-                            Pointer::Absent => {}
-                            Pointer::Zero => {
-                                extend(base + index as u64, 1, &mut entries, &mut zero)
-                            }
-                            data => {
-                                flush(&mut zero, &mut entries);
-                                entries.push(CommitEntry::new(r.lba(index), 1, data));
-                            }
-                        }
-                    }
+        } else {
+            // The items of memory cannot fail.
+            for item in self.items().flatten() {
+                match item {
+                    Item::Zeros(r, n) => entries.zeros(
+                        u64::from(r.0) * REGION_BLOCKS as u64,
+                        u64::from(n) * REGION_BLOCKS as u64,
+                    ),
+                    Item::Region(r, map) => entries.region(r, &map),
                 }
             }
         }
-        flush(&mut zero, &mut entries);
-        entries
+        entries.flush();
+        entries.list
+    }
+}
+
+/// Entries in rising order, in which neighbouring zeros become one.
+#[derive(Default)]
+struct Entries {
+    list: Vec<CommitEntry>,
+    /// From which block to before which one there are zeros that are in no entry yet.
+    zero: Option<(u64, u64)>,
+}
+
+impl Entries {
+    fn flush(&mut self) {
+        let Some((mut at, end)) = self.zero.take() else {
+            return;
+        };
+        // A range of 2^32 blocks does not fit into 32 bits: split it.
+        while at < end {
+            let n = (end - at).min(1 << 31);
+            let entry = CommitEntry::new(Lba(at as u32), n as u32, Pointer::Zero);
+            self.list.push(entry);
+            at += n;
+        }
+    }
+    fn zeros(&mut self, start: u64, len: u64) {
+        match &mut self.zero {
+            Some((_, end)) if *end == start => *end += len,
+            _ => {
+                self.flush();
+                self.zero = Some((start, start + len));
+            }
+        }
+    }
+    fn region(&mut self, region: Region, map: &RegionMap) {
+        let base = u64::from(region.0) * REGION_BLOCKS as u64;
+        // Between stored pointers there is nothing; where the map is filled, zeros.
+        let mut next = 0;
+        let end = std::iter::once((REGION_BLOCKS, Pointer::Absent));
+        for (index, pointer) in map.iter().chain(end) {
+            if map.fill() && next < index {
+                self.zeros(base + next as u64, (index - next) as u64);
+            }
+            next = index + 1;
+            match pointer {
+                Pointer::Absent => {}
+                Pointer::Zero => self.zeros(base + index as u64, 1),
+                data => {
+                    self.flush();
+                    let entry = CommitEntry::new(region.lba(index), 1, data);
+                    self.list.push(entry);
+                }
+            }
+        }
     }
 }

@@ -627,8 +627,8 @@ fn layer(data: &[u8]) {
     let data = [0x5A; SLOT];
     let written = (|| {
         let taken = layer.take(1, 1)?;
-        layer.write_slots(&taken, &data)?;
-        let (slot, _) = taken.extents[0];
+        layer.write_slots(&taken, 0, &data)?;
+        let slot = taken.extents.first().map_or(0, |e| e.0);
         let pointer = Pointer::Data {
             slot: Slot(slot),
             sum: format::crc(&data),

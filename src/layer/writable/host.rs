@@ -89,7 +89,7 @@ impl Layer {
         space.entries -= taken.entries;
         self.expected.fetch_sub(taken.logged, SeqCst);
         self.writers.fetch_sub(1, SeqCst);
-        for (start, len) in taken.extents {
+        for (start, len) in taken.extents.iter() {
             space.hot.insert(start, len);
         }
     }
@@ -99,7 +99,7 @@ impl Layer {
         self.space.lock().entries -= taken.entries;
         self.expected.fetch_sub(taken.logged, SeqCst);
         self.writers.fetch_sub(1, SeqCst);
-        for (start, len) in taken.extents {
+        for (start, len) in taken.extents.iter() {
             self.unused(start, len);
         }
     }
