@@ -40,7 +40,7 @@ struct Record {
 }
 
 impl Record {
-    fn at(file: &File, at: u64) -> Result<Record> {
+    fn at(file: &Arc<File>, at: u64) -> Result<Record> {
         let memory = SharedMemory::map(file, at, RECORD).map_err(io)?;
         let record = Record {
             memory,
@@ -106,7 +106,7 @@ impl Record {
 
 /// The memory, as a server or the keeper sees it.
 pub struct Handover {
-    file: File,
+    file: Arc<File>,
     session: Record,
     taken: Mutex<BTreeSet<u64>>,
 }
@@ -125,6 +125,7 @@ impl Handover {
     }
     /// The memory behind a descriptor.
     pub fn open(file: File) -> Result<Arc<Handover>> {
+        let file = Arc::new(file);
         Ok(Arc::new(Handover {
             session: Record::at(&file, 0)?,
             file,

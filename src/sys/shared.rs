@@ -7,6 +7,7 @@ use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// A new memfd of length 0, sealed against shrinking.
@@ -26,8 +27,8 @@ pub fn is_sealed(file: &File) -> bool {
 /// Accesses are copies and single stores; who may touch which bytes when is the business of the user.
 pub struct SharedMemory {
     map: MmapRaw,
-    /// The file and where in it this begins.
-    file: Option<(File, u64)>,
+    /// The file and where in it this begins. All mappings of a file share one descriptor: there are thousands.
+    file: Option<(Arc<File>, u64)>,
 }
 
 impl SharedMemory {
@@ -40,17 +41,17 @@ impl SharedMemory {
         })
     }
     /// The bytes `at..at+len` of a file from [`create`], which is made longer if need be. `at` is a multiple of the page size.
-    pub fn map(file: &File, at: u64, len: usize) -> io::Result<SharedMemory> {
+    pub fn map(file: &Arc<File>, at: u64, len: usize) -> io::Result<SharedMemory> {
         if !is_sealed(file) {
             return Err(io::Error::other("the memory could shrink"));
         }
         if file.metadata()?.len() < at + len as u64 {
             file.set_len(at + len as u64)?;
         }
-        let map = MmapOptions::new().offset(at).len(len).map_raw(file)?;
+        let map = MmapOptions::new().offset(at).len(len).map_raw(&**file)?;
         Ok(SharedMemory {
             map,
-            file: Some((file.try_clone()?, at)),
+            file: Some((file.clone(), at)),
         })
     }
     fn check(&self, at: usize, len: usize, align: usize) {
@@ -119,7 +120,7 @@ mod tests {
 
     #[test]
     fn what_one_mapping_stores_another_finds() {
-        let file = create("test").unwrap();
+        let file = Arc::new(create("test").unwrap());
         let page = rustix::param::page_size();
         let a = SharedMemory::map(&file, page as u64, 2 * page).unwrap();
         a.write(3, b"bytes");
@@ -127,6 +128,8 @@ mod tests {
         a.store_small(24, 7);
         drop(a);
         let b = SharedMemory::map(&file, page as u64, page).unwrap();
+        let _c = SharedMemory::map(&file, 0, page).unwrap();
+        assert_eq!(Arc::strong_count(&file), 3, "one descriptor for all");
         let mut found = [0; 5];
         b.read(3, &mut found);
         assert_eq!(&found, b"bytes");
@@ -141,7 +144,7 @@ mod tests {
         let file = create("test").unwrap();
         file.set_len(8192).unwrap();
         assert!(file.set_len(4096).is_err());
-        let plain = tempfile::tempfile().unwrap();
+        let plain = Arc::new(tempfile::tempfile().unwrap());
         assert!(SharedMemory::map(&plain, 0, 4096).is_err());
     }
 
