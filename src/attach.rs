@@ -164,7 +164,7 @@ pub fn detach_loop(attachment: &LoopAttachment, options: DetachOptions) -> Resul
     loop {
         // The kernel would say yes to anybody and take the device away when the last user closes it:
         // so whoever is there must be found first.
-        let mut users = holders::of_device(device)?;
+        let mut users = holders::of_device(device, options.server)?;
         if users.is_empty() {
             // Exclusive users that the list does not show (another container's) still make it fail.
             match loopdev::detach(
@@ -176,7 +176,9 @@ pub fn detach_loop(attachment: &LoopAttachment, options: DetachOptions) -> Resul
                     ..options
                 },
             ) {
-                Err(e) if e.kind() == Kind::Busy => users = holders::of_device(device)?,
+                Err(e) if e.kind() == Kind::Busy => {
+                    users = holders::of_device(device, options.server)?
+                }
                 result => return result,
             }
         }
@@ -219,10 +221,23 @@ pub fn mount(device: &Path, dir: &Path, options: &MountOptions) -> Result<Mounte
 
 /// Where a device is mounted, in the order of mounting.
 pub fn mounts_of(device: &Path) -> Result<Vec<PathBuf>> {
-    Ok(mounts::of_device(device)?
-        .into_iter()
-        .map(|m| m.mount_point)
-        .collect())
+    Mounts::now()?.of(device)
+}
+
+/// What is mounted at one moment, for whoever asks of many devices: the kernel's table is read once, not once for each.
+pub struct Mounts(Vec<mounts::Mount>);
+
+impl Mounts {
+    /// What is mounted now, in this namespace.
+    pub fn now() -> Result<Mounts> {
+        mounts::list().map(Mounts)
+    }
+    /// Where a device is mounted, in the order of mounting.
+    pub fn of(&self, device: &Path) -> Result<Vec<PathBuf>> {
+        let rdev = loopdev::rdev(device)?;
+        let here = self.0.iter().filter(|m| m.is_of(device, rdev));
+        Ok(here.map(|m| m.mount_point.clone()).collect())
+    }
 }
 
 /// The loop device that is mounted at exactly this directory.

@@ -375,6 +375,7 @@ fn detach_loop(device: &Path) {
         let options = loopdev::DetachOptions {
             timeout: Duration::from_millis(500),
             force: true,
+            server: None,
         };
         let _ = loopdev::detach(device, status.dev, status.ino, options);
     }

@@ -6,7 +6,7 @@ use crate::{
     attach,
     cli::{
         Outcome, Stop,
-        context::{Context, mounts_of},
+        context::{Context, mounts_in, mounts_of},
         render::json::AttachedDoc,
     },
     daemon::{self, AttachRequest, Attached, Client, Dead, Transport, Via},
@@ -337,15 +337,16 @@ impl Detach {
     fn plans(&self, store: &Store, daemon: Option<&mut Client>) -> Result<Vec<Plan>> {
         let dead = daemon::dead_devices(store, daemon.is_some());
         let mut known = Vec::new();
+        let mounted = attach::Mounts::now()?;
         for attached in daemon.map_or(Ok(Vec::new()), Client::attached)? {
-            let mounts = mounts_of(&attached)?;
+            let mounts = mounts_in(&mounted, &attached)?;
             known.push((attached, mounts));
         }
         // The living first: by its name that one is meant.
         let living = known.len();
         for dead in &dead {
             let attached = was_attached(store, dead);
-            let mounts = mounts_of(&attached)?;
+            let mounts = mounts_in(&mounted, &attached)?;
             known.push((attached, mounts));
         }
         let mut plans: Vec<Plan> = Vec::new();

@@ -1,7 +1,7 @@
 //! What every command starts from: the store, its daemon, and how to talk.
 
 use crate::{
-    attach,
+    attach::{self, Mounts},
     cli::ui::Ui,
     daemon::{Attached, Client},
     error::{Error, Kind, Result},
@@ -68,11 +68,7 @@ impl Context {
             self.ui.warn(format!("what is attached is not known: {e}"));
             Vec::new()
         });
-        let with_mounts = |a: Attached| {
-            let mounts = mounts_of(&a).unwrap_or_default();
-            (a, mounts)
-        };
-        attached.into_iter().map(with_mounts).collect()
+        with_mounts(attached)
     }
     /// The daemon, if it has the disk `name` attached for writing: then only the daemon can snapshot or
     /// fork it.
@@ -109,4 +105,22 @@ pub fn mounts_of(attached: &Attached) -> Result<Vec<PathBuf>> {
         Some(device) => attach::mounts_of(Path::new(device)),
         None => Ok(Vec::new()),
     }
+}
+
+/// The same of many attachments, with one look at what is mounted.
+pub fn mounts_in(mounts: &Mounts, attached: &Attached) -> Result<Vec<PathBuf>> {
+    match &attached.device {
+        Some(device) => mounts.of(Path::new(device)),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Attachments and where they are mounted, as far as that is known.
+pub fn with_mounts(all: Vec<Attached>) -> Vec<(Attached, Vec<PathBuf>)> {
+    let now = Mounts::now().ok();
+    let of = |a: &Attached| mounts_in(now.as_ref()?, a).ok();
+    all.into_iter()
+        .map(|a| (of(&a).unwrap_or_default(), a))
+        .map(|(mounts, a)| (a, mounts))
+        .collect()
 }

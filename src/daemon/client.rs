@@ -280,6 +280,10 @@ impl Client {
         if !answer["last"].as_bool().unwrap_or(false) {
             return Ok(vec![gone]);
         }
+        let options = DetachOptions {
+            server: number(&answer, "server_pid").ok().map(|pid| pid as i32),
+            ..options
+        };
         let device = gone.device.as_ref().map(|device| LoopAttachment {
             device: device.into(),
             dev: number(&answer, "dev").unwrap_or(0),

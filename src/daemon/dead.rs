@@ -36,7 +36,7 @@ impl Dead {
     /// Takes it away. It must not be mounted any more.
     pub fn take_away(&self) -> Result<()> {
         loopdev::detach_dead(&self.device, self.use_of).map_err(|e| {
-            let users = holders::of_device(&self.device).unwrap_or_default();
+            let users = holders::of_device(&self.device, None).unwrap_or_default();
             match users.is_empty() {
                 true => e,
                 false => e.context(format!(

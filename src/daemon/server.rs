@@ -639,6 +639,7 @@ impl Server {
         let mut said = self.shown(&entry.attached);
         said["last"] = true.into();
         said["dev"] = entry.dev.into();
+        said["server_pid"] = std::process::id().into();
         said["ino"] = entry.ino.into();
         Ok(said)
     }

@@ -130,8 +130,8 @@ pub fn of_file(path: &Path) -> Vec<Holder> {
         .collect()
 }
 
-/// Who uses a block device: mounts in any namespace, devices on top, swap, and processes that have it open.
-pub fn of_device(device: &Path) -> Result<Vec<Holder>> {
+/// Who uses a block device: mounts in any namespace, devices on top, swap, and processes that have it open, `server` apart.
+pub fn of_device(device: &Path, server: Option<i32>) -> Result<Vec<Holder>> {
     let rdev = loopdev::rdev(device)?;
     let mut holders = Vec::new();
     let mut namespaces = HashSet::new();
@@ -175,6 +175,9 @@ pub fn of_device(device: &Path) -> Result<Vec<Holder>> {
                     seen_by: Some(pid),
                 });
             }
+        }
+        if server == Some(pid) {
+            continue;
         }
         // By name first, then by number: to stat a file we know nothing of could wait for ever.
         let opens = links(&proc.join("fd")).any(|(link, target)| {

@@ -488,6 +488,9 @@ pub struct DetachOptions {
     pub timeout: Duration,
     /// Detach even if what was written to the device but never flushed cannot be written back.
     pub force: bool,
+    /// The process that serves the backing file. It never uses the device, and has a descriptor for each disk that it serves: who uses
+    /// the device is looked for among the others.
+    pub server: Option<i32>,
 }
 
 impl Default for DetachOptions {
@@ -495,6 +498,7 @@ impl Default for DetachOptions {
         DetachOptions {
             timeout: Duration::from_secs(5),
             force: false,
+            server: None,
         }
     }
 }

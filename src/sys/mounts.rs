@@ -102,15 +102,6 @@ pub fn list() -> Result<Vec<Mount>> {
     ))
 }
 
-/// The mounts of a block device in this namespace.
-pub fn of_device(device: &Path) -> Result<Vec<Mount>> {
-    let rdev = super::loopdev::rdev(device)?;
-    Ok(list()?
-        .into_iter()
-        .filter(|m| m.is_of(device, rdev))
-        .collect())
-}
-
 /// What is mounted at exactly this directory (the uppermost, if several are).
 pub fn at(mount_point: &Path) -> Result<Option<Mount>> {
     // Not canonicalised: that would ask a filesystem that may be dead. An absolute path is enough.

@@ -146,6 +146,7 @@ impl Drop for Loop {
         let options = DetachOptions {
             timeout: Duration::from_secs(10),
             force: true,
+            server: None,
         };
         if let Err(e) = attach::detach_loop(&self.0, options) {
             eprintln!("left behind: {e}");
