@@ -176,7 +176,7 @@ impl<'a> Check<'a> {
         }
     }
     fn layer(&mut self, id: Id) {
-        let Some((header, _)) = self.survey.headers.get(&id).copied() else {
+        let Some((header, _)) = self.survey.header_of(id) else {
             return;
         };
         let below = Below::Layer(id);
@@ -206,7 +206,7 @@ impl<'a> Check<'a> {
                     self.corrupt(below, format!("its depth is {} over a base", header.depth));
                 }
             }
-            Below::Layer(parent) => match self.survey.headers.get(&parent) {
+            Below::Layer(parent) => match self.survey.header_of(parent) {
                 None => self.corrupt(
                     below,
                     format!("its parent, layer {parent}, is gone or unreadable"),
@@ -214,9 +214,9 @@ impl<'a> Check<'a> {
                 Some((upper, state)) => {
                     if upper.depth.get() + 1 != header.depth.get() {
                         self.corrupt(below, "its depth does not fit its parent's");
-                    } else if *state != STATE_SEALED && !self.survey.needed(below) {
+                    } else if state != STATE_SEALED && !self.survey.needed(below) {
                         // Made for a snapshot that did not come to its seal: `references` calls it a leak.
-                    } else if *state != STATE_SEALED {
+                    } else if state != STATE_SEALED {
                         self.corrupt(below, format!("its parent, layer {parent}, is not sealed"));
                     }
                 }
@@ -306,7 +306,7 @@ impl<'a> Check<'a> {
         let garbage = "nothing refers to it; `forkdisk gc` removes it, `forkdisk check --repair` gives it a name again if it holds data";
         for id in self.survey.layers.clone() {
             let below = Below::Layer(id);
-            if !needed.contains(&below) && self.survey.headers.contains_key(&id) {
+            if !needed.contains(&below) && self.survey.header_of(id).is_some() {
                 let finding = self.about(below, garbage);
                 self.leak(finding);
             }

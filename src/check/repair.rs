@@ -216,7 +216,7 @@ fn never_written(store: &Store, id: Id) -> bool {
 
 /// What can be mended within a layer at rest.
 fn look_inside(check: &mut Check<'_>, id: Id, steps: &mut Vec<Step>) {
-    let Some((header, state)) = check.survey.headers.get(&id).copied() else {
+    let Some((header, state)) = check.survey.header_of(id) else {
         return;
     };
     // Recovery mends what a crash left.
@@ -279,7 +279,7 @@ fn damaged_copy(file: &dyn File, header: &Header) -> Option<(u32, Superblock)> {
 fn nameless_layer(check: &Check<'_>, id: Id) -> Option<Nameless> {
     let survey = &check.survey;
     let below = Below::Layer(id);
-    let (header, state) = survey.headers.get(&id).copied()?;
+    let (header, state) = survey.header_of(id)?;
     if header.layer != id.0 || !survey.names_of(below).is_empty() {
         return None;
     }

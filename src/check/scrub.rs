@@ -289,13 +289,13 @@ impl Scrub<'_> {
         let store = self.check.store;
         match below {
             Below::Layer(id) => {
-                let Some((header, _)) = self.check.survey.headers.get(&id) else {
+                let Some((header, _)) = self.check.survey.header_of(id) else {
                     return 0;
                 };
                 let found = store
                     .layers_dir()
                     .open(&layer_file(id), Access::Read)
-                    .and_then(|file| recover::superblock(&*file, header));
+                    .and_then(|file| recover::superblock(&*file, &header));
                 found.map_or(0, |f| f.superblock.data_blocks.get().saturating_mul(BLOCK))
             }
             Below::Base(id) => {
@@ -423,7 +423,7 @@ impl Scrub<'_> {
             }
             Ok(file) => file,
         };
-        let Some((header, state)) = self.check.survey.headers.get(&id).copied() else {
+        let Some((header, state)) = self.check.survey.header_of(id) else {
             let found = std::mem::take(&mut self.check.survey.unreadable);
             if let Some((_, e)) = found.iter().find(|(bad, _)| *bad == id)
                 && self.check.survey.needed(below)

@@ -12,9 +12,38 @@ use crate::units::{Id, Lba};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use zerocopy::little_endian::U32;
+use zerocopy::{FromZeros, IntoBytes};
 
 /// Layers kept open while it is worked out who is affected.
 const KEEP_OPEN: usize = 64;
+
+/// A header without the zeros that it mostly consists of: a store has any number of layers, and all their headers are in memory at once.
+struct Kept {
+    bytes: Box<[u8]>,
+    crc: U32,
+}
+
+impl Kept {
+    fn of(header: &Header) -> Kept {
+        let bytes = header.as_bytes();
+        let rest = &bytes[..bytes.len() - size_of::<U32>()];
+        let end = rest
+            .iter()
+            .rposition(|&b| b != 0)
+            .map_or(0, |last| last + 1);
+        Kept {
+            bytes: rest[..end].into(),
+            crc: header.crc,
+        }
+    }
+    fn header(&self) -> Header {
+        let mut header = Header::new_zeroed();
+        header.as_mut_bytes()[..self.bytes.len()].copy_from_slice(&self.bytes);
+        header.crc = self.crc;
+        header
+    }
+}
 
 /// Names, layers and bases of a store.
 pub(super) struct Survey<'a> {
@@ -27,7 +56,7 @@ pub(super) struct Survey<'a> {
     /// Entries of `layers/` that are none, and whether the name is that of a layer.
     pub foreign: Vec<(String, bool)>,
     /// Headers and states of the layers that have readable ones.
-    pub headers: HashMap<Id, (Header, u32)>,
+    headers: HashMap<Id, (Kept, u32)>,
     /// Layer files without a readable header, and why.
     pub unreadable: Vec<(Id, Error)>,
     /// Layers that are their header alone.
@@ -112,12 +141,17 @@ impl<'a> Survey<'a> {
                     let above = self.children.entry(parent_of(&header)).or_default();
                     above.push(id);
                 }
-                self.headers.insert(id, (header, state));
+                self.headers.insert(id, (Kept::of(&header), state));
             }
             Err(e) if e.of_resources() => return Err(e),
             Err(e) => self.unreadable.push((id, e)),
         }
         Ok(())
+    }
+    /// Header and state of a layer that has a readable header.
+    pub fn header_of(&self, id: Id) -> Option<(Header, u32)> {
+        let (kept, state) = self.headers.get(&id)?;
+        Some((kept.header(), *state))
     }
     /// The names that refer to something.
     pub fn names_of(&self, below: Below) -> &[String] {
@@ -145,7 +179,7 @@ impl<'a> Survey<'a> {
         let mut at = Some(top);
         while let Some(below) = at.filter(|b| chain.insert(*b)) {
             at = match below {
-                Below::Layer(id) => self.headers.get(&id).map(|(h, _)| parent_of(h)),
+                Below::Layer(id) => self.header_of(id).map(|(h, _)| parent_of(&h)),
                 Below::Base(_) => None,
             };
         }
@@ -213,5 +247,33 @@ pub(super) fn open_layer(store: &Store, id: Id) -> Result<Arc<ReadLayer>> {
             Err(e) if tries >= TRIES => return Err(e),
             Err(_) => tries += 1,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_comes_back_as_it_was() {
+        let longest = "n".repeat(crate::format::NAME_FIELD);
+        for name in ["", "a", &longest] {
+            let header = Header::new(
+                Id([7; 16]),
+                Id([8; 16]),
+                true,
+                1000,
+                1 << 44,
+                u64::MAX,
+                name,
+            );
+            let kept = Kept::of(&header);
+            assert_eq!(kept.header().as_bytes(), header.as_bytes());
+            assert!(kept.bytes.len() < 400, "{} bytes", kept.bytes.len());
+        }
+        // Whatever a later version puts at the end stays.
+        let mut full = Header::new(Id([7; 16]), Id([8; 16]), true, 1, 4096, 1, "a");
+        full.as_mut_bytes().fill(9);
+        assert_eq!(Kept::of(&full).header().as_bytes(), full.as_bytes());
     }
 }
