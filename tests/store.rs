@@ -2,8 +2,10 @@
 #![allow(missing_docs, reason = "a test")]
 
 use forkdisk::disk::Disk;
+use forkdisk::io::count::Counting;
+use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::SimDisk;
-use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store, layer_file};
 use forkdisk::units::Id;
 use std::path::Path;
 use std::sync::Arc;
@@ -136,4 +138,86 @@ fn removal_lists_all_that_stands_on_what_goes() {
         1,
         "the layers of what went are gone"
     );
+}
+
+/// A store on a real directory whose calls are counted, with an image `base` and `n` disks.
+fn counted(n: usize) -> (tempfile::TempDir, Counting, Store) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let io = Counting::new(Arc::new(OsDir::open(dir.path()).expect("opened")));
+    let store = Store::init_on(Arc::new(io.clone()), dir.path(), Env::os()).expect("a store");
+    let image = vec![7u8; 4 * BLOCK as usize];
+    let source = ImportSource::Reader(&mut &image[..]);
+    store
+        .import(source, "base", ImportMode::Copy, &Quiet)
+        .expect("import");
+    let names: Vec<String> = (0..n).map(|i| format!("d{i:03}")).collect();
+    store.create(&names, "base", None).expect("created");
+    (dir, io, store)
+}
+
+/// How many files `work` opens.
+fn opens(io: &Counting, work: impl FnOnce()) -> u64 {
+    let before = io.counts();
+    work();
+    (io.counts() - before).opens
+}
+
+#[test]
+fn names_alone_are_listed_without_a_look_into_layers() {
+    let (dir, io, store) = counted(50);
+    let few = opens(&io, || {
+        let found = store.survey_names().expect("surveyed");
+        assert_eq!(found.sound.len(), 51);
+        assert_eq!(found.sound[1].name, "d000");
+        assert_eq!(found.sound[1].id, store.resolve("d000").expect("there").id);
+    });
+    let all = opens(&io, || drop(store.survey().expect("surveyed")));
+    assert!(few < 60, "{few} opens for 51 names");
+    assert!(all > 100, "{all} opens for 51 names and what they refer to");
+    // A layer that is damaged has a name all the same; a name that is damaged has not.
+    let file = layer_file(store.resolve("d001").expect("there").id);
+    std::fs::write(dir.path().join("layers").join(file), [0; 4096]).expect("written");
+    std::fs::write(dir.path().join("names/d002"), "nonsense").expect("written");
+    let found = store.survey_names().expect("surveyed");
+    assert_eq!((found.sound.len(), found.damaged.len()), (50, 1));
+    assert_eq!(found.damaged[0].name, "d002");
+}
+
+#[test]
+fn the_space_of_many_disks_takes_one_look_at_what_they_share() {
+    let (_dir, io, store) = counted(50);
+    for i in 0..20 {
+        store
+            .snapshot("d000", &format!("s{i}"), None)
+            .expect("made");
+    }
+    let objects = store.list().expect("listed");
+    let n = objects.len() as u64;
+    assert_eq!(n, 71);
+    let opened = opens(&io, || {
+        let found = store.usages(objects).expect("known");
+        assert!(found.damaged.is_empty());
+        for (object, usage) in found.sound {
+            assert_eq!(usage.refer, 4 * BLOCK, "{}", object.name);
+        }
+    });
+    // A name and a layer each to know what there is, and a layer each to know what it hides: however deep they lie.
+    assert!(opened < 4 * n, "{opened} opens for {n} objects");
+}
+
+#[test]
+fn removing_one_of_many_reads_the_store_twice_and_no_more() {
+    let (_dir, io, store) = counted(50);
+    let opened = opens(&io, || {
+        let plan = store
+            .plan_removal(&["d000".to_string()], false)
+            .expect("plan");
+        store.remove(&plan).expect("removed");
+    });
+    // Names and layers for the plan; once more under the lock; and the names, to find the users.
+    assert!(opened < 5 * 51 + 20, "{opened} opens among 50 disks");
+    assert_eq!(store.list().expect("listed").len(), 50);
+    assert_eq!(store.layers().expect("layers").sound.len(), 49);
+    let garbage = store.gc(true).expect("gc");
+    assert!(garbage.layers.is_empty() && garbage.files.is_empty());
 }

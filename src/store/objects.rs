@@ -408,7 +408,11 @@ impl Store {
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let objects = self.survey_locked()?.sound;
+        // Without `recursive` nothing of them is shown but their names.
+        let objects = match recursive {
+            true => self.survey_locked()?.sound,
+            false => self.survey_names_locked()?.sound,
+        };
         let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
         for reference in refs {
             let object = match self.resolve_locked(reference) {
@@ -538,7 +542,7 @@ impl Store {
     /// Removes what a plan lists, then everything that nothing needs any more.
     pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
         let _lock = self.lock(true)?;
-        let graph = self.graph()?;
+        let mut graph = self.graph()?;
         let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
         for object in &plan.names {
             let names = graph.names.get(&object_target(object));
@@ -588,7 +592,13 @@ impl Store {
             }
         }
         self.names.sync()?;
-        self.collect(&self.graph()?, false).map(|_| ())
+        // Nobody else changes the store meanwhile, so what is left is known; unless what could not be read was among what went.
+        if graph.unreadable {
+            graph = self.graph()?;
+        } else {
+            graph.forget(&gone);
+        }
+        self.collect(&graph, false).map(|_| ())
     }
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
@@ -901,6 +911,13 @@ impl Graph {
             at = self.nodes.get(&below).and_then(|n| n.parent);
         }
         None
+    }
+    /// Names that are gone.
+    fn forget(&mut self, gone: &HashSet<&str>) {
+        for names in self.names.values_mut() {
+            names.retain(|n| !gone.contains(n.as_str()));
+        }
+        self.names.retain(|_, names| !names.is_empty());
     }
     pub fn depth(&self, below: Below) -> u32 {
         self.nodes.get(&below).map_or(0, |n| n.depth)

@@ -21,6 +21,8 @@ type DataBlocks = Arc<Vec<(u64, u64)>>;
 #[derive(Default)]
 pub(super) struct Refer {
     bases: HashMap<Id, DataBlocks>,
+    /// Host bytes of a base.
+    bytes: HashMap<Id, u64>,
     /// Data blocks seen through a layer.
     layers: HashMap<Below, u64>,
 }
@@ -49,6 +51,15 @@ impl Refer {
             self.layers.insert(chain[at], total);
         }
         Ok(total)
+    }
+    /// Host bytes of a base, looked up once however many stand on it.
+    pub fn base_bytes(&mut self, store: &Store, id: Id) -> Result<u64> {
+        if let Some(known) = self.bytes.get(&id) {
+            return Ok(*known);
+        }
+        let bytes = store.base_data(id)?;
+        self.bytes.insert(id, bytes);
+        Ok(bytes)
     }
     fn base(&mut self, store: &Store, id: Id) -> Result<DataBlocks> {
         if let Some(known) = self.bases.get(&id) {

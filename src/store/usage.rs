@@ -14,23 +14,31 @@ use crate::units::{BLOCK, Id};
 use std::os::unix::fs::MetadataExt;
 
 impl Store {
-    /// What the chain of an object consists of: its own layer first, the base last.
-    fn chain_of(&self, object: &Object) -> Result<Vec<Below>> {
+    /// What the chain of an object consists of: its own layer first, the base last. The graph knows; a file is read only for the error
+    /// that says what is wrong with it.
+    fn chain_of(&self, object: &Object, graph: &Graph) -> Result<Vec<Below>> {
         let mut chain = vec![object_target(object)];
         while let Some(Below::Layer(id)) = chain.last().copied() {
             if chain.len() > MAX_DEPTH as usize + 1 {
                 return Err(Error::new(Kind::Corrupt, "the chain of layers has no end").layer(id));
             }
-            let open = self.layers.open(&layer_file(id), Access::Read);
-            let file = open.map_err(|e| match e.kind() {
-                Kind::NotFound => e
-                    .context(format!("layer {id} is gone"))
-                    .with_kind(Kind::Corrupt),
-                _ => e,
-            })?;
-            chain.push(parent_of(&read_header(&*file)?));
+            let known = graph.nodes.get(&Below::Layer(id)).and_then(|n| n.parent);
+            chain.push(match known {
+                Some(parent) => parent,
+                None => self.parent_in_file(id)?,
+            });
         }
         Ok(chain)
+    }
+    fn parent_in_file(&self, id: Id) -> Result<Below> {
+        let open = self.layers.open(&layer_file(id), Access::Read);
+        let file = open.map_err(|e| match e.kind() {
+            Kind::NotFound => e
+                .context(format!("layer {id} is gone"))
+                .with_kind(Kind::Corrupt),
+            _ => e,
+        })?;
+        Ok(parent_of(&read_header(&*file)?))
     }
     /// A base.
     pub fn base_info(&self, id: Id) -> Result<BaseInfo> {
@@ -51,7 +59,7 @@ impl Store {
         })
     }
     /// Host bytes that the data of a base occupy, wherever it is.
-    fn base_data(&self, id: Id) -> Result<u64> {
+    pub(super) fn base_data(&self, id: Id) -> Result<u64> {
         let meta = self.base_meta(id)?;
         if let Some(link) = &meta.link {
             let len = meta.len.next_multiple_of(BLOCK);
@@ -90,7 +98,7 @@ impl Store {
         Ok(found)
     }
     fn usage_in(&self, object: &Object, graph: &Graph, refer: &mut Refer) -> Result<Usage> {
-        let chain = self.chain_of(object)?;
+        let chain = self.chain_of(object, graph)?;
         let mut usage = Usage {
             size: object.size,
             ..Usage::default()
@@ -111,7 +119,7 @@ impl Store {
                 usage.exclusive += allocated;
             } else {
                 usage.shared += match *below {
-                    Below::Base(id) => self.base_data(id)?,
+                    Below::Base(id) => refer.base_bytes(self, id)?,
                     Below::Layer(_) => allocated,
                 };
             }
@@ -123,7 +131,7 @@ impl Store {
     pub fn details(&self, object: &Object) -> Result<Details> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let chain = self.chain_of(object)?;
+        let chain = self.chain_of(object, &graph)?;
         let Some(Below::Base(base)) = chain.last().copied() else {
             return Err(Error::new(Kind::Corrupt, "the chain of layers has no base"));
         };
