@@ -308,7 +308,7 @@ fn main() {
         let name = "large".to_string();
         world
             .store
-            .create(&[name.clone()], "base", Some(MAX_DISK))
+            .create(std::slice::from_ref(&name), "base", Some(MAX_DISK))
             .expect("created");
         let (bytes, ms) = timed(|| fill(&world.store, &name, n));
         println!("{n} private blocks of a disk of 16 TiB");
