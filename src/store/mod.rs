@@ -603,8 +603,20 @@ impl Store {
         let _lock = self.lock(true)?;
         // It may have been renamed, snapshotted or removed since it was looked up.
         let object = self.object(&object.name)?;
-        let (layer, chain) = self.open_top(&object, memory)?;
-        self.note_opened(&object.name);
+        let staged = self.stage_opened(&object.name);
+        let mut opened = self.open_top(&object, memory.clone());
+        match (&opened, staged) {
+            (Ok(_), Some(staged)) => self.place_opened(&object.name, staged, true),
+            (Err(e), Some((temporary, _))) => {
+                let _ = self.names.remove(&temporary);
+                if e.kind() == Kind::NoSpace {
+                    // The note took the room that the disk needs.
+                    opened = self.open_top(&object, memory);
+                }
+            }
+            (_, None) => {}
+        }
+        let (layer, chain) = opened?;
         Ok(Arc::new(CowDisk::writable(layer, chain)))
     }
     /// Opens a disk that a dead process had open with [`Store::open_cow_on`] and the same memory, with all that it had accepted.
@@ -696,26 +708,34 @@ impl Store {
         Ok((layer, chain))
     }
     /// Notes at a disk's name that its layer is more than a header from now on (its first superblock is durable): so a file that is cut
-    /// to its header can be told from a fork that was never opened. The names lock is held.
+    /// to its header can be told from a fork that was never opened. The names lock is held. Users wait: a note that a power cut takes
+    /// back is worth no more than that.
     fn note_opened(&self, name: &str) {
-        let noted = (|| {
-            let mut record = read_name(&*self.names, name)?;
-            if record.opened {
-                return Ok(());
-            }
-            record.opened = true;
-            let (temporary, file) = names::stage(&*self.names, name, &record.encode(name))?;
-            let placed = file
-                .sync()
-                .and_then(|()| self.names.rename(&temporary, name));
-            if placed.is_err() {
-                let _ = self.names.remove(&temporary);
-            }
-            // Users wait: a note that a power cut takes back is worth no more than another sync.
-            placed
-        })();
+        if let Some(staged) = self.stage_opened(name) {
+            self.place_opened(name, staged, false);
+        }
+    }
+    /// The note, not at its place yet; `None` if it is there already. Nothing depends on it, and on a full host disk there may be no room for it.
+    fn stage_opened(&self, name: &str) -> Option<(String, Arc<dyn File>)> {
+        let mut record = read_name(&*self.names, name).ok().filter(|r| !r.opened)?;
+        record.opened = true;
+        let staged = names::stage(&*self.names, name, &record.encode(name)).ok()?;
+        // The host allocates space for it now, and makes that durable with whatever is synced next.
+        staged.1.start_writeback(0, BLOCK);
+        Some(staged)
+    }
+    fn place_opened(&self, name: &str, (temporary, file): (String, Arc<dyn File>), durable: bool) {
+        let placed = file
+            .sync()
+            .and_then(|()| self.names.rename(&temporary, name));
+        if placed.is_err() {
+            let _ = self.names.remove(&temporary);
+        }
+        let noted = placed.and_then(|()| match durable {
+            true => self.names.sync(),
+            false => Ok(()),
+        });
         if let Err(e) = noted {
-            // Nothing depends on it; on a full host disk there may be no room for it.
             tracing::debug!(disk = name, "cannot note that it was opened: {e}");
         }
     }
