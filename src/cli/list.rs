@@ -123,10 +123,7 @@ impl Ls {
         let Found {
             sound: all,
             mut damaged,
-        } = match self.names_suffice(context, &columns) {
-            true => store.survey_names()?,
-            false => store.survey()?,
-        };
+        } = store.survey()?;
         let names = Names::from_objects(&all);
         let attached: HashMap<String, (Attached, Vec<PathBuf>)> = context
             .attached_for_show(store)
@@ -173,14 +170,6 @@ impl Ls {
             self.print(context, columns, &rows, true)?;
         }
         context.ui.damage(&damaged)
-    }
-
-    /// Can all that is asked for be told without a look into any layer? In a large store that takes a fraction of the time.
-    fn names_suffice(&self, context: &Context, columns: &[Column<ObjectRow>]) -> bool {
-        let of_names = [
-            "name", "kind", "id", "created", "message", "device", "mount",
-        ];
-        !context.ui.json && columns.iter().all(|c| of_names.contains(&c.name))
     }
 
     fn layers(&self, context: &Context, store: &Store) -> Outcome {

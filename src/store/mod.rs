@@ -338,33 +338,6 @@ impl Store {
         }
         Ok(found)
     }
-    /// All named objects as their names alone describe them, sorted: no layer is opened, so sizes and parents are not known (0, `None`), and
-    /// a damaged layer is not noticed.
-    pub fn survey_names(&self) -> Result<Found<Object>> {
-        let _lock = self.lock(false)?;
-        self.survey_names_locked()
-    }
-    fn survey_names_locked(&self) -> Result<Found<Object>> {
-        let mut found = Found::default();
-        for name in self.all_names()? {
-            match read_name(&*self.names, &name) {
-                Ok(record) => found.sound.push(Object {
-                    name,
-                    kind: record.kind,
-                    id: record.target.id(),
-                    size: 0,
-                    parent: None,
-                    created: record.created,
-                    message: record.message,
-                }),
-                Err(error) if error.kind() == Kind::Corrupt => {
-                    found.damaged.push(Damage { name, error });
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(found)
-    }
     /// The object behind a name that exists.
     fn object(&self, name: &str) -> Result<Object> {
         let record = read_name(&*self.names, name)?;

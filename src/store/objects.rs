@@ -408,11 +408,7 @@ impl Store {
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        // Without `recursive` nothing of them is shown but their names.
-        let objects = match recursive {
-            true => self.survey_locked()?.sound,
-            false => self.survey_names_locked()?.sound,
-        };
+        let objects = self.survey_locked()?.sound;
         let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
         for reference in refs {
             let object = match self.resolve_locked(reference) {
