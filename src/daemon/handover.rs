@@ -29,6 +29,9 @@ const RECORD: usize = 2 * COPY;
 /// One place.
 const PLACE: usize = RECORD + volatile::LEN;
 
+/// Address space that is left free when a place is taken, for buffers, stacks and small allocations.
+const SLACK: usize = 16 << 20;
+
 fn io(e: std::io::Error) -> Error {
     Error::io("use", "the handover memory", &e)
 }
@@ -169,8 +172,9 @@ impl Handover {
             handover: self.clone(),
         })
     }
-    /// Takes a free place.
+    /// Takes a free place. Refused where afterwards little address space would be left for all the rest of the process, which cannot go on without.
     pub fn claim(self: &Arc<Handover>) -> Result<Place> {
+        drop(SharedMemory::private(PLACE + SLACK).map_err(io)?);
         let mut taken = self.taken.lock();
         let free = (0..).find(|n| !taken.contains(n)).unwrap_or(0);
         let place = self.place(free)?;

@@ -227,7 +227,7 @@ fn little_address_space() {
     ]);
     assert_eq!(out.code, 0, "{out:?}");
     w.ok(["snapshot", "d-1@s"]);
-    assert_eq!(w.pid("server_pid"), server, "it lives");
+    assert_eq!(w.pid("server_pid"), server, "it lives: {}", w.log());
     for name in w.attached() {
         w.ok(["detach", &name]);
     }
