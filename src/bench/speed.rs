@@ -386,7 +386,12 @@ pub fn correct(lab: &Lab<'_>, peer: &mut Peer) -> Result<()> {
             "--iodepth=32",
             "--allow_file_create=0",
         ])
-        .args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"])
+        .args([
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+        ])
         .args([format!("--filename={shown}"), format!("--size={bytes}")]);
     lab.work.long(command).map_err(|e| {
         // It tells so for a mismatch; everything else is a failure of another kind.
