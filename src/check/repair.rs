@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{Header, JOURNAL_START, STATE_SEALED, STATE_WRITABLE, Superblock};
 use crate::io::{Access, Dir, EntryKind, File};
 use crate::layer::recover;
-use crate::store::names::{NameRecord, TEMPORARY, check_part, split_snapshot, stage};
+use crate::store::names::{Extra, NameRecord, TEMPORARY, check_part, split_snapshot, stage};
 use crate::store::{Below, ObjectKind, Progress, Store, layer_file};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Slot};
 use std::collections::BTreeSet;
@@ -382,6 +382,7 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
                 created,
                 message: None,
                 opened,
+                extra: Extra::default(),
             };
             let names = store.names_dir();
             let (temporary, file) = stage(&**names, name, &record.encode(name))?;

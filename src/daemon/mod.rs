@@ -8,6 +8,7 @@
 //! file, and a process that waits for itself cannot even be killed. What is attached where is known from the kernel, so a command
 //! that dies half-way leaves nothing that the next one does not find.
 
+mod answers;
 mod client;
 mod dead;
 mod entry;

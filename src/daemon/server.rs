@@ -11,7 +11,7 @@ use super::client::answer;
 use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
-use super::protocol::{self, failure, flag, number, object_json, receive, send, text};
+use super::protocol::{self, failure, flag, number, receive, send, text};
 use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
@@ -47,32 +47,32 @@ const GRACE: Duration = Duration::from_secs(3);
 /// How long a takeover waits for commands that attach or detach.
 const CALM: Duration = Duration::from_secs(10);
 
-struct Server {
-    store: Store,
-    files: Arc<Files>,
-    session: Session,
-    table: Mutex<BTreeMap<String, Entry>>,
+pub(super) struct Server {
+    pub(super) store: Store,
+    pub(super) files: Arc<Files>,
+    pub(super) session: Session,
+    pub(super) table: Mutex<BTreeMap<String, Entry>>,
     /// Told whenever an attachment or a detachment may have come to its end.
-    settled: Condvar,
+    pub(super) settled: Condvar,
     /// The run directory, which may be moved with the store.
-    run_dir: File,
-    started: Instant,
-    keeper: AtomicI32,
-    conversations: Mutex<usize>,
-    end: Mutex<Sender<End>>,
-    handover: Arc<Handover>,
+    pub(super) run_dir: File,
+    pub(super) started: Instant,
+    pub(super) keeper: AtomicI32,
+    pub(super) conversations: Mutex<usize>,
+    pub(super) end: Mutex<Sender<End>>,
+    pub(super) handover: Arc<Handover>,
     /// Held while word of the session is left.
-    noting: Mutex<()>,
+    pub(super) noting: Mutex<()>,
     /// Requests that are being answered.
-    answering: AtomicI32,
+    pub(super) answering: AtomicI32,
     /// How many servers there were before this one.
-    before: u64,
+    pub(super) before: u64,
     /// A successor is about to take over: no conversation begins any more.
-    leaving: AtomicBool,
+    pub(super) leaving: AtomicBool,
 }
 
 /// Why the server ends.
-enum End {
+pub(super) enum End {
     /// The daemon ends.
     Stop,
     /// A successor takes over.
@@ -354,139 +354,7 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
 }
 
 impl Server {
-    fn answer(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
-        match text(request, "op")? {
-            "hello" => {
-                let version = number(request, "version")?;
-                if version != protocol::VERSION {
-                    return Err(Error::new(
-                        Kind::Version,
-                        format!(
-                            "the daemon speaks version {} of the protocol, not {version}",
-                            protocol::VERSION
-                        ),
-                    )
-                    .hint("stop the daemon that an older or newer forkdisk started"));
-                }
-                Ok(json!({"store": self.store.id().to_string()}))
-            }
-            "status" => Ok(json!({"status": self.status()})),
-            "attached" => {
-                let table = self.table.lock();
-                let all: Vec<Value> = table
-                    .values()
-                    .filter(|e| e.phase != Phase::Opening)
-                    .map(|e| self.shown(&e.attached)["attached"].take())
-                    .collect();
-                Ok(json!({"attached": all}))
-            }
-            "attach" => self.attach(request, begun),
-            "attach-done" => {
-                let name = text(request, "name")?;
-                let mut table = self.table.lock();
-                let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
-                entry.attached.device = Some(text(request, "device")?.to_string());
-                entry.dev = number(request, "dev")?;
-                entry.set_phase(Phase::Ready);
-                begun.retain(|b| b != name);
-                tracing::info!(disk = name, device = entry.attached.device, "attached");
-                Ok(self.shown(&entry.attached))
-            }
-            "attach-undo" => {
-                let name = text(request, "name")?;
-                begun.retain(|b| b != name);
-                self.close(name)?;
-                Ok(json!({}))
-            }
-            "detach" => self.detach(text(request, "target")?, begun),
-            "detach-undo" => {
-                let name = text(request, "name")?;
-                begun.retain(|b| b != name);
-                if let Some(entry) = self.table.lock().get_mut(name) {
-                    entry.set_phase(Phase::Ready);
-                }
-                Ok(json!({}))
-            }
-            "detach-done" => {
-                let name = text(request, "name")?;
-                begun.retain(|b| b != name);
-                self.close(name)?;
-                tracing::info!(disk = name, "detached");
-                Ok(json!({}))
-            }
-            "snapshot" => {
-                let (disk, name) = (text(request, "disk")?, text(request, "name")?);
-                let running = self.running(disk)?;
-                let message = request.get("message").and_then(Value::as_str);
-                let object = self.store.snapshot_running(&running, disk, name, message)?;
-                self.refresh(disk);
-                Ok(json!({"object": object_json(&object)}))
-            }
-            "create" => {
-                let from = text(request, "from")?;
-                let names = request
-                    .get("names")
-                    .and_then(Value::as_array)
-                    .cloned()
-                    .unwrap_or_default();
-                let names: Vec<String> = names
-                    .iter()
-                    .filter_map(Value::as_str)
-                    .map(String::from)
-                    .collect();
-                let running = self.running(from)?;
-                let size = request.get("size").and_then(Value::as_u64);
-                let objects = self
-                    .store
-                    .create_from_running(&running, from, &names, size)?;
-                self.refresh(from);
-                Ok(json!({"objects": objects.iter().map(object_json).collect::<Vec<_>>()}))
-            }
-            "stop" => {
-                let table = self.table.lock();
-                if !table.is_empty() {
-                    let names: Vec<&str> = table.keys().take(8).map(String::as_str).collect();
-                    let more = if table.len() > names.len() {
-                        ", ..."
-                    } else {
-                        ""
-                    };
-                    return Err(Error::new(
-                        Kind::Busy,
-                        format!("attached: {}{more}", names.join(", ")),
-                    )
-                    .hint(
-                        "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
-                    ));
-                }
-                let keeper = self.keeper.load(SeqCst);
-                if keeper == 0 {
-                    return Err(Error::new(
-                        Kind::Busy,
-                        "the daemon is just getting another keeper",
-                    )
-                    .hint("try again in a moment"));
-                }
-                // If we die before we end, the next server ends in our place.
-                self.handover.set_session(json!({
-                    "negotiated": self.session.negotiated(),
-                    "next_ino": self.files.next_ino(),
-                    "servers": self.before + 1,
-                    "ending": true,
-                }))?;
-                let _ = self.end.lock().send(End::Stop);
-                Ok(json!({"keeper_pid": self.keeper.load(SeqCst)}))
-            }
-            "takeover" => self.leave(request),
-            other => Err(Error::new(
-                Kind::Invalid,
-                format!("the daemon knows no request `{other}`"),
-            )
-            .hint("command and daemon may be of different versions: restart the daemon")),
-        }
-    }
-
-    fn attach(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+    pub(super) fn attach(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
         let via = protocol::via_of(text(request, "via")?)?;
         let block_size = number(request, "block_size")?;
         let object = self.store.resolve(text(request, "reference")?)?;
@@ -595,7 +463,7 @@ impl Server {
         Ok(said)
     }
 
-    fn detach(&self, target: &str, begun: &mut Vec<String>) -> Result<Value> {
+    pub(super) fn detach(&self, target: &str, begun: &mut Vec<String>) -> Result<Value> {
         let by_id = self.store.resolve(target).ok().map(|o| (o.kind, o.id));
         let mount = self.mount();
         let meant = |e: &Entry| {
@@ -645,7 +513,7 @@ impl Server {
     }
 
     /// Takes an attachment away: the file, then the disk. Returns when all is durable.
-    fn close(&self, name: &str) -> Result<()> {
+    pub(super) fn close(&self, name: &str) -> Result<()> {
         let (ino, disk, backing) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
@@ -770,7 +638,7 @@ impl Server {
     }
 
     /// Makes way for a successor: of another program, if one is named.
-    fn leave(&self, request: &Value) -> Result<Value> {
+    pub(super) fn leave(&self, request: &Value) -> Result<Value> {
         let program = text(request, "program")?;
         let version = number(request, "handover")?;
         if version != handover::VERSION {
@@ -836,7 +704,7 @@ impl Server {
         place_of(&self.run_dir).join(MOUNT)
     }
     /// An attachment as it stands in an answer.
-    fn shown(&self, a: &Attached) -> Value {
+    pub(super) fn shown(&self, a: &Attached) -> Value {
         let file = self.mount().join(&a.name);
         answer(&Attached { file, ..a.clone() })
     }
@@ -860,7 +728,7 @@ impl Server {
         }
     }
 
-    fn running(&self, disk: &str) -> Result<Arc<CowDisk>> {
+    pub(super) fn running(&self, disk: &str) -> Result<Arc<CowDisk>> {
         let table = self.table.lock();
         let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
         if entry.phase == Phase::Closing {
@@ -880,7 +748,7 @@ impl Server {
     }
 
     /// After its layer was sealed, a disk's name refers to another one.
-    fn refresh(&self, disk: &str) {
+    pub(super) fn refresh(&self, disk: &str) {
         if let Ok(object) = self.store.resolve(disk)
             && let Some(entry) = self.table.lock().get_mut(disk)
         {
@@ -889,7 +757,7 @@ impl Server {
         }
     }
 
-    fn status(&self) -> Value {
+    pub(super) fn status(&self) -> Value {
         let run_dir = place_of(&self.run_dir);
         let (threads, peak) = self.session.threads();
         let total = self.files.total();
@@ -939,12 +807,12 @@ impl Server {
     }
 }
 
-fn not_attached(name: &str) -> Error {
+pub(super) fn not_attached(name: &str) -> Error {
     Error::new(Kind::NotFound, format!("{name} is not attached"))
         .hint("`forkdisk ls attached` lists what is")
 }
 
-fn in_transit(name: &str) -> Error {
+pub(super) fn in_transit(name: &str) -> Error {
     Error::new(
         Kind::Busy,
         format!("{name} is just being attached or detached"),

@@ -29,6 +29,17 @@ impl Record {
             None => self,
         }
     }
+    /// Adds all of these lines.
+    #[must_use]
+    pub fn with_all<'a>(self, lines: impl IntoIterator<Item = (&'a String, &'a String)>) -> Record {
+        lines
+            .into_iter()
+            .fold(self, |record, (key, value)| record.with(key, value))
+    }
+    /// All lines but the checksum's, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(k, v)| (k.as_str(), v.as_str()))
+    }
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.0

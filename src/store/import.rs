@@ -1,6 +1,6 @@
 //! Bases: bringing an image in, and opening one (FORMAT.md, section 2).
 
-use super::names::{self, NameRecord, TEMPORARY, check_part, read_record};
+use super::names::{self, Extra, NameRecord, TEMPORARY, check_part, read_record};
 use super::{Below, ImportMode, ImportSource, Object, ObjectKind, Progress, Store};
 use crate::base::Base;
 use crate::error::{Error, Kind, Result};
@@ -210,6 +210,7 @@ impl Store {
                     created: (self.env.now)(),
                     message: None,
                     opened: false,
+                    extra: Extra::default(),
                 };
                 let (staged, file) = names::stage(&*self.names, name, &record.encode(name))?;
                 file.sync()?;

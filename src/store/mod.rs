@@ -8,10 +8,12 @@
 //!
 //! Works on any [`Dir`], the simulated disk included. It reads no clock and draws no randomness but through [`Env`].
 
+mod graph;
 mod import;
 pub mod names;
 mod objects;
 mod refer;
+mod remove;
 pub mod types;
 mod usage;
 

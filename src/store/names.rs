@@ -6,6 +6,7 @@ use crate::format::text::{MAX_RECORD, Record};
 use crate::format::{MAX_MESSAGE, MAX_NAME};
 use crate::io::{Access, Dir, File};
 use crate::units::Id;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Prefix of files that are under way: no name can begin with it.
@@ -81,6 +82,40 @@ pub struct NameRecord {
     pub message: Option<String>,
     /// Its layer was opened for writing, and so is more than its header.
     pub opened: bool,
+    /// What else the record says: settings of a disk, what is known of a layer, and what newer versions wrote.
+    pub extra: Extra,
+}
+
+/// Further lines of a name's record: kept when it is written anew, whether they are understood or not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extra(BTreeMap<String, String>);
+
+/// Keys that a record gives a meaning of its own.
+const KNOWN: &[&str] = &[
+    "name", "former", "kind", "id", "created", "message", "opened",
+];
+
+impl Extra {
+    /// The value of `key`.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str)
+    }
+    /// Sets or, with `None`, takes away the value of `key`.
+    pub fn set(&mut self, key: &str, value: Option<String>) {
+        debug_assert!(!KNOWN.contains(&key), "`{key}` has its own field");
+        match value {
+            Some(value) => self.0.insert(key.to_string(), value),
+            None => self.0.remove(key),
+        };
+    }
+    fn of(record: &Record) -> Extra {
+        let others = record.iter().filter(|(key, _)| !KNOWN.contains(key));
+        Extra(
+            others
+                .map(|(key, value)| (key.to_string(), value.to_string()))
+                .collect(),
+        )
+    }
 }
 
 impl NameRecord {
@@ -96,6 +131,7 @@ impl NameRecord {
             .with("created", self.created.to_string())
             .with_some("message", self.message.as_deref())
             .with_some("opened", self.opened.then_some("1"))
+            .with_all(&self.extra.0)
     }
     /// Reads the record that stands in the file of `name`. One that belongs elsewhere is damage: a file copied over another.
     pub fn decode(bytes: &[u8], name: &str) -> Result<NameRecord> {
@@ -128,6 +164,7 @@ impl NameRecord {
             created: record.number("created")?,
             message: record.get("message").map(String::from),
             opened: record.get("opened").is_some(),
+            extra: Extra::of(&record),
         })
     }
 }

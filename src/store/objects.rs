@@ -1,18 +1,17 @@
 //! Making, naming and removing disks, snapshots and images.
 
-use super::names::{self, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage};
-use super::{
-    Below, Damage, Found, GcReport, LayerInfo, Object, ObjectKind, RemovePlan, Store, layer_file,
-    parent_of, too_deep,
+use super::names::{
+    self, Extra, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage,
 };
+use super::{Below, Object, ObjectKind, Store, layer_file, too_deep};
 use crate::chain::Chain;
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::format::{Header, MAX_DEPTH, valid_size};
-use crate::io::{Access, EntryKind, File};
-use crate::layer::{self, Layer, ReadLayer, State, read_header, volatile};
+use crate::io::{Access, File};
+use crate::layer::{self, Layer, ReadLayer, State, volatile};
 use crate::units::{BLOCK, Id, MAX_DISK, Slot, round_up};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 impl Store {
@@ -104,6 +103,7 @@ impl Store {
                     created,
                     message: None,
                     opened: false,
+                    extra: Extra::default(),
                 };
                 unsynced.push(stage(&*self.names, name, &record.encode(name))?.1);
                 if !one {
@@ -241,13 +241,14 @@ impl Store {
         let written = (|| {
             // Its superblock is written when the layer below is sealed already: then it is too late for a full host disk to refuse.
             reserve_superblock(&*unsynced[0])?;
-            let mut put = |name: String, kind, target, created, message: Option<String>| {
+            let mut put = |name: String, kind, target, created, message: Option<String>, extra| {
                 let record = NameRecord {
                     kind,
                     target,
                     created,
                     message,
                     opened: false,
+                    extra,
                 };
                 let (temporary, file) = stage(&*self.names, &name, &record.encode(&name))?;
                 unsynced.push(file);
@@ -262,15 +263,19 @@ impl Store {
                     parent,
                     now,
                     message.map(String::from),
+                    Extra::default(),
                 )?;
             }
             let above = Below::Layer(next);
+            // The settings are the disk's, whichever layer it writes into.
+            let settings = names::read_name(&*self.names, &source.name)?.extra;
             put(
                 source.name.clone(),
                 ObjectKind::Disk,
                 above,
                 source.created,
                 source.message.clone(),
+                settings,
             )?;
             // All is written before the first sync: most of what the later ones would do is done by then.
             unsynced.iter().try_for_each(|file| file.sync())?;
@@ -404,416 +409,6 @@ impl Store {
         self.names.sync()?;
         self.object(new)
     }
-    /// What removing `refs` would take away. `InUse` if others need them and it is not `recursive`.
-    pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
-        let _lock = self.lock(false)?;
-        let graph = self.graph()?;
-        let objects = self.survey_locked()?.sound;
-        let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
-        for reference in refs {
-            let object = match self.resolve_locked(reference) {
-                // What is damaged can be removed, if it is called by its name.
-                Err(e) if e.kind() == Kind::Corrupt => self.remains(reference, e)?,
-                other => other?,
-            };
-            wanted.insert(object.name.clone(), object);
-        }
-        let mut going = wanted;
-        // Until nothing stands on anything that goes: what goes may itself be needed.
-        loop {
-            let users = self.users_of(&going, &objects, &graph);
-            let Some((needed, first)) = users.first_key_value() else {
-                break;
-            };
-            if !recursive {
-                let mut list: Vec<&str> = first.iter().take(8).map(|o| o.name.as_str()).collect();
-                if first.len() > list.len() {
-                    list.push("...");
-                }
-                return Err(Error::new(
-                    Kind::Busy,
-                    format!("{needed} is in use by {}", list.join(", ")),
-                )
-                .hint(format!(
-                    "`forkdisk rm -r {needed} -n` shows all that would go"
-                )));
-            }
-            let more: Vec<Object> = users.into_values().flatten().cloned().collect();
-            going.extend(more.into_iter().map(|o| (o.name.clone(), o)));
-        }
-        let kept: HashSet<Below> = objects
-            .iter()
-            .filter(|o| !going.contains_key(&o.name))
-            .map(object_target)
-            .collect();
-        for object in going.values() {
-            // What keeps another name may stay open by it.
-            if !kept.contains(&object_target(object)) {
-                self.check_idle(object)?;
-            }
-        }
-        let mut list: Vec<Object> = going.into_values().collect();
-        list.sort_by_key(|o| {
-            (
-                std::cmp::Reverse(graph.depth(object_target(o))),
-                o.name.clone(),
-            )
-        });
-        let gone: HashSet<&str> = list.iter().map(|o| o.name.as_str()).collect();
-        let frees = graph
-            .garbage(|name| !gone.contains(name))
-            .iter()
-            .map(|b| graph.nodes[b].allocated)
-            .sum();
-        Ok(RemovePlan { names: list, frees })
-    }
-    /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
-    fn remains(&self, name: &str, why: Error) -> Result<Object> {
-        let record = match names::read_name(&*self.names, name) {
-            Ok(record) => Some(record),
-            Err(e) if e.kind() == Kind::Corrupt => None,
-            Err(_) => return Err(why),
-        };
-        if self.names.entry(name)? != Some(EntryKind::File) {
-            return Err(why);
-        }
-        Ok(Object {
-            name: name.to_string(),
-            kind: record.as_ref().map_or(ObjectKind::Disk, |r| r.kind),
-            id: record.as_ref().map_or(Id([0; 16]), |r| r.target.id()),
-            size: 0,
-            parent: None,
-            created: record.map_or(0, |r| r.created),
-            message: None,
-        })
-    }
-    /// What needs something that is going: by its name, those that stand on it; and a disk's snapshots, which go with it.
-    fn users_of<'o>(
-        &self,
-        going: &BTreeMap<String, Object>,
-        objects: &'o [Object],
-        graph: &Graph,
-    ) -> BTreeMap<String, Vec<&'o Object>> {
-        // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
-        let kept: HashSet<Below> = objects
-            .iter()
-            .filter(|o| !going.contains_key(&o.name))
-            .map(object_target)
-            .collect();
-        let dying: HashMap<Below, &str> = going
-            .values()
-            .map(|o| (object_target(o), o.name.as_str()))
-            .filter(|(target, _)| !kept.contains(target))
-            .collect();
-        let mut users: BTreeMap<String, Vec<&Object>> = BTreeMap::new();
-        for object in objects.iter().filter(|o| !going.contains_key(&o.name)) {
-            let disk = object.name.split_once('@').map(|(disk, _)| disk);
-            let of = disk.filter(|d| going.contains_key(*d));
-            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
-                users.entry(needed.to_string()).or_default().push(object);
-            }
-        }
-        users
-    }
-    /// Fails if an object is attached.
-    fn check_idle(&self, object: &Object) -> Result<()> {
-        let busy = |e: Error| {
-            if e.kind() == Kind::Busy {
-                Error::new(Kind::Busy, format!("{} is attached", object.name))
-                    .hint(format!("`forkdisk detach {}` first", object.name))
-            } else {
-                e
-            }
-        };
-        match object.kind {
-            ObjectKind::Base => self.base_idle(object.id).map_err(busy),
-            _ => match self.layers.open(&layer_file(object.id), Access::Read) {
-                Ok(file) => file.lock(true).map_err(busy),
-                // Gone, or something that is no file: nobody has it open.
-                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => Ok(()),
-                Err(e) => Err(e),
-            },
-        }
-    }
-    /// Removes what a plan lists, then everything that nothing needs any more.
-    pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
-        let _lock = self.lock(true)?;
-        let mut graph = self.graph()?;
-        let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
-        for object in &plan.names {
-            let names = graph.names.get(&object_target(object));
-            if !names.is_some_and(|names| names.iter().any(|n| !gone.contains(n.as_str()))) {
-                self.check_idle(object)?;
-            }
-            // What it is must not have changed since the plan was made.
-            match names::read_name(&*self.names, &object.name) {
-                Ok(record) if record.target == object_target(object) => {}
-                Err(e) if e.kind() == Kind::NotFound => continue,
-                Err(e) if e.kind() == Kind::Corrupt => {}
-                Err(e) => return Err(e),
-                Ok(_) => {
-                    return Err(Error::new(
-                        Kind::Busy,
-                        format!("{} was changed meanwhile", object.name),
-                    )
-                    .hint("look at it again, then repeat the command"));
-                }
-            }
-        }
-        // Someone may have forked from it since the plan was made.
-        let stays = |below: &Below| {
-            let names = graph.names.get(below)?;
-            names.iter().find(|n| !gone.contains(n.as_str()))
-        };
-        let dying: HashMap<Below, &str> = plan
-            .names
-            .iter()
-            .map(|o| (object_target(o), o.name.as_str()))
-            .filter(|(target, _)| stays(target).is_none())
-            .collect();
-        for below in graph.names.keys() {
-            if let Some(name) = stays(below)
-                && let Some(needed) = graph.first_below(*below, &dying)
-            {
-                return Err(
-                    Error::new(Kind::Busy, format!("{needed} is in use by {name}"))
-                        .hint("look at it again, then repeat the command"),
-                );
-            }
-        }
-        for object in &plan.names {
-            match self.names.remove(&object.name) {
-                Err(e) if e.kind() == Kind::NotFound => {}
-                other => other?,
-            }
-        }
-        self.names.sync()?;
-        // Nobody else changes the store meanwhile, so what is left is known; unless what could not be read was among what went.
-        if graph.unreadable {
-            graph = self.graph()?;
-        } else {
-            graph.forget(&gone);
-        }
-        self.collect(&graph, false).map(|_| ())
-    }
-    /// Removes what nothing names or needs, and leftovers of interrupted operations.
-    pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
-        let _lock = self.lock(true)?;
-        if !dry_run {
-            // Whoever removed a name may have died before the directory was synced: then the name would be there again, and what it
-            // refers to would be gone.
-            self.names.sync()?;
-        }
-        self.collect(&self.graph()?, dry_run)
-    }
-    fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
-        let mut report = GcReport::default();
-        let mut garbage = graph.garbage(|_| true);
-        // Children before parents: after a crash in between nothing refers to what is gone.
-        garbage.sort_by_key(|b| std::cmp::Reverse(graph.depth(*b)));
-        report.inhabited = garbage
-            .iter()
-            .filter(|b| matches!(b, Below::Base(_)) && graph.children.contains_key(b))
-            .map(|b| b.id())
-            .collect();
-        for below in garbage {
-            let removed = match below {
-                _ if dry_run => true,
-                Below::Layer(id) => self.remove_layer(id)?,
-                Below::Base(id) => self.remove_base(&id.to_string()).map(|()| true)?,
-            };
-            if removed {
-                report.layers.push(below.id());
-                report.bytes += graph.nodes[&below].allocated;
-            }
-        }
-        for (dir, what) in [
-            (&self.names, "names"),
-            (&self.root, ""),
-            (&self.bases, "bases"),
-        ] {
-            for (name, kind) in dir.list()? {
-                if !name.starts_with(TEMPORARY) {
-                    continue;
-                }
-                match kind {
-                    EntryKind::Dir if self.import_running(&name) => continue,
-                    _ if dry_run => {}
-                    EntryKind::Dir => self.remove_base(&name)?,
-                    _ => dir.remove(&name)?,
-                }
-                report.files.push(if what.is_empty() {
-                    name
-                } else {
-                    format!("{what}/{name}")
-                });
-            }
-        }
-        Ok(report)
-    }
-    /// Removes a layer file unless someone has it open (an attachment that is just ending).
-    fn remove_layer(&self, id: Id) -> Result<bool> {
-        let name = layer_file(id);
-        if let Ok(file) = self.layers.open(&name, Access::Read)
-            && file.lock(true).is_err_and(|e| e.kind() == Kind::Busy)
-        {
-            return Ok(false);
-        }
-        self.layers.remove(&name)?;
-        Ok(true)
-    }
-    /// Removes a directory of `bases/` with what is in it.
-    fn remove_base(&self, name: &str) -> Result<()> {
-        let dir = self.bases.subdir(name)?;
-        // `meta` first: without it the directory is plainly garbage.
-        for file in ["meta", "sums", "image"] {
-            match dir.remove(file) {
-                Err(e) if e.kind() == Kind::NotFound => {}
-                other => other?,
-            }
-        }
-        for (other, kind) in dir.list()? {
-            if kind != EntryKind::Dir {
-                dir.remove(&other)?;
-            }
-        }
-        self.bases.remove_dir(name)
-    }
-
-    // ---- the graph -----------------------------------------------------------------------------------------------
-
-    /// All bases and layers, what they stand on, and who names them. The names lock is held.
-    pub(super) fn graph(&self) -> Result<Graph> {
-        let mut graph = Graph::default();
-        for (file, kind) in self.layers.list()? {
-            let Some(id) = file
-                .strip_suffix(".layer")
-                .and_then(Id::parse)
-                .filter(|_| kind == EntryKind::File)
-            else {
-                continue;
-            };
-            let open = self.layers.open(&file, Access::Read)?;
-            match read_header(&*open) {
-                Ok(header) => {
-                    let (parent, depth) = (Some(parent_of(&header)), header.depth.get());
-                    graph.nodes.insert(
-                        Below::Layer(id),
-                        Node {
-                            parent,
-                            depth,
-                            allocated: open.allocated()?,
-                            damaged: false,
-                        },
-                    );
-                }
-                // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
-                Err(e) if e.kind() == Kind::Corrupt => {
-                    graph.nodes.insert(
-                        Below::Layer(id),
-                        Node {
-                            parent: None,
-                            depth: MAX_DEPTH + 1,
-                            allocated: open.allocated()?,
-                            damaged: true,
-                        },
-                    );
-                }
-                // It may stand on anything: nothing is garbage then. `check` reports it.
-                Err(_) => graph.unreadable = true,
-            }
-        }
-        for (name, kind) in self.bases.list()? {
-            if let Some(id) = Id::parse(&name).filter(|_| kind == EntryKind::Dir) {
-                let allocated = self.base_allocated(id).unwrap_or(0);
-                graph.nodes.insert(
-                    Below::Base(id),
-                    Node {
-                        parent: None,
-                        depth: 0,
-                        allocated,
-                        damaged: false,
-                    },
-                );
-            }
-        }
-        // A link or a directory in the place of a name is unreadable, too.
-        graph.unreadable |= self
-            .names
-            .list()?
-            .iter()
-            .any(|(name, kind)| *kind != EntryKind::File && !name.starts_with('.'));
-        for name in self.all_names()? {
-            match names::read_name(&*self.names, &name) {
-                Ok(record) => graph.names.entry(record.target).or_default().push(name),
-                // An unreadable name may refer to anything: nothing is garbage then.
-                Err(_) => graph.unreadable = true,
-            }
-        }
-        for (below, node) in &graph.nodes {
-            if let Some(parent) = node.parent {
-                graph.children.entry(parent).or_default().push(*below);
-            }
-        }
-        Ok(graph)
-    }
-    /// All layer files with what is known of them.
-    pub fn layers(&self) -> Result<Found<LayerInfo>> {
-        let _lock = self.lock(false)?;
-        let graph = self.graph()?;
-        let mut found = Found::default();
-        for (below, node) in &graph.nodes {
-            let Below::Layer(id) = *below else {
-                continue;
-            };
-            let names = graph.names.get(below).cloned().unwrap_or_default();
-            let counts = self.layer_counts(id).and_then(|counts| {
-                let parent = node.parent.ok_or_else(|| {
-                    Error::new(Kind::Corrupt, "its header cannot be read").layer(id)
-                })?;
-                Ok((parent, counts))
-            });
-            let (parent, (state, (data, zeros), size)) = match counts {
-                Ok(counts) => counts,
-                Err(error) if error.kind() == Kind::Corrupt => {
-                    let name = match &names[..] {
-                        [] => format!("layer {id}"),
-                        names => names.join(", "),
-                    };
-                    found.damaged.push(Damage { name, error });
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            found.sound.push(LayerInfo {
-                id,
-                parent,
-                state: state.word(),
-                size,
-                allocated: node.allocated,
-                private_bytes: data * crate::units::BLOCK,
-                zero_blocks: zeros,
-                depth: node.depth,
-                names,
-            });
-        }
-        found.sound.sort_by_key(|l| (l.depth, l.id));
-        found.damaged.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(found)
-    }
-    /// State, counts and size of a layer file that others may be writing.
-    pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {
-        // A checkpoint of its writer may come in between; then what was read makes no sense, and is read again.
-        let mut tries = 0;
-        loop {
-            let file = self.layers.open(&layer_file(id), Access::Read)?;
-            match ReadLayer::open(file) {
-                Ok(layer) => return Ok((layer.state(), layer.counts(), layer.size())),
-                Err(e) if tries >= 20 => return Err(e),
-                Err(_) => tries += 1,
-            }
-        }
-    }
 }
 
 /// What a seal needs beside the layer itself.
@@ -870,84 +465,4 @@ fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
         .hint("a disk is at least as large as what it is made from"));
     }
     Ok(rounded)
-}
-
-/// A base or layer in the graph.
-pub(super) struct Node {
-    pub parent: Option<Below>,
-    pub depth: u32,
-    pub allocated: u64,
-    /// Its header cannot be read, so nobody knows what it stands on.
-    pub damaged: bool,
-}
-
-/// Bases and layers, and who needs whom.
-#[derive(Default)]
-pub(super) struct Graph {
-    pub nodes: HashMap<Below, Node>,
-    pub children: HashMap<Below, Vec<Below>>,
-    pub names: HashMap<Below, Vec<String>>,
-    /// Something could not be read, so that nothing may be called garbage.
-    pub unreadable: bool,
-}
-
-impl Graph {
-    /// Walks down from `upper` to the first of `wanted` and returns what is said of it.
-    pub fn first_below<'w>(
-        &self,
-        upper: Below,
-        wanted: &HashMap<Below, &'w str>,
-    ) -> Option<&'w str> {
-        let mut at = Some(upper);
-        for _ in 0..=MAX_DEPTH + 1 {
-            let below = at?;
-            if let Some(found) = wanted.get(&below) {
-                return Some(found);
-            }
-            at = self.nodes.get(&below).and_then(|n| n.parent);
-        }
-        None
-    }
-    /// Names that are gone.
-    fn forget(&mut self, gone: &HashSet<&str>) {
-        for names in self.names.values_mut() {
-            names.retain(|n| !gone.contains(n.as_str()));
-        }
-        self.names.retain(|_, names| !names.is_empty());
-    }
-    pub fn depth(&self, below: Below) -> u32 {
-        self.nodes.get(&below).map_or(0, |n| n.depth)
-    }
-    /// What no name that `counts` reaches.
-    pub fn garbage(&self, counts: impl Fn(&str) -> bool) -> Vec<Below> {
-        if self.unreadable {
-            return Vec::new();
-        }
-        let mut needed: HashSet<Below> = HashSet::new();
-        for (below, names) in &self.names {
-            if !names.iter().any(|n| counts(n)) {
-                continue;
-            }
-            let mut at = Some(*below);
-            while let Some(b) = at {
-                if !needed.insert(b) {
-                    break;
-                }
-                at = self.nodes.get(&b).and_then(|n| n.parent);
-            }
-        }
-        // What is needed and damaged, missing, or something else than a file may stand on anything; a base stands on nothing.
-        let unknown = |b: &Below| match self.nodes.get(b) {
-            None => matches!(b, Below::Layer(_)),
-            Some(node) => node.damaged,
-        };
-        if needed.iter().any(unknown) {
-            return Vec::new();
-        }
-        self.nodes
-            .keys()
-            .filter(|b| !needed.contains(b))
-            .copied()
-            .collect()
-    }
 }

@@ -1,6 +1,7 @@
 //! What objects cost and what they share.
 
-use super::objects::{Graph, object_target};
+use super::graph::Graph;
+use super::objects::object_target;
 use super::refer::Refer;
 use super::{
     BaseInfo, Below, Damage, Details, Found, Object, ObjectKind, Store, Usage, layer_file,

@@ -1,0 +1,142 @@
+//! What the server answers to each request of the control socket.
+
+use super::entry::Phase;
+use super::protocol::{self, number, object_json, text};
+use super::server::{End, Server, not_attached};
+use crate::error::{Error, Kind, Result};
+use serde_json::{Value, json};
+use std::sync::atomic::Ordering::SeqCst;
+
+impl Server {
+    pub(super) fn answer(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+        match text(request, "op")? {
+            "hello" => {
+                let version = number(request, "version")?;
+                if version != protocol::VERSION {
+                    return Err(Error::new(
+                        Kind::Version,
+                        format!(
+                            "the daemon speaks version {} of the protocol, not {version}",
+                            protocol::VERSION
+                        ),
+                    )
+                    .hint("stop the daemon that an older or newer forkdisk started"));
+                }
+                Ok(json!({"store": self.store.id().to_string()}))
+            }
+            "status" => Ok(json!({"status": self.status()})),
+            "attached" => {
+                let table = self.table.lock();
+                let all: Vec<Value> = table
+                    .values()
+                    .filter(|e| e.phase != Phase::Opening)
+                    .map(|e| self.shown(&e.attached)["attached"].take())
+                    .collect();
+                Ok(json!({"attached": all}))
+            }
+            "attach" => self.attach(request, begun),
+            "attach-done" => {
+                let name = text(request, "name")?;
+                let mut table = self.table.lock();
+                let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
+                entry.attached.device = Some(text(request, "device")?.to_string());
+                entry.dev = number(request, "dev")?;
+                entry.set_phase(Phase::Ready);
+                begun.retain(|b| b != name);
+                tracing::info!(disk = name, device = entry.attached.device, "attached");
+                Ok(self.shown(&entry.attached))
+            }
+            "attach-undo" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                self.close(name)?;
+                Ok(json!({}))
+            }
+            "detach" => self.detach(text(request, "target")?, begun),
+            "detach-undo" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                if let Some(entry) = self.table.lock().get_mut(name) {
+                    entry.set_phase(Phase::Ready);
+                }
+                Ok(json!({}))
+            }
+            "detach-done" => {
+                let name = text(request, "name")?;
+                begun.retain(|b| b != name);
+                self.close(name)?;
+                tracing::info!(disk = name, "detached");
+                Ok(json!({}))
+            }
+            "snapshot" => {
+                let (disk, name) = (text(request, "disk")?, text(request, "name")?);
+                let running = self.running(disk)?;
+                let message = request.get("message").and_then(Value::as_str);
+                let object = self.store.snapshot_running(&running, disk, name, message)?;
+                self.refresh(disk);
+                Ok(json!({"object": object_json(&object)}))
+            }
+            "create" => {
+                let from = text(request, "from")?;
+                let names = request
+                    .get("names")
+                    .and_then(Value::as_array)
+                    .cloned()
+                    .unwrap_or_default();
+                let names: Vec<String> = names
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .map(String::from)
+                    .collect();
+                let running = self.running(from)?;
+                let size = request.get("size").and_then(Value::as_u64);
+                let objects = self
+                    .store
+                    .create_from_running(&running, from, &names, size)?;
+                self.refresh(from);
+                Ok(json!({"objects": objects.iter().map(object_json).collect::<Vec<_>>()}))
+            }
+            "stop" => {
+                let table = self.table.lock();
+                if !table.is_empty() {
+                    let names: Vec<&str> = table.keys().take(8).map(String::as_str).collect();
+                    let more = if table.len() > names.len() {
+                        ", ..."
+                    } else {
+                        ""
+                    };
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("attached: {}{more}", names.join(", ")),
+                    )
+                    .hint(
+                        "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
+                    ));
+                }
+                let keeper = self.keeper.load(SeqCst);
+                if keeper == 0 {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        "the daemon is just getting another keeper",
+                    )
+                    .hint("try again in a moment"));
+                }
+                // If we die before we end, the next server ends in our place.
+                self.handover.set_session(json!({
+                    "negotiated": self.session.negotiated(),
+                    "next_ino": self.files.next_ino(),
+                    "servers": self.before + 1,
+                    "ending": true,
+                }))?;
+                let _ = self.end.lock().send(End::Stop);
+                Ok(json!({"keeper_pid": self.keeper.load(SeqCst)}))
+            }
+            "takeover" => self.leave(request),
+            other => Err(Error::new(
+                Kind::Invalid,
+                format!("the daemon knows no request `{other}`"),
+            )
+            .hint("command and daemon may be of different versions: restart the daemon")),
+        }
+    }
+}

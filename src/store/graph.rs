@@ -1,0 +1,225 @@
+//! Who stands on whom: all bases and layers, and the names that refer to them.
+
+use super::names;
+use super::{Below, Damage, Found, LayerInfo, Store, layer_file, parent_of};
+use crate::error::{Error, Kind, Result};
+use crate::format::MAX_DEPTH;
+use crate::io::{Access, EntryKind};
+use crate::layer::{ReadLayer, State, read_header};
+use crate::units::Id;
+use std::collections::{HashMap, HashSet};
+
+impl Store {
+    /// All bases and layers, what they stand on, and who names them. The names lock is held.
+    pub(super) fn graph(&self) -> Result<Graph> {
+        let mut graph = Graph::default();
+        for (file, kind) in self.layers.list()? {
+            let Some(id) = file
+                .strip_suffix(".layer")
+                .and_then(Id::parse)
+                .filter(|_| kind == EntryKind::File)
+            else {
+                continue;
+            };
+            let open = self.layers.open(&file, Access::Read)?;
+            match read_header(&*open) {
+                Ok(header) => {
+                    let (parent, depth) = (Some(parent_of(&header)), header.depth.get());
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent,
+                            depth,
+                            allocated: open.allocated()?,
+                            damaged: false,
+                        },
+                    );
+                }
+                // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    graph.nodes.insert(
+                        Below::Layer(id),
+                        Node {
+                            parent: None,
+                            depth: MAX_DEPTH + 1,
+                            allocated: open.allocated()?,
+                            damaged: true,
+                        },
+                    );
+                }
+                // It may stand on anything: nothing is garbage then. `check` reports it.
+                Err(_) => graph.unreadable = true,
+            }
+        }
+        for (name, kind) in self.bases.list()? {
+            if let Some(id) = Id::parse(&name).filter(|_| kind == EntryKind::Dir) {
+                let allocated = self.base_allocated(id).unwrap_or(0);
+                graph.nodes.insert(
+                    Below::Base(id),
+                    Node {
+                        parent: None,
+                        depth: 0,
+                        allocated,
+                        damaged: false,
+                    },
+                );
+            }
+        }
+        // A link or a directory in the place of a name is unreadable, too.
+        graph.unreadable |= self
+            .names
+            .list()?
+            .iter()
+            .any(|(name, kind)| *kind != EntryKind::File && !name.starts_with('.'));
+        for name in self.all_names()? {
+            match names::read_name(&*self.names, &name) {
+                Ok(record) => graph.names.entry(record.target).or_default().push(name),
+                // An unreadable name may refer to anything: nothing is garbage then.
+                Err(_) => graph.unreadable = true,
+            }
+        }
+        for (below, node) in &graph.nodes {
+            if let Some(parent) = node.parent {
+                graph.children.entry(parent).or_default().push(*below);
+            }
+        }
+        Ok(graph)
+    }
+    /// All layer files with what is known of them.
+    pub fn layers(&self) -> Result<Found<LayerInfo>> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        let mut found = Found::default();
+        for (below, node) in &graph.nodes {
+            let Below::Layer(id) = *below else {
+                continue;
+            };
+            let names = graph.names.get(below).cloned().unwrap_or_default();
+            let counts = self.layer_counts(id).and_then(|counts| {
+                let parent = node.parent.ok_or_else(|| {
+                    Error::new(Kind::Corrupt, "its header cannot be read").layer(id)
+                })?;
+                Ok((parent, counts))
+            });
+            let (parent, (state, (data, zeros), size)) = match counts {
+                Ok(counts) => counts,
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    let name = match &names[..] {
+                        [] => format!("layer {id}"),
+                        names => names.join(", "),
+                    };
+                    found.damaged.push(Damage { name, error });
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            found.sound.push(LayerInfo {
+                id,
+                parent,
+                state: state.word(),
+                size,
+                allocated: node.allocated,
+                private_bytes: data * crate::units::BLOCK,
+                zero_blocks: zeros,
+                depth: node.depth,
+                names,
+            });
+        }
+        found.sound.sort_by_key(|l| (l.depth, l.id));
+        found.damaged.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+    /// State, counts and size of a layer file that others may be writing.
+    pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {
+        // A checkpoint of its writer may come in between; then what was read makes no sense, and is read again.
+        let mut tries = 0;
+        loop {
+            let file = self.layers.open(&layer_file(id), Access::Read)?;
+            match ReadLayer::open(file) {
+                Ok(layer) => return Ok((layer.state(), layer.counts(), layer.size())),
+                Err(e) if tries >= 20 => return Err(e),
+                Err(_) => tries += 1,
+            }
+        }
+    }
+}
+
+/// A base or layer in the graph.
+pub(super) struct Node {
+    pub parent: Option<Below>,
+    pub depth: u32,
+    pub allocated: u64,
+    /// Its header cannot be read, so nobody knows what it stands on.
+    pub damaged: bool,
+}
+
+/// Bases and layers, and who needs whom.
+#[derive(Default)]
+pub(super) struct Graph {
+    pub nodes: HashMap<Below, Node>,
+    pub children: HashMap<Below, Vec<Below>>,
+    pub names: HashMap<Below, Vec<String>>,
+    /// Something could not be read, so that nothing may be called garbage.
+    pub unreadable: bool,
+}
+
+impl Graph {
+    /// Walks down from `upper` to the first of `wanted` and returns what is said of it.
+    pub fn first_below<'w>(
+        &self,
+        upper: Below,
+        wanted: &HashMap<Below, &'w str>,
+    ) -> Option<&'w str> {
+        let mut at = Some(upper);
+        for _ in 0..=MAX_DEPTH + 1 {
+            let below = at?;
+            if let Some(found) = wanted.get(&below) {
+                return Some(found);
+            }
+            at = self.nodes.get(&below).and_then(|n| n.parent);
+        }
+        None
+    }
+    /// Names that are gone.
+    pub fn forget(&mut self, gone: &HashSet<&str>) {
+        for names in self.names.values_mut() {
+            names.retain(|n| !gone.contains(n.as_str()));
+        }
+        self.names.retain(|_, names| !names.is_empty());
+    }
+    pub fn depth(&self, below: Below) -> u32 {
+        self.nodes.get(&below).map_or(0, |n| n.depth)
+    }
+    /// What no name that `counts` reaches.
+    pub fn garbage(&self, counts: impl Fn(&str) -> bool) -> Vec<Below> {
+        if self.unreadable {
+            return Vec::new();
+        }
+        let mut needed: HashSet<Below> = HashSet::new();
+        for (below, names) in &self.names {
+            if !names.iter().any(|n| counts(n)) {
+                continue;
+            }
+            let mut at = Some(*below);
+            while let Some(b) = at {
+                if !needed.insert(b) {
+                    break;
+                }
+                at = self.nodes.get(&b).and_then(|n| n.parent);
+            }
+        }
+        // What is needed and damaged, missing, or something else than a file may stand on anything; a base stands on nothing.
+        let unknown = |b: &Below| match self.nodes.get(b) {
+            None => matches!(b, Below::Layer(_)),
+            Some(node) => node.damaged,
+        };
+        if needed.iter().any(unknown) {
+            return Vec::new();
+        }
+        self.nodes
+            .keys()
+            .filter(|b| !needed.contains(b))
+            .copied()
+            .collect()
+    }
+}

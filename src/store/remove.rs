@@ -1,0 +1,288 @@
+//! Taking away: names, and what nothing needs any more.
+
+use super::graph::Graph;
+use super::names::{self, TEMPORARY};
+use super::objects::object_target;
+use super::{Below, GcReport, Object, ObjectKind, RemovePlan, Store, layer_file};
+use crate::error::{Error, Kind, Result};
+use crate::io::{Access, EntryKind};
+use crate::units::Id;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+impl Store {
+    /// What removing `refs` would take away. `InUse` if others need them and it is not `recursive`.
+    pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
+        let _lock = self.lock(false)?;
+        let graph = self.graph()?;
+        let objects = self.survey_locked()?.sound;
+        let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
+        for reference in refs {
+            let object = match self.resolve_locked(reference) {
+                // What is damaged can be removed, if it is called by its name.
+                Err(e) if e.kind() == Kind::Corrupt => self.remains(reference, e)?,
+                other => other?,
+            };
+            wanted.insert(object.name.clone(), object);
+        }
+        let mut going = wanted;
+        // Until nothing stands on anything that goes: what goes may itself be needed.
+        loop {
+            let users = self.users_of(&going, &objects, &graph);
+            let Some((needed, first)) = users.first_key_value() else {
+                break;
+            };
+            if !recursive {
+                let mut list: Vec<&str> = first.iter().take(8).map(|o| o.name.as_str()).collect();
+                if first.len() > list.len() {
+                    list.push("...");
+                }
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!("{needed} is in use by {}", list.join(", ")),
+                )
+                .hint(format!(
+                    "`forkdisk rm -r {needed} -n` shows all that would go"
+                )));
+            }
+            let more: Vec<Object> = users.into_values().flatten().cloned().collect();
+            going.extend(more.into_iter().map(|o| (o.name.clone(), o)));
+        }
+        let kept: HashSet<Below> = objects
+            .iter()
+            .filter(|o| !going.contains_key(&o.name))
+            .map(object_target)
+            .collect();
+        for object in going.values() {
+            // What keeps another name may stay open by it.
+            if !kept.contains(&object_target(object)) {
+                self.check_idle(object)?;
+            }
+        }
+        let mut list: Vec<Object> = going.into_values().collect();
+        list.sort_by_key(|o| {
+            (
+                std::cmp::Reverse(graph.depth(object_target(o))),
+                o.name.clone(),
+            )
+        });
+        let gone: HashSet<&str> = list.iter().map(|o| o.name.as_str()).collect();
+        let frees = graph
+            .garbage(|name| !gone.contains(name))
+            .iter()
+            .map(|b| graph.nodes[b].allocated)
+            .sum();
+        Ok(RemovePlan { names: list, frees })
+    }
+    /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
+    fn remains(&self, name: &str, why: Error) -> Result<Object> {
+        let record = match names::read_name(&*self.names, name) {
+            Ok(record) => Some(record),
+            Err(e) if e.kind() == Kind::Corrupt => None,
+            Err(_) => return Err(why),
+        };
+        if self.names.entry(name)? != Some(EntryKind::File) {
+            return Err(why);
+        }
+        Ok(Object {
+            name: name.to_string(),
+            kind: record.as_ref().map_or(ObjectKind::Disk, |r| r.kind),
+            id: record.as_ref().map_or(Id([0; 16]), |r| r.target.id()),
+            size: 0,
+            parent: None,
+            created: record.map_or(0, |r| r.created),
+            message: None,
+        })
+    }
+    /// What needs something that is going: by its name, those that stand on it; and a disk's snapshots, which go with it.
+    fn users_of<'o>(
+        &self,
+        going: &BTreeMap<String, Object>,
+        objects: &'o [Object],
+        graph: &Graph,
+    ) -> BTreeMap<String, Vec<&'o Object>> {
+        // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
+        let kept: HashSet<Below> = objects
+            .iter()
+            .filter(|o| !going.contains_key(&o.name))
+            .map(object_target)
+            .collect();
+        let dying: HashMap<Below, &str> = going
+            .values()
+            .map(|o| (object_target(o), o.name.as_str()))
+            .filter(|(target, _)| !kept.contains(target))
+            .collect();
+        let mut users: BTreeMap<String, Vec<&Object>> = BTreeMap::new();
+        for object in objects.iter().filter(|o| !going.contains_key(&o.name)) {
+            let disk = object.name.split_once('@').map(|(disk, _)| disk);
+            let of = disk.filter(|d| going.contains_key(*d));
+            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
+                users.entry(needed.to_string()).or_default().push(object);
+            }
+        }
+        users
+    }
+    /// Fails if an object is attached.
+    fn check_idle(&self, object: &Object) -> Result<()> {
+        let busy = |e: Error| {
+            if e.kind() == Kind::Busy {
+                Error::new(Kind::Busy, format!("{} is attached", object.name))
+                    .hint(format!("`forkdisk detach {}` first", object.name))
+            } else {
+                e
+            }
+        };
+        match object.kind {
+            ObjectKind::Base => self.base_idle(object.id).map_err(busy),
+            _ => match self.layers.open(&layer_file(object.id), Access::Read) {
+                Ok(file) => file.lock(true).map_err(busy),
+                // Gone, or something that is no file: nobody has it open.
+                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Corrupt) => Ok(()),
+                Err(e) => Err(e),
+            },
+        }
+    }
+    /// Removes what a plan lists, then everything that nothing needs any more.
+    pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
+        let _lock = self.lock(true)?;
+        let mut graph = self.graph()?;
+        let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
+        for object in &plan.names {
+            let names = graph.names.get(&object_target(object));
+            if !names.is_some_and(|names| names.iter().any(|n| !gone.contains(n.as_str()))) {
+                self.check_idle(object)?;
+            }
+            // What it is must not have changed since the plan was made.
+            match names::read_name(&*self.names, &object.name) {
+                Ok(record) if record.target == object_target(object) => {}
+                Err(e) if e.kind() == Kind::NotFound => continue,
+                Err(e) if e.kind() == Kind::Corrupt => {}
+                Err(e) => return Err(e),
+                Ok(_) => {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        format!("{} was changed meanwhile", object.name),
+                    )
+                    .hint("look at it again, then repeat the command"));
+                }
+            }
+        }
+        // Someone may have forked from it since the plan was made.
+        let stays = |below: &Below| {
+            let names = graph.names.get(below)?;
+            names.iter().find(|n| !gone.contains(n.as_str()))
+        };
+        let dying: HashMap<Below, &str> = plan
+            .names
+            .iter()
+            .map(|o| (object_target(o), o.name.as_str()))
+            .filter(|(target, _)| stays(target).is_none())
+            .collect();
+        for below in graph.names.keys() {
+            if let Some(name) = stays(below)
+                && let Some(needed) = graph.first_below(*below, &dying)
+            {
+                return Err(
+                    Error::new(Kind::Busy, format!("{needed} is in use by {name}"))
+                        .hint("look at it again, then repeat the command"),
+                );
+            }
+        }
+        for object in &plan.names {
+            match self.names.remove(&object.name) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                other => other?,
+            }
+        }
+        self.names.sync()?;
+        // Nobody else changes the store meanwhile, so what is left is known; unless what could not be read was among what went.
+        if graph.unreadable {
+            graph = self.graph()?;
+        } else {
+            graph.forget(&gone);
+        }
+        self.collect(&graph, false).map(|_| ())
+    }
+    /// Removes what nothing names or needs, and leftovers of interrupted operations.
+    pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
+        let _lock = self.lock(true)?;
+        if !dry_run {
+            // Whoever removed a name may have died before the directory was synced: then the name would be there again, and what it
+            // refers to would be gone.
+            self.names.sync()?;
+        }
+        self.collect(&self.graph()?, dry_run)
+    }
+    fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
+        let mut report = GcReport::default();
+        let mut garbage = graph.garbage(|_| true);
+        // Children before parents: after a crash in between nothing refers to what is gone.
+        garbage.sort_by_key(|b| std::cmp::Reverse(graph.depth(*b)));
+        report.inhabited = garbage
+            .iter()
+            .filter(|b| matches!(b, Below::Base(_)) && graph.children.contains_key(b))
+            .map(|b| b.id())
+            .collect();
+        for below in garbage {
+            let removed = match below {
+                _ if dry_run => true,
+                Below::Layer(id) => self.remove_layer(id)?,
+                Below::Base(id) => self.remove_base(&id.to_string()).map(|()| true)?,
+            };
+            if removed {
+                report.layers.push(below.id());
+                report.bytes += graph.nodes[&below].allocated;
+            }
+        }
+        for (dir, what) in [
+            (&self.names, "names"),
+            (&self.root, ""),
+            (&self.bases, "bases"),
+        ] {
+            for (name, kind) in dir.list()? {
+                if !name.starts_with(TEMPORARY) {
+                    continue;
+                }
+                match kind {
+                    EntryKind::Dir if self.import_running(&name) => continue,
+                    _ if dry_run => {}
+                    EntryKind::Dir => self.remove_base(&name)?,
+                    _ => dir.remove(&name)?,
+                }
+                report.files.push(if what.is_empty() {
+                    name
+                } else {
+                    format!("{what}/{name}")
+                });
+            }
+        }
+        Ok(report)
+    }
+    /// Removes a layer file unless someone has it open (an attachment that is just ending).
+    fn remove_layer(&self, id: Id) -> Result<bool> {
+        let name = layer_file(id);
+        if let Ok(file) = self.layers.open(&name, Access::Read)
+            && file.lock(true).is_err_and(|e| e.kind() == Kind::Busy)
+        {
+            return Ok(false);
+        }
+        self.layers.remove(&name)?;
+        Ok(true)
+    }
+    /// Removes a directory of `bases/` with what is in it.
+    fn remove_base(&self, name: &str) -> Result<()> {
+        let dir = self.bases.subdir(name)?;
+        // `meta` first: without it the directory is plainly garbage.
+        for file in ["meta", "sums", "image"] {
+            match dir.remove(file) {
+                Err(e) if e.kind() == Kind::NotFound => {}
+                other => other?,
+            }
+        }
+        for (other, kind) in dir.list()? {
+            if kind != EntryKind::Dir {
+                dir.remove(&other)?;
+            }
+        }
+        self.bases.remove_dir(name)
+    }
+}
