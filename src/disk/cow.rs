@@ -8,7 +8,7 @@ use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
 use crate::io::File;
-use crate::layer::writable::Taken;
+use crate::layer::writable::{Taken, Unsettled};
 use crate::layer::{Layer, State};
 use crate::sync::RwLock;
 use crate::sys::shared::SharedMemory;
@@ -124,6 +124,10 @@ impl CowDisk {
             .layer
             .as_ref()
             .map_or(Ok(()), Layer::maintain)
+    }
+    /// What was said of its layer in the store when it was opened and is not durable yet: the first flush would wait for that.
+    pub fn unsettled(&self) -> Option<Arc<Unsettled>> {
+        self.top.read().layer.as_ref().map(Layer::unsettled)
     }
     /// Empties the journal into the block map: what a reopening would have to replay.
     pub fn checkpoint(&self) -> Result<()> {

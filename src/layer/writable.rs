@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{
     CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY, Pointer, Superblock, commit_slots,
 };
-use crate::io::File;
+use crate::io::{Dir, File};
 use crate::map::{Memtable, Ranges, RegionMap, WORDS};
 use crate::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst,
@@ -178,6 +178,25 @@ pub struct Layer {
     poison: Mutex<Option<Error>>,
     poisoned: AtomicBool,
     can_punch: AtomicBool,
+    /// See [`Layer::rest_on`].
+    unsettled: Arc<Unsettled>,
+}
+
+/// A directory in which something was said of a layer that is not durable yet.
+#[derive(Default)]
+pub struct Unsettled(Mutex<Option<Arc<dyn Dir>>>);
+
+impl Unsettled {
+    /// Makes it durable; waits if somebody else is doing so.
+    pub fn settle(&self) {
+        let mut names = self.0.lock();
+        if let Some(names) = names.take()
+            && let Err(e) = names.sync()
+        {
+            // It says that the layer was opened, for whoever finds it damaged. No data depends on it.
+            tracing::debug!("cannot note that a layer was opened: {e}");
+        }
+    }
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -336,6 +355,7 @@ impl Layer {
             poison: Mutex::new(None),
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
+            unsettled: Arc::default(),
             file,
         }
     }
@@ -394,6 +414,14 @@ impl Layer {
             self.data_blocks.load(SeqCst).max(0) as u64,
             self.zero_blocks.load(SeqCst).max(0) as u64,
         )
+    }
+    /// Something was said of the layer in this directory that is not durable yet. It will be before the first commit is.
+    pub fn rest_on(&self, names: Arc<dyn Dir>) {
+        *self.unsettled.0.lock() = Some(names);
+    }
+    /// What [`Layer::rest_on`] was told of, for whoever has the time before the first commit.
+    pub fn unsettled(&self) -> Arc<Unsettled> {
+        self.unsettled.clone()
     }
     /// A read begins: until the guard goes, no slot that it may find is reused.
     pub fn enter(&self) -> Guard<'_> {

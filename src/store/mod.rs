@@ -581,7 +581,10 @@ impl Store {
         let staged = self.stage_opened(&object.name);
         let mut opened = self.open_top(&object, memory.clone());
         match (&opened, staged) {
-            (Ok(_), Some(staged)) => self.place_opened(&object.name, staged, true),
+            (Ok((layer, _)), Some(staged)) => {
+                self.place_opened(&object.name, staged);
+                layer.rest_on(self.names.clone());
+            }
             (Err(e), Some((temporary, _))) => {
                 let _ = self.names.remove(&temporary);
                 if e.kind() == Kind::NoSpace {
@@ -687,7 +690,7 @@ impl Store {
     /// back is worth no more than that.
     fn note_opened(&self, name: &str) {
         if let Some(staged) = self.stage_opened(name) {
-            self.place_opened(name, staged, false);
+            self.place_opened(name, staged);
         }
     }
     /// The note, not at its place yet; `None` if it is there already. Nothing depends on it, and on a full host disk there may be no room for it.
@@ -699,18 +702,12 @@ impl Store {
         staged.1.start_writeback(0, BLOCK);
         Some(staged)
     }
-    fn place_opened(&self, name: &str, (temporary, file): (String, Arc<dyn File>), durable: bool) {
+    fn place_opened(&self, name: &str, (temporary, file): (String, Arc<dyn File>)) {
         let placed = file
             .sync()
             .and_then(|()| self.names.rename(&temporary, name));
-        if placed.is_err() {
+        if let Err(e) = placed {
             let _ = self.names.remove(&temporary);
-        }
-        let noted = placed.and_then(|()| match durable {
-            true => self.names.sync(),
-            false => Ok(()),
-        });
-        if let Err(e) = noted {
             tracing::debug!(disk = name, "cannot note that it was opened: {e}");
         }
     }

@@ -14,6 +14,7 @@ mod figures;
 mod flow;
 mod full;
 mod import;
+mod live;
 mod memory;
 mod names;
 mod places;

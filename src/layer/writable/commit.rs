@@ -64,6 +64,7 @@ impl Layer {
 
     /// Closes the epoch and commits it; returns its number.
     fn commit_epoch(&self) -> Result<u64> {
+        self.unsettled.settle();
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         self.check_poison()?;
