@@ -176,6 +176,11 @@ impl File for CountingFile {
         add(&self.counters.bytes_written, buf.len() as u64);
         self.inner.write_at(buf, at)
     }
+    fn write_through(&self, buf: &[u8], at: u64) -> Result<()> {
+        add(&self.counters.writes, 1);
+        add(&self.counters.bytes_written, buf.len() as u64);
+        self.inner.write_through(buf, at)
+    }
     fn sync(&self) -> Result<()> {
         add(&self.counters.syncs, 1);
         self.inner.sync()

@@ -80,6 +80,10 @@ pub trait File: Send + Sync {
     fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()>;
     /// Writes all of `buf` at `at`, extending the file where needed.
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()>;
+    /// [`File::write_at`] of what nobody is expected to read soon: it goes to the disk at once, and memory need not keep it afterwards.
+    fn write_through(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.write_at(buf, at)
+    }
     /// Makes contents and length durable (`fdatasync`).
     fn sync(&self) -> Result<()>;
     /// Length in bytes.

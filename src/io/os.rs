@@ -16,15 +16,24 @@ use super::{
 use crate::error::{Error, Result};
 use rustix::{
     fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
-    io::{Errno, retry_on_intr},
+    io::{Errno, ReadWriteFlags, retry_on_intr},
 };
 use std::{
+    io::IoSlice,
     num::NonZeroU64,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
+
+/// `RWF_DONTCACHE` (Linux 6.14): written back at once, and dropped from memory when it has arrived.
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+/// The kernel and the filesystem know it, as far as was seen.
+static CAN_DROP: AtomicBool = AtomicBool::new(true);
 
 /// New files are their owner's alone: they may hold a disk with secrets on it.
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -258,6 +267,31 @@ impl OsFile {
     fn fail(&self, what: &str, e: Errno) -> Error {
         fail(what, &self.path, e.raw_os_error())
     }
+    /// Writes all of `buf`; the error says at which offset.
+    fn write_with(
+        &self,
+        buf: &[u8],
+        at: u64,
+        flags: ReadWriteFlags,
+    ) -> std::result::Result<(), (Errno, u64)> {
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at + done as u64;
+            let rest = &buf[done..];
+            let written = match flags.is_empty() {
+                true => rustix::io::pwrite(&self.fd, rest, here),
+                false => rustix::io::pwritev2(&self.fd, &[IoSlice::new(rest)], here, flags),
+            };
+            match written {
+                // No regular file does this; but to go round for ever would be worse than an error.
+                Ok(0) => return Err((Errno::IO, here)),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err((e, here)),
+            }
+        }
+        Ok(())
+    }
     fn writable(&self, what: &str) -> Result<()> {
         match self.writable {
             true => Ok(()),
@@ -343,18 +377,25 @@ impl File for OsFile {
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
         self.writable("write")?;
         check_range(&self.path, at, buf.len() as u64)?;
-        let mut done = 0;
-        while done < buf.len() {
-            let here = at + done as u64;
-            match rustix::io::pwrite(&self.fd, &buf[done..], here) {
-                // No regular file does this; but to go round for ever would be worse than an error.
-                Ok(0) => return Err(self.fail("write", Errno::IO).offset(here)),
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(self.fail("write", e).offset(here)),
+        self.write_with(buf, at, ReadWriteFlags::empty())
+            .map_err(|(e, here)| self.fail("write", e).offset(here))
+    }
+
+    fn write_through(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.writable("write")?;
+        check_range(&self.path, at, buf.len() as u64)?;
+        let failed = |(e, here)| Err(self.fail("write", e).offset(here));
+        if CAN_DROP.load(Relaxed) {
+            match self.write_with(buf, at, DONTCACHE) {
+                Ok(()) => return Ok(()),
+                // Linux before 6.14, or a filesystem that cannot.
+                Err((Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL, _)) => {
+                    CAN_DROP.store(false, Relaxed);
+                }
+                Err(e) => return failed(e),
             }
         }
-        Ok(())
+        self.write_at(buf, at)
     }
 
     fn sync(&self) -> Result<()> {

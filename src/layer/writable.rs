@@ -54,6 +54,9 @@ const OFTEN: u32 = 16;
 const AHEAD: (u32, u32) = (32, 256);
 /// Free slots that keep their host blocks on a disk at rest.
 const IDLE_SLOTS: u64 = 64;
+/// From so many bytes in one piece on, what is written is a stream: the filesystem above has it in memory as long as it is of use, and to take ever new
+/// pages for it costs more than to write it.
+const STREAM: usize = 256 << 10;
 /// Journal slots whose host space is reserved in one go.
 const RESERVE_STEP: u32 = 16;
 /// Slots freed by one epoch before the disk flushes by itself: bounds the list.
@@ -630,7 +633,11 @@ impl Layer {
                 continue;
             }
             let (now, later) = rest.split_at(n * BLOCK_SIZE);
-            self.file.write_at(now, Slot(start + left).at())?;
+            let at = Slot(start + left).at();
+            match now.len() >= STREAM {
+                true => self.file.write_through(now, at)?,
+                false => self.file.write_at(now, at)?,
+            }
             self.write_back_early(start + left, n as u32);
             rest = later;
         }

@@ -115,7 +115,9 @@ fn snapshots_at_a_steady_pace() {
         .stderr(Stdio::null());
     let fio = w.child(fio);
     let counter = Counter::start(m.join("counter"));
-    eventually("the writer works", || counter.acknowledged.load(SeqCst) > 10);
+    eventually("the writer works", || {
+        counter.acknowledged.load(SeqCst) > 10
+    });
     // What it is like without.
     thread::sleep(Duration::from_secs(seconds().div_ceil(4)));
     let calm = counter.acknowledged.load(SeqCst);
