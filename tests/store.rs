@@ -11,6 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+#[path = "store/usage.rs"]
+mod usage;
+
 const BLOCK: u64 = 4096;
 
 /// A store with an image `base`: 64 blocks of data, then 1,000 blocks of hole.

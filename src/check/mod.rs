@@ -73,7 +73,7 @@ pub fn check(
 
 /// What a reference means.
 fn target_of(store: &Store, reference: &str) -> Result<Below> {
-    let object = store.resolve(reference)?;
+    let object = store.resolve_any(reference)?;
     Ok(match object.kind {
         crate::store::ObjectKind::Base => Below::Base(object.id),
         _ => Below::Layer(object.id),

@@ -237,7 +237,7 @@ fn mount_point(dir: &Path) -> Result<PathBuf> {
 /// Take a disk away from use: unmount it, wait until all is durable
 #[derive(Args, Debug)]
 #[command(
-    after_help = "A disk that is busy stays attached and mounted. A snapshot or image that is attached several times is\n\
+    after_help = "A disk that is busy stays attached and mounted. A snapshot or image that is attached several times is \
         detached once."
 )]
 pub(crate) struct Detach {

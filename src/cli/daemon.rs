@@ -166,6 +166,18 @@ impl Daemon {
     }
 }
 
+/// Counts that are not zero: `12 reads, 4096 bytes read`.
+fn counts_text(counts: &serde_json::Map<String, Value>) -> String {
+    let counted = counts.iter().filter(|(_, n)| n.as_u64() != Some(0));
+    let shown: Vec<String> = counted
+        .map(|(name, n)| format!("{n} {}", name.replace('_', " ")))
+        .collect();
+    match &shown[..] {
+        [] => "none".to_string(),
+        all => all.join(", "),
+    }
+}
+
 /// One line for each field.
 fn status_text(status: &Value) -> String {
     let mut table = Table::new([(String::new(), Align::Left), (String::new(), Align::Left)]);
@@ -179,6 +191,7 @@ fn status_text(status: &Value) -> String {
             }
             (_, Value::String(text)) => text.clone(),
             (_, Value::Array(items)) => items.len().to_string(),
+            (_, Value::Object(counts)) => counts_text(counts),
             (_, other) => other.to_string(),
         };
         table.row(vec![name.replace('_', " "), value]);

@@ -213,7 +213,7 @@ impl Export {
         let stdout = self.file == Path::new("-");
         self.must_be_raw()?;
         let store = context.open_to_change()?;
-        let object = store.resolve(&self.reference)?;
+        let object = store.resolve_any(&self.reference)?;
         if stdout {
             if ui.json && !context.dry_run {
                 return Err(Error::new(

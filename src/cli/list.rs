@@ -13,7 +13,7 @@ use crate::{
     },
     daemon::Attached,
     error::{Error, Kind, Result},
-    store::{Found, LayerInfo, Object, ObjectKind, Store, Usage},
+    store::{Found, LayerInfo, Object, ObjectKind, Store, Usage, names::read_name},
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -39,7 +39,8 @@ enum What {
 /// List what there is
 #[derive(Args, Debug)]
 #[command(after_help = concat!(
-    "Columns: name, kind, size, parent, created, message, id, device, mount, refer, excl, shared.\n",
+    "Columns: name, kind, size, parent, created, message, id, device, mount, refer, excl, shared, used (host bytes of its own layer or \
+        base), written (data in its own layer), depth, quota.\n",
     "Of layers: id, state, size, alloc, private, parent, names.\n",
     "Of attached: name, kind, size, device, file, mount, ro, via, count, id."
 ))]
@@ -131,9 +132,8 @@ impl Ls {
             .map(|(a, mounts)| (a.name.clone(), (a, mounts)))
             .collect();
         // To know the space of an object its map is walked: only if that is asked for.
-        let space = columns
-            .iter()
-            .any(|c| matches!(c.name, "refer" | "excl" | "shared"));
+        let space = columns.iter().any(|c| SPACE.contains(&c.name));
+        let quota = columns.iter().any(|c| c.name == "quota");
         let all: Vec<Object> = all.into_iter().filter(|o| wanted(o.kind)).collect();
         let all: Vec<(Object, Option<Usage>)> = if space {
             let known = store.usages(all)?;
@@ -147,6 +147,11 @@ impl Ls {
             let attached = attached.get(&object.name);
             let (attached, mounts) = attached.cloned().unzip();
             rows.push(ObjectRow {
+                quota: if quota {
+                    quota_of(store, &object)
+                } else {
+                    None
+                },
                 parent: object.parent.map(|below| names.show(below.id())),
                 object,
                 usage,
@@ -277,8 +282,18 @@ impl Ls {
     }
 }
 
+/// Columns for which the space of an object must be known.
+const SPACE: &[&str] = &["refer", "excl", "shared", "used", "written", "depth"];
+
+/// The quota of a disk, in bytes, if one is set.
+fn quota_of(store: &Store, object: &Object) -> Option<u64> {
+    let record = read_name(&**store.names_dir(), &object.name).ok()?;
+    record.extra.get("quota")?.parse().ok()
+}
+
 struct ObjectRow {
     object: Object,
+    quota: Option<u64>,
     parent: Option<String>,
     usage: Option<Usage>,
     attached: Option<Attached>,
@@ -308,6 +323,18 @@ fn object_columns() -> Vec<Column<ObjectRow>> {
         }),
         number("shared", |r, s| {
             r.usage.map_or(String::new(), |u| s.size(u.shared))
+        }),
+        number("used", |r, s| {
+            r.usage.map_or(String::new(), |u| s.size(u.allocated))
+        }),
+        number("written", |r, s| {
+            r.usage.map_or(String::new(), |u| s.size(u.private))
+        }),
+        number("depth", |r, _| {
+            r.usage.map_or(String::new(), |u| u.depth.to_string())
+        }),
+        number("quota", |r, s| {
+            r.quota.map_or(String::new(), |bytes| s.size(bytes))
         }),
     ]
 }

@@ -15,13 +15,12 @@ use crate::{
     },
     disk::{Disk, Extent, Source},
     error::Result,
-    store::{Below, Details, Found, Object, Store, Usage},
-    units::{BLOCK, Id, REGION_BYTES},
+    store::{Below, Details, Found, Object, Space, Store, Usage},
+    units::{BLOCK, REGION_BYTES},
 };
 use clap::Args;
 use serde::Serialize;
 use std::{
-    collections::HashMap,
     io::{self, BufWriter, Write},
     path::PathBuf,
 };
@@ -72,9 +71,9 @@ impl Info {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let object = store.resolve(&self.reference)?;
+        let object = store.resolve_any(&self.reference)?;
         let details = store.details(&object)?;
-        let names = Names::of(&store)?;
+        let names = Names::from_ids(&details.names);
         let all = context.attached_for_show(&store).into_iter();
         let mut of_this = all.filter(|(a, _)| a.id == object.id);
         let (attached, mounts) = of_this.next().unzip();
@@ -137,7 +136,7 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
     let chain: Vec<String> = details.chain.iter().map(|b| names.show(b.id())).collect();
     let mut rows = vec![
         ("name", object.name.clone()),
-        ("kind", object.kind.word().to_string()),
+        ("kind", object.word().to_string()),
         ("id", object.id.to_string()),
         ("size", exact(object.size)),
         ("created", created),
@@ -195,6 +194,12 @@ pub(crate) struct Du {
     /// What to look at [default: all]
     #[arg(value_name = "REF")]
     references: Vec<String>,
+    /// For scripts: tabs between columns, no heading, no summary
+    #[arg(short = 'H', long)]
+    no_header: bool,
+    /// Exact numbers: bytes
+    #[arg(short, long)]
+    parsable: bool,
 }
 
 #[derive(Serialize)]
@@ -234,23 +239,27 @@ impl Du {
             sound: objects,
             mut damaged,
         } = self.objects(&store)?;
-        let Found {
-            sound: known,
-            damaged: more,
-        } = store.usages(objects)?;
+        let Space {
+            objects:
+                Found {
+                    sound: known,
+                    damaged: more,
+                },
+            stored,
+        } = store.space(objects)?;
         damaged.extend(more);
         if let ([only], false) = (&damaged[..], self.references.is_empty()) {
             return Err(only.error.clone().into());
         }
         let row = |(object, usage): &(Object, Usage)| DuRowDoc {
             name: object.name.clone(),
-            kind: object.kind.word(),
+            kind: object.word(),
             id: object.id.to_string(),
             usage: (*usage).into(),
         };
         let rows: Vec<DuRowDoc> = known.iter().map(row).collect();
         let total = TotalDoc {
-            stored: stored(&store, known.iter().map(|(object, _)| object))?,
+            stored,
             full_copies: rows.iter().map(|row| row.usage.refer).sum(),
             size: rows.iter().map(|row| row.usage.size).sum(),
         };
@@ -267,11 +276,15 @@ impl Du {
             })?;
             return ui.damage(&damaged);
         }
-        if rows.is_empty() {
+        if rows.is_empty() && !self.no_header {
             ui.talk("the store is empty");
             return ui.damage(&damaged);
         }
         let number = |name: &str| (name.to_string(), Align::Right);
+        let size = |bytes: u64| match self.parsable {
+            true => bytes.to_string(),
+            false => ui.size(bytes),
+        };
         let mut table = Table::new([
             ("NAME".to_string(), Align::Left),
             number("SIZE"),
@@ -282,17 +295,21 @@ impl Du {
         for DuRowDoc { name, usage, .. } in &rows {
             table.row(vec![
                 name.clone(),
-                ui.size(usage.size),
-                ui.size(usage.refer),
-                ui.size(usage.exclusive),
-                ui.size(usage.shared),
+                size(usage.size),
+                size(usage.refer),
+                size(usage.exclusive),
+                size(usage.shared),
             ]);
+        }
+        if self.no_header {
+            ui.data(table.script())?;
+            return ui.damage(&damaged);
         }
         let summary = format!(
             "{} on {} of disk; full copies would take {}\n",
             counted(rows.len(), "name"),
-            ui.size(total.stored),
-            ui.size(total.full_copies)
+            size(total.stored),
+            size(total.full_copies)
         );
         ui.data(table.text(true) + &summary)?;
         ui.damage(&damaged)
@@ -304,7 +321,7 @@ impl Du {
         }
         let mut objects: Vec<Object> = Vec::new();
         for reference in &self.references {
-            let object = store.resolve(reference)?;
+            let object = store.resolve_any(reference)?;
             if objects.iter().all(|o| o.name != object.name) {
                 objects.push(object);
             }
@@ -316,37 +333,22 @@ impl Du {
     }
 }
 
-/// Host bytes of everything the objects stand on, each layer and base counted once.
-fn stored<'a>(store: &Store, objects: impl Iterator<Item = &'a Object>) -> Result<u64> {
-    let layers: HashMap<Id, (Below, u64)> = store
-        .layers()?
-        .sound
-        .into_iter()
-        .map(|l| (l.id, (l.parent, l.allocated)))
-        .collect();
-    let mut seen: HashMap<Id, u64> = HashMap::new();
-    for object in objects {
-        let mut id = object.id;
-        while !seen.contains_key(&id) {
-            let Some((parent, allocated)) = layers.get(&id) else {
-                // A base: only the details of what stands on it know it.
-                seen.insert(id, store.details(object)?.base.allocated);
-                break;
-            };
-            seen.insert(id, *allocated);
-            id = parent.id();
-        }
-    }
-    Ok(seen.values().sum())
-}
-
 /// Show where the bytes of a disk come from
 #[derive(Args, Debug)]
-#[command(after_help = "DEPTH 0 is the object's own layer, 1 its parent, and so on down.")]
+#[command(
+    after_help = "-H has columns: start, length, kind (absent, zero, layer, base), owner, id, depth, offset in the owner's file. DEPTH 0 is \
+        the object's own layer, 1 its parent, and so on down. What is not known is `-`."
+)]
 pub(crate) struct Map {
     /// What to look at
     #[arg(value_name = "REF")]
     reference: String,
+    /// For scripts: tabs between columns, no heading
+    #[arg(short = 'H', long)]
+    no_header: bool,
+    /// Exact numbers: bytes
+    #[arg(short, long)]
+    parsable: bool,
 }
 
 /// Bytes whose extents are asked for at once.
@@ -370,9 +372,9 @@ impl Map {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let object = store.resolve(&self.reference)?;
-        let chain = store.details(&object)?.chain;
-        let names = Names::of(&store)?;
+        let object = store.resolve_any(&self.reference)?;
+        let details = store.details(&object)?;
+        let (chain, names) = (details.chain, Names::from_ids(&details.names));
         let disk = store.open_disk(&object, false)?;
         // There may be millions: they are written as they come.
         let mut out = BufWriter::new(io::stdout().lock());
@@ -380,18 +382,25 @@ impl Map {
         let mut first = true;
         if ui.json {
             let (name, id) = (serde_json::json!(object.name), object.id);
-            let kind = object.kind.word();
+            let kind = object.word();
             written(write!(
                 out,
                 "{{\"schema\":{SCHEMA},\"name\":{name},\"kind\":\"{kind}\",\"id\":\"{id}\",\"size\":{},\"extents\":[",
                 object.size
             ))?;
-        } else {
+        } else if !self.no_header {
             written(writeln!(out, "{:>15}  {:>9}  FROM", "START", "LENGTH"))?;
         }
         each_extent(&*disk, |extent| {
             let document = describe(extent, &chain, &names);
             if !ui.json {
+                let length = match self.parsable {
+                    true => extent.len.to_string(),
+                    false => ui.size(extent.len),
+                };
+                if self.no_header {
+                    return written(writeln!(out, "{}", script_line(&document, &length)));
+                }
                 let from = match (document.depth, document.name, &document.id) {
                     (_, Some(name), _) => format!(" {name}"),
                     (_, None, Some(id)) => format!(" ({})", &id[..12]),
@@ -400,7 +409,6 @@ impl Map {
                 let at = document
                     .offset
                     .map_or(String::new(), |at| format!(" at {at:#x}"));
-                let length = ui.size(extent.len);
                 let kind = document.kind;
                 return written(writeln!(
                     out,
@@ -418,6 +426,22 @@ impl Map {
         }
         written(out.flush())
     }
+}
+
+/// An extent for scripts.
+fn script_line(extent: &ExtentDoc<'_>, length: &str) -> String {
+    let known = |text: Option<String>| text.unwrap_or_else(|| "-".to_string());
+    let owner = extent.name.map(str::to_string).or(extent.id.clone());
+    [
+        extent.start.to_string(),
+        length.to_string(),
+        extent.kind.to_string(),
+        known(owner),
+        known(extent.id.clone()),
+        known(extent.depth.map(|d| d.to_string())),
+        known(extent.offset.map(|at| at.to_string())),
+    ]
+    .join("\t")
 }
 
 /// Where an extent comes from. `chain` names the layer of each depth.

@@ -25,6 +25,10 @@ impl Names {
         }
         names
     }
+    /// These names of these ids.
+    pub fn from_ids(all: &[(Id, Vec<String>)]) -> Names {
+        Names(all.iter().cloned().collect())
+    }
     /// One name of `id`, if it has any.
     pub fn first(&self, id: Id) -> Option<&str> {
         self.0.get(&id)?.first().map(String::as_str)

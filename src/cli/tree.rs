@@ -15,7 +15,7 @@ use crate::{
     },
     daemon::Attached,
     error::Result,
-    store::{Below, Damage, Found, LayerInfo, Object, ObjectKind, Store},
+    store::{Below, Damage, Found, LayerInfo, Object, ObjectKind, Store, Usage},
     units::Id,
 };
 use clap::Args;
@@ -28,12 +28,19 @@ use std::{
 /// Show what stands on what, and what each holds of its own
 #[derive(Args, Debug)]
 #[command(
-    after_help = "+SIZE is the data of an object's own layer. \u{25cf} marks what is attached."
+    after_help = "+SIZE is the data of an object's own layer. \u{25cf} marks what is attached.\n\
+        -H has columns: depth in the tree, names, kind, size, data of its own layer, created, device, id, parent's id. What is not known is `-`."
 )]
 pub(crate) struct Tree {
     /// Show only this and what stands on it
     #[arg(value_name = "REF")]
     reference: Option<String>,
+    /// For scripts: tabs between columns, no heading, no lines
+    #[arg(short = 'H', long)]
+    no_header: bool,
+    /// Exact numbers: bytes, and seconds since 1970
+    #[arg(short, long)]
+    parsable: bool,
 }
 
 /// A base or a layer, with all its names.
@@ -72,11 +79,40 @@ impl Node {
         of_object.unwrap_or(self.layer.as_ref().map_or(0, |l| l.size))
     }
     /// The amount: the size of a base, what a layer adds.
-    fn amount(&self, ui: &Ui) -> String {
+    fn amount(&self, ui: &Ui, exact: bool) -> String {
+        let size = |bytes| shown(ui, exact, bytes);
         match &self.layer {
-            Some(layer) => format!("+{}", ui.size(layer.private_bytes)),
-            None => ui.size(self.size()),
+            Some(layer) => format!("+{}", size(layer.private_bytes)),
+            None => size(self.size()),
         }
+    }
+    /// Its cells for scripts.
+    fn script(&self, ui: &Ui, exact: bool, now: u64) -> Vec<String> {
+        let known = |text: Option<String>| text.unwrap_or_else(|| "-".to_string());
+        let names = match &self.objects[..] {
+            [] => None,
+            _ => Some(self.names().join(",")),
+        };
+        let created = self.objects.first().map(|o| match exact {
+            true => o.created.to_string(),
+            false => time::ago(o.created, now),
+        });
+        let device = self.attached.first().map(|(a, _)| {
+            let file = || a.file.display().to_string();
+            a.device.clone().unwrap_or_else(file)
+        });
+        let private = self.layer.as_ref().map(|l| l.private_bytes);
+        vec![
+            self.depth.to_string(),
+            known(names),
+            self.kind().to_string(),
+            shown(ui, exact, self.size()),
+            known(private.map(|bytes| shown(ui, exact, bytes))),
+            known(created),
+            known(device),
+            self.id.to_string(),
+            known(self.parent.map(|below| below.id().to_string())),
+        ]
     }
     /// Where it is in use, else how old it is.
     fn place(&self, ui: &Ui, now: u64) -> String {
@@ -111,10 +147,18 @@ impl Node {
     }
 }
 
+/// A size for people, or exactly.
+fn shown(ui: &Ui, exact: bool, bytes: u64) -> String {
+    match exact {
+        true => bytes.to_string(),
+        false => ui.size(bytes),
+    }
+}
+
 impl Tree {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let store = context.open()?;
-        let root = self.reference.map(|r| store.resolve(&r)).transpose()?;
+        let root = self.reference.map(|r| store.resolve_any(&r)).transpose()?;
         let (nodes, damaged) = walk(context, &store, root.map(|object| object.id))?;
         let ui = &context.ui;
         if ui.json {
@@ -125,6 +169,15 @@ impl Tree {
             })?;
             return ui.damage(&damaged);
         }
+        let now = time::now();
+        if self.no_header {
+            let mut table = Table::new(vec![(String::new(), Align::Left); 9]);
+            for node in &nodes {
+                table.row(node.script(ui, self.parsable, now));
+            }
+            ui.data(table.script())?;
+            return ui.damage(&damaged);
+        }
         if nodes.is_empty() {
             ui.talk("the store is empty: `forkdisk import FILE` brings an image in");
             return ui.damage(&damaged);
@@ -132,7 +185,6 @@ impl Tree {
         let depths: Vec<usize> = nodes.iter().map(|n| n.depth).collect();
         let any = nodes.iter().any(|n| !n.attached.is_empty());
         let mut table = Table::new(vec![(String::new(), Align::Left); 4 + usize::from(any)]);
-        let now = time::now();
         for (node, strokes) in nodes.iter().zip(strokes(&depths)) {
             let mut row = vec![format!("{strokes}{}", node.label())];
             if any {
@@ -145,7 +197,11 @@ impl Tree {
             }
             let mut last = vec![node.place(ui, now), node.message()];
             last.retain(|text| !text.is_empty());
-            row.extend([node.kind().to_string(), node.amount(ui), last.join("  ")]);
+            row.extend([
+                node.kind().to_string(),
+                node.amount(ui, self.parsable),
+                last.join("  "),
+            ]);
             table.row(row);
         }
         // Coloured when the columns stand: colour has no width.
@@ -204,25 +260,37 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
             roots.into_iter().map(|id| (id, 0)).collect()
         }
     };
+    let (mut bases, more) = bases_of(store, &objects)?;
+    damaged.extend(more);
     let mut nodes = Vec::new();
     while let Some((id, depth)) = stack.pop() {
         let below = children.remove(&id).unwrap_or_default();
         stack.extend(below.into_iter().map(|child| (child, depth + 1)));
         let objects = objects.remove(&id).unwrap_or_default();
-        let base = objects.first().filter(|o| o.kind == ObjectKind::Base);
-        let base = base.map(|o| store.details(o)).transpose()?;
         let layer = layers.remove(&id);
         nodes.push(Node {
             id,
             depth,
             parent: layer.as_ref().map(|l| l.parent),
             objects,
-            base_bytes: base.map(|details| (details.usage.refer, details.allocated)),
+            base_bytes: bases.remove(&id),
             layer,
             attached: attached.remove(&id).unwrap_or_default(),
         });
     }
     Ok((nodes, damaged))
+}
+
+/// Data and host bytes of the bases that have a name, with one look at the store; and those that are damaged.
+fn bases_of(
+    store: &Store,
+    objects: &HashMap<Id, Vec<Object>>,
+) -> Result<(HashMap<Id, (u64, u64)>, Vec<Damage>)> {
+    let named = objects.values().filter_map(|all| all.first());
+    let named = named.filter(|o| o.kind == ObjectKind::Base).cloned();
+    let Found { sound, damaged } = store.usages(named.collect())?;
+    let sizes = |(object, usage): (Object, Usage)| (object.id, (usage.refer, usage.allocated));
+    Ok((sound.into_iter().map(sizes).collect(), damaged))
 }
 
 /// A key that orders `web-2` before `web-10`.

@@ -1,54 +1,29 @@
 //! Who stands on whom: all bases and layers, and the names that refer to them.
 
-use super::names;
 use super::{Below, Damage, Found, LayerInfo, Store, layer_file, parent_of};
+use super::{many, names};
 use crate::error::{Error, Kind, Result};
-use crate::format::MAX_DEPTH;
+use crate::format::{Header, MAX_DEPTH};
 use crate::io::{Access, EntryKind};
 use crate::layer::{ReadLayer, State, read_header};
-use crate::units::Id;
+use crate::units::{BLOCK, Id};
 use std::collections::{HashMap, HashSet};
 
 impl Store {
     /// All bases and layers, what they stand on, and who names them. The names lock is held.
     pub(super) fn graph(&self) -> Result<Graph> {
         let mut graph = Graph::default();
+        let mut files = Vec::new();
         for (file, kind) in self.layers.list()? {
-            let Some(id) = file
-                .strip_suffix(".layer")
-                .and_then(Id::parse)
-                .filter(|_| kind == EntryKind::File)
-            else {
-                continue;
-            };
-            let open = self.layers.open(&file, Access::Read)?;
-            match read_header(&*open) {
-                Ok(header) => {
-                    let (parent, depth) = (Some(parent_of(&header)), header.depth.get());
-                    graph.nodes.insert(
-                        Below::Layer(id),
-                        Node {
-                            parent,
-                            depth,
-                            allocated: open.allocated()?,
-                            damaged: false,
-                        },
-                    );
-                }
-                // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
-                Err(e) if e.kind() == Kind::Corrupt => {
-                    graph.nodes.insert(
-                        Below::Layer(id),
-                        Node {
-                            parent: None,
-                            depth: MAX_DEPTH + 1,
-                            allocated: open.allocated()?,
-                            damaged: true,
-                        },
-                    );
-                }
+            let id = file.strip_suffix(".layer").and_then(Id::parse);
+            files.extend(id.filter(|_| kind == EntryKind::File));
+        }
+        let nodes = many::each(&files, |id| self.node(*id));
+        for (id, node) in files.into_iter().zip(nodes) {
+            match node? {
+                Some(node) => drop(graph.nodes.insert(Below::Layer(id), node)),
                 // It may stand on anything: nothing is garbage then. `check` reports it.
-                Err(_) => graph.unreadable = true,
+                None => graph.unreadable = true,
             }
         }
         for (name, kind) in self.bases.list()? {
@@ -60,6 +35,7 @@ impl Store {
                         parent: None,
                         depth: 0,
                         allocated,
+                        bare: false,
                         damaged: false,
                     },
                 );
@@ -71,8 +47,10 @@ impl Store {
             .list()?
             .iter()
             .any(|(name, kind)| *kind != EntryKind::File && !name.starts_with('.'));
-        for name in self.all_names()? {
-            match names::read_name(&*self.names, &name) {
+        let all = self.all_names()?;
+        let records = many::each(&all, |name| names::read_name(&*self.names, name));
+        for (name, record) in all.into_iter().zip(records) {
+            match record {
                 Ok(record) => graph.names.entry(record.target).or_default().push(name),
                 // An unreadable name may refer to anything: nothing is garbage then.
                 Err(_) => graph.unreadable = true,
@@ -85,17 +63,43 @@ impl Store {
         }
         Ok(graph)
     }
+    /// A layer of the graph; `None` if nobody knows what it stands on, and it may be needed.
+    fn node(&self, id: Id) -> Result<Option<Node>> {
+        let file = self.layers.open(&layer_file(id), Access::Read)?;
+        let node = |header: Option<Header>| -> Result<Node> {
+            Ok(Node {
+                parent: header.as_ref().map(parent_of),
+                depth: header.as_ref().map_or(MAX_DEPTH + 1, |h| h.depth.get()),
+                allocated: file.allocated()?,
+                bare: header.is_some() && file.len()? <= BLOCK,
+                damaged: header.is_none(),
+            })
+        };
+        match read_header(&*file) {
+            Ok(header) => node(Some(header)).map(Some),
+            // An interrupted creation, or rot. It may stand on anything, which matters only if somebody needs it.
+            Err(e) if e.kind() == Kind::Corrupt => node(None).map(Some),
+            Err(_) => Ok(None),
+        }
+    }
     /// All layer files with what is known of them.
     pub fn layers(&self) -> Result<Found<LayerInfo>> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
         let mut found = Found::default();
-        for (below, node) in &graph.nodes {
-            let Below::Layer(id) = *below else {
-                continue;
-            };
-            let names = graph.names.get(below).cloned().unwrap_or_default();
-            let counts = self.layer_counts(id).and_then(|counts| {
+        let layers: Vec<(Id, &Node)> = graph
+            .nodes
+            .iter()
+            .filter_map(|(below, node)| match below {
+                Below::Layer(id) => Some((*id, node)),
+                Below::Base(_) => None,
+            })
+            .collect();
+        let counts = many::each(&layers, |(id, _)| self.layer_counts(*id));
+        for ((id, node), counts) in layers.into_iter().zip(counts) {
+            let names = graph.names.get(&Below::Layer(id)).cloned();
+            let names = names.unwrap_or_default();
+            let counts = counts.and_then(|counts| {
                 let parent = node.parent.ok_or_else(|| {
                     Error::new(Kind::Corrupt, "its header cannot be read").layer(id)
                 })?;
@@ -149,6 +153,8 @@ pub(super) struct Node {
     pub parent: Option<Below>,
     pub depth: u32,
     pub allocated: u64,
+    /// It is its header alone: nothing was ever written into it.
+    pub bare: bool,
     /// Its header cannot be read, so nobody knows what it stands on.
     pub damaged: bool,
 }

@@ -10,6 +10,8 @@
 
 mod graph;
 mod import;
+mod look;
+mod many;
 pub mod names;
 mod objects;
 mod refer;
@@ -329,8 +331,10 @@ impl Store {
     }
     fn survey_locked(&self) -> Result<Found<Object>> {
         let mut found = Found::default();
-        for name in self.all_names()? {
-            match self.object(&name) {
+        let names = self.all_names()?;
+        let objects = many::each(&names, |name| self.object(name));
+        for (name, object) in names.into_iter().zip(objects) {
+            match object {
                 Ok(object) => found.sound.push(object),
                 Err(error) if error.kind() == Kind::Corrupt => {
                     found.damaged.push(Damage { name, error });

@@ -64,6 +64,16 @@ pub struct Object {
     pub message: Option<String>,
 }
 
+impl Object {
+    /// The word for what it is: that of its kind, but `layer` for a layer that no name refers to ([`super::Store::resolve_any`]).
+    pub fn word(&self) -> &'static str {
+        match self.kind {
+            ObjectKind::Image | ObjectKind::Disk if self.name == self.id.to_string() => "layer",
+            kind => kind.word(),
+        }
+    }
+}
+
 /// Space of one object, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Usage {
@@ -75,6 +85,21 @@ pub struct Usage {
     pub exclusive: u64,
     /// Host bytes of what it refers to that others need too.
     pub shared: u64,
+    /// Data blocks of its own layer (0 for a base).
+    pub private: u64,
+    /// Host bytes of its own layer file or base directory.
+    pub allocated: u64,
+    /// Layers between it and the base, its own included (0 for a base).
+    pub depth: u32,
+}
+
+/// Space of several objects.
+#[derive(Debug, Default)]
+pub struct Space {
+    /// Each of them.
+    pub objects: Found<(Object, Usage)>,
+    /// Host bytes of all that they stand on, each layer and base counted once.
+    pub stored: u64,
 }
 
 /// More about one object, for `info`.
@@ -96,6 +121,8 @@ pub struct Details {
     pub state: &'static str,
     /// Layer chain from the top down (layer ids, then the base's id).
     pub chain: Vec<Below>,
+    /// The names of each of the chain, by its id.
+    pub names: Vec<(Id, Vec<String>)>,
     /// Space.
     pub usage: Usage,
 }

@@ -4,7 +4,7 @@ use super::graph::Graph;
 use super::objects::object_target;
 use super::refer::Refer;
 use super::{
-    BaseInfo, Below, Damage, Details, Found, Object, ObjectKind, Store, Usage, layer_file,
+    BaseInfo, Below, Damage, Details, Found, Object, ObjectKind, Space, Store, Usage, layer_file,
     parent_of,
 };
 use crate::error::{Error, Kind, Result};
@@ -12,22 +12,112 @@ use crate::format::MAX_DEPTH;
 use crate::io::Access;
 use crate::layer::read_header;
 use crate::units::{BLOCK, Id};
+use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 
+/// A layer or base and all it stands on.
+#[derive(Clone, Copy)]
+struct Stack {
+    /// Host bytes; those of a linked base, too.
+    bytes: u64,
+    depth: u32,
+}
+
+/// What several objects cost: each layer and base is looked at once.
+struct Costs<'a> {
+    store: &'a Store,
+    graph: &'a Graph,
+    refer: Refer,
+    stacks: HashMap<Below, Stack>,
+}
+
+impl<'a> Costs<'a> {
+    fn of(store: &'a Store, graph: &'a Graph, objects: &[Object]) -> Costs<'a> {
+        Costs {
+            store,
+            graph,
+            refer: Refer::of(store, graph, objects.iter().map(object_target)),
+            stacks: HashMap::new(),
+        }
+    }
+    fn allocated(&self, below: Below) -> u64 {
+        self.graph.nodes.get(&below).map_or(0, |n| n.allocated)
+    }
+    /// The graph knows who stands on whom; a file is read only for the error that says what is wrong with it.
+    fn stack(&mut self, top: Below) -> Result<Stack> {
+        let mut path = Vec::new();
+        let mut at = top;
+        let mut stack = loop {
+            if let Some(known) = self.stacks.get(&at) {
+                break *known;
+            }
+            match at {
+                Below::Base(id) => {
+                    let bytes = self.store.base_data(id)?;
+                    let stack = Stack { bytes, depth: 0 };
+                    self.stacks.insert(at, stack);
+                    break stack;
+                }
+                Below::Layer(id) => {
+                    path.push(at);
+                    at = self.store.parent_in(self.graph, id, path.len())?;
+                }
+            }
+        };
+        for below in path.into_iter().rev() {
+            stack.bytes += self.allocated(below);
+            stack.depth += 1;
+            self.stacks.insert(below, stack);
+        }
+        Ok(stack)
+    }
+    fn usage(&mut self, object: &Object) -> Result<Usage> {
+        let own = object_target(object);
+        let stack = self.stack(own)?;
+        let mut usage = Usage {
+            size: object.size,
+            refer: self.refer.shown(own)? * BLOCK,
+            private: self.refer.own(own)? * BLOCK,
+            allocated: self.allocated(own),
+            depth: stack.depth,
+            ..Usage::default()
+        };
+        // What goes with this name alone: from its own layer down, as long as nothing else needs it.
+        let mut next = Some(own);
+        while let Some(below) = next {
+            let names = self.graph.names.get(&below).map_or(0, Vec::len);
+            let children = self.graph.children.get(&below).map_or(0, Vec::len);
+            let alone = match below == own {
+                true => names <= 1 && children == 0,
+                false => names == 0 && children == 1,
+            };
+            if !alone {
+                usage.shared = self.stack(below)?.bytes;
+                break;
+            }
+            usage.exclusive += self.allocated(below);
+            next = self.graph.nodes.get(&below).and_then(|n| n.parent);
+        }
+        Ok(usage)
+    }
+}
+
 impl Store {
-    /// What the chain of an object consists of: its own layer first, the base last. The graph knows; a file is read only for the error
-    /// that says what is wrong with it.
+    /// What layer `id` stands on. `steps`: layers that were passed on the way down to it, itself included.
+    fn parent_in(&self, graph: &Graph, id: Id, steps: usize) -> Result<Below> {
+        if steps > MAX_DEPTH as usize + 1 {
+            return Err(Error::new(Kind::Corrupt, "the chain of layers has no end").layer(id));
+        }
+        match graph.nodes.get(&Below::Layer(id)).and_then(|n| n.parent) {
+            Some(parent) => Ok(parent),
+            None => self.parent_in_file(id),
+        }
+    }
+    /// What the chain of an object consists of: its own layer first, the base last.
     fn chain_of(&self, object: &Object, graph: &Graph) -> Result<Vec<Below>> {
         let mut chain = vec![object_target(object)];
         while let Some(Below::Layer(id)) = chain.last().copied() {
-            if chain.len() > MAX_DEPTH as usize + 1 {
-                return Err(Error::new(Kind::Corrupt, "the chain of layers has no end").layer(id));
-            }
-            let known = graph.nodes.get(&Below::Layer(id)).and_then(|n| n.parent);
-            chain.push(match known {
-                Some(parent) => parent,
-                None => self.parent_in_file(id)?,
-            });
+            chain.push(self.parent_in(graph, id, chain.len())?);
         }
         Ok(chain)
     }
@@ -78,55 +168,38 @@ impl Store {
     /// Space of one object.
     pub fn usage(&self, object: &Object) -> Result<Usage> {
         let _lock = self.lock(false)?;
-        self.usage_in(object, &self.graph()?, &mut Refer::default())
+        let graph = self.graph()?;
+        Costs::of(self, &graph, std::slice::from_ref(object)).usage(object)
     }
     /// Space of several objects, with one look at the store.
     pub fn usages(&self, objects: Vec<Object>) -> Result<Found<(Object, Usage)>> {
+        Ok(self.space(objects)?.objects)
+    }
+    /// Space of several objects, each and together, with one look at the store.
+    pub fn space(&self, objects: Vec<Object>) -> Result<Space> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
-        let mut found = Found::default();
-        let mut refer = Refer::default();
+        let mut costs = Costs::of(self, &graph, &objects);
+        let mut space = Space::default();
+        let mut seen: HashSet<Below> = HashSet::new();
         for object in objects {
-            match self.usage_in(&object, &graph, &mut refer) {
-                Ok(usage) => found.sound.push((object, usage)),
+            match costs.usage(&object) {
+                Ok(usage) => {
+                    let mut next = Some(object_target(&object));
+                    while let Some(below) = next.filter(|b| seen.insert(*b)) {
+                        space.stored += costs.allocated(below);
+                        next = graph.nodes.get(&below).and_then(|n| n.parent);
+                    }
+                    space.objects.sound.push((object, usage));
+                }
                 Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
                     let name = object.name;
-                    found.damaged.push(Damage { name, error });
+                    space.objects.damaged.push(Damage { name, error });
                 }
                 Err(e) => return Err(e),
             }
         }
-        Ok(found)
-    }
-    fn usage_in(&self, object: &Object, graph: &Graph, refer: &mut Refer) -> Result<Usage> {
-        let chain = self.chain_of(object, graph)?;
-        let mut usage = Usage {
-            size: object.size,
-            ..Usage::default()
-        };
-        // What goes with this name alone: from its own layer down, as long as nothing else needs it.
-        let mut alone = true;
-        for (i, below) in chain.iter().enumerate() {
-            let names = graph.names.get(below).map_or(0, Vec::len);
-            let children = graph.children.get(below).map_or(0, Vec::len);
-            alone = alone
-                && if i == 0 {
-                    names <= 1 && children == 0
-                } else {
-                    names == 0 && children == 1
-                };
-            let allocated = graph.nodes.get(below).map_or(0, |n| n.allocated);
-            if alone {
-                usage.exclusive += allocated;
-            } else {
-                usage.shared += match *below {
-                    Below::Base(id) => refer.base_bytes(self, id)?,
-                    Below::Layer(_) => allocated,
-                };
-            }
-        }
-        usage.refer = refer.blocks(self, &chain)? * BLOCK;
-        Ok(usage)
+        Ok(space)
     }
     /// All about one object.
     pub fn details(&self, object: &Object) -> Result<Details> {
@@ -144,6 +217,10 @@ impl Store {
                 (state.word(), counts)
             }
         };
+        let called = |below: &Below| {
+            let names = graph.names.get(below).cloned();
+            (below.id(), names.unwrap_or_default())
+        };
         Ok(Details {
             object: object.clone(),
             base: self.base_info(base)?,
@@ -156,7 +233,8 @@ impl Store {
             } else {
                 state
             },
-            usage: self.usage_in(object, &graph, &mut Refer::default())?,
+            usage: Costs::of(self, &graph, std::slice::from_ref(object)).usage(object)?,
+            names: chain.iter().map(called).collect(),
             chain,
         })
     }

@@ -90,7 +90,7 @@ impl ObjectDoc {
         let parent = object.parent.map(|below| below.id());
         ObjectDoc {
             name: object.name.clone(),
-            kind: object.kind.word(),
+            kind: object.word(),
             id: object.id.to_string(),
             size: object.size,
             parent: parent.map(|id| names.first(id).map_or(id.to_string(), str::to_string)),
@@ -112,6 +112,12 @@ pub struct UsageDoc {
     pub exclusive: u64,
     /// Host bytes that others need too.
     pub shared: u64,
+    /// Data in its own layer.
+    pub private_bytes: u64,
+    /// Host bytes of its own layer or base.
+    pub allocated: u64,
+    /// Layers above the base, its own included.
+    pub depth: u32,
 }
 
 impl From<Usage> for UsageDoc {
@@ -121,6 +127,9 @@ impl From<Usage> for UsageDoc {
             refer: usage.refer,
             exclusive: usage.exclusive,
             shared: usage.shared,
+            private_bytes: usage.private,
+            allocated: usage.allocated,
+            depth: usage.depth,
         }
     }
 }
