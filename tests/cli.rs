@@ -101,6 +101,9 @@ fn usage_errors_exit_with_2_and_a_hint() {
         &["ls", "everything"],
         &["daemon"],
         &["daemon", "bogus"],
+        &["stats", "a", "--all"],
+        &["stats", "--interval", "0"],
+        &["stats", "--prometheus", "-i", "1"],
         &["bench", "everything"],
         &["bench", "--vs", "zfs"],
         &["--color", "sometimes", "ls"],
@@ -142,6 +145,8 @@ fn a_missing_store_exits_with_10() {
         &["check"],
         &["check", "--repair"],
         &["scrub"],
+        &["stats"],
+        &["stats", "--prometheus"],
         &["daemon", "status"],
     ] {
         let output = forkdisk(args);

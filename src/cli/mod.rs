@@ -20,6 +20,7 @@ mod look;
 mod names;
 pub mod render;
 mod shell;
+mod stats;
 mod store;
 mod tree;
 mod ui;
@@ -146,6 +147,7 @@ enum Command {
     Info(look::Info),
     Du(look::Du),
     Map(look::Map),
+    Stats(stats::Stats),
     #[command(subcommand)]
     Daemon(daemon::Daemon),
     Bench(bench::Bench),
@@ -249,6 +251,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Info(c) => c.run(&context),
         Command::Du(c) => c.run(&context),
         Command::Map(c) => c.run(&context),
+        Command::Stats(c) => c.run(&context),
         Command::Daemon(c) => c.run(&context),
         Command::Bench(c) => c.run(&context),
         Command::Completions(c) => c.run(&context),

@@ -131,6 +131,8 @@ impl Server {
                 let _ = self.end.lock().send(End::Stop);
                 Ok(json!({"keeper_pid": self.keeper.load(SeqCst)}))
             }
+            "stats" => self.stats_said(),
+            "metrics" => Ok(self.metrics_said()),
             "takeover" => self.leave(request),
             other => Err(Error::new(
                 Kind::Invalid,

@@ -206,7 +206,7 @@ impl Client {
         }
     }
     /// [`Client::ask`] for what can be asked twice: if the server dies meanwhile, the next one is asked.
-    fn ask_again(&mut self, request: Value) -> Result<Value> {
+    pub(super) fn ask_again(&mut self, request: Value) -> Result<Value> {
         for _ in 0..20 {
             if let Some(answer) = self.try_ask(&request)? {
                 return success(answer);

@@ -15,8 +15,10 @@ mod entry;
 mod handover;
 mod keeper;
 mod log;
+mod metrics;
 pub mod protocol;
 mod server;
+pub mod stats;
 
 pub use client::{Client, TakenOver};
 pub use dead::{Dead, dead_devices};

@@ -2,6 +2,10 @@
 //!
 //! Every request holds `top` for reading while it runs; a seal takes it for writing, which quiesces the disk.
 
+mod stats;
+
+pub use stats::DiskStats;
+
 use super::ahead::Stream;
 use super::{Disk, Extent, Source};
 use crate::chain::{Chain, Place};
@@ -42,6 +46,8 @@ pub struct Counters {
     pub written: AtomicU64,
     /// Flushes.
     pub flushes: AtomicU64,
+    /// Bytes that were written to the files of layers that were sealed since, while they were open.
+    pub host_sealed: AtomicU64,
 }
 
 /// A disk of the store.
@@ -152,6 +158,8 @@ impl CowDisk {
             return Err(read_only());
         };
         layer.close(State::Sealed, name)?;
+        let cost = layer.stats().host_since_opened;
+        self.counters.host_sealed.fetch_add(cost, Relaxed);
         let (layer, chain) = next(layer.file().clone(), layer.volatile().clone())?;
         *top = Top {
             layer: Some(layer),
@@ -513,6 +521,7 @@ impl Disk for CowDisk {
             at += n as u64;
             rest = &rest[n..];
         }
+        layer.written_by_user(buf.len() as u64);
         self.counters
             .written
             .fetch_add(crate::units::blocks(buf.len() as u64), Relaxed);

@@ -12,7 +12,7 @@
 mod ahead;
 pub mod cow;
 
-pub use cow::CowDisk;
+pub use cow::{CowDisk, DiskStats};
 
 use crate::error::{Error, Kind, Result};
 use std::os::fd::OwnedFd;

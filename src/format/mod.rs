@@ -207,8 +207,12 @@ record! {
         runs: [RunRef; MAX_RUNS],
         /// The free list, if it is short.
         free_inline: [FreeExtent; INLINE_FREE],
+        /// Bytes that users wrote into the layer; for people.
+        user_written: U64,
+        /// Bytes that were written to the layer's file; for people.
+        host_written: U64,
         /// Zeros.
-        reserved3: [u8; 124],
+        reserved3: [u8; 108],
         /// CRC of the bytes before.
         crc: U32,
     }
@@ -595,7 +599,9 @@ impl Superblock {
             reserved2: [0; 8],
             runs: [RunRef::new_zeroed(); MAX_RUNS],
             free_inline: [FreeExtent::new_zeroed(); INLINE_FREE],
-            reserved3: [0; 124],
+            user_written: U64::new(0),
+            host_written: U64::new(0),
+            reserved3: [0; 108],
             crc: U32::new(0),
         }
     }

@@ -9,8 +9,9 @@ pub mod recover;
 pub mod space;
 pub mod volatile;
 pub mod writable;
+mod written;
 
-pub use writable::Layer;
+pub use writable::{Layer, LayerStats};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -232,10 +233,7 @@ impl ReadLayer {
     }
     /// The whole block map in order, from region `from` on.
     pub fn items(&self, from: Region) -> impl Iterator<Item = Result<crate::map::Item>> + '_ {
-        let mut sources: Vec<crate::map::Items<'_>> =
-            vec![Box::new(self.journal.items().filter(move |i| {
-                i.as_ref().map_or(true, |i| i.start() >= from.0)
-            }))];
+        let mut sources: Vec<crate::map::Items<'_>> = vec![self.journal.items_in(from, u32::MAX)];
         sources.extend(self.runs.iter().map(|r| r.items(from)));
         crate::map::merge(sources)
     }

@@ -13,14 +13,17 @@
 mod commit;
 mod host;
 mod resume;
+mod stats;
 
 pub(super) use commit::read_free_list;
+pub use stats::LayerStats;
 
 use super::early::{Early, Errand};
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::space::{Extents, FreeSet, SPARE, Space};
 use super::volatile::{self, VolatileLog};
+use super::written::Written;
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -137,7 +140,9 @@ pub struct Opened {
 pub struct Layer {
     id: Id,
     header: Header,
+    /// `host`, as all but its counts is used.
     file: Arc<dyn File>,
+    host: Arc<Written>,
     size: u64,
     opened: Opened,
     table: Vec<RwLock<FxHashMap<u32, Resident>>>,
@@ -308,6 +313,7 @@ impl Layer {
     }
 
     fn assemble(file: Arc<dyn File>, header: Header, b: Beginning) -> Layer {
+        let host = Arc::new(Written::new(file, &b.superblock));
         Layer {
             id: Id(header.layer),
             header,
@@ -359,7 +365,8 @@ impl Layer {
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             unsettled: Arc::default(),
-            file,
+            file: host.clone(),
+            host,
         }
     }
 
@@ -405,7 +412,7 @@ impl Layer {
     }
     /// Its file.
     pub fn file(&self) -> &Arc<dyn File> {
-        &self.file
+        self.host.file()
     }
     /// The memory of its volatile log.
     pub fn volatile(&self) -> &Arc<SharedMemory> {
@@ -963,6 +970,7 @@ impl Layer {
         let mut next = c.superblock;
         next.sequence = U64::new(next.sequence.get() + 1);
         next.state = U32::new(state.number());
+        self.host.note(&mut next);
         let bytes = next.encode().to_vec();
         for copy in [1, 2] {
             self.file

@@ -18,8 +18,10 @@ mod refer;
 mod remove;
 pub mod types;
 mod usage;
+mod written;
 
 pub use types::*;
+pub use written::LifeWritten;
 
 use crate::base::Base;
 use crate::chain::{Budget, Chain};

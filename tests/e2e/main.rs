@@ -22,6 +22,7 @@ mod races;
 mod rig;
 mod security;
 mod space;
+mod stats;
 mod survive;
 mod transport;
 #[path = "../common/uring.rs"]

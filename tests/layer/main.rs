@@ -10,6 +10,7 @@ mod hooked;
 mod limits;
 mod stress;
 mod threads;
+mod written;
 
 use common::env;
 use forkdisk::disk::{CowDisk, Disk};

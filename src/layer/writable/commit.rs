@@ -264,6 +264,7 @@ impl Layer {
         for (entry, run) in next.runs.iter_mut().zip(&runs) {
             *entry = *run.reference();
         }
+        self.host.note(&mut next);
         // The new run, and copy 2 of the last change, before copy 1 is touched. Where neither was written there is nothing to wait for.
         let wrote = new_extent.is_some() || list.is_some() || c.second_pending;
         if wrote {

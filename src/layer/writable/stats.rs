@@ -1,0 +1,37 @@
+//! What a layer that is open for writing tells of itself: for people.
+
+use super::Layer;
+use crate::sync::atomic::Ordering::Relaxed;
+use crate::units::BLOCK;
+
+/// How a layer is, and what was written. The numbers are of about the same moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct LayerStats {
+    /// Bytes that users wrote, over the layer's life.
+    pub user_written: u64,
+    /// Bytes that were written to the layer's file, over its life: data, journal, runs, superblocks.
+    pub host_written: u64,
+    /// The latter since the layer was opened.
+    pub host_since_opened: u64,
+    /// Changes of the map that no flush has made durable: one for each block written, one for each whole region zeroed.
+    pub dirty: u64,
+    /// Bytes of the journal in use.
+    pub journal: u64,
+}
+
+impl Layer {
+    /// How it is now.
+    pub fn stats(&self) -> LayerStats {
+        LayerStats {
+            user_written: self.host.user(),
+            host_written: self.host.host(),
+            host_since_opened: self.host.since_opened(),
+            dirty: self.logged.load(Relaxed),
+            journal: u64::from(self.space.lock().journal_head) * BLOCK,
+        }
+    }
+    /// Counts what a user wrote, for [`LayerStats::user_written`].
+    pub fn written_by_user(&self, bytes: u64) {
+        self.host.by_user(bytes);
+    }
+}
