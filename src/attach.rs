@@ -26,6 +26,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod files;
+
 pub use loopdev::{Detach, DetachOptions};
 pub use mounts::{Mounted, Options as MountOptions};
 

@@ -51,6 +51,7 @@ const UNSAFE: &[&str] = &[
     "daemon/keeper.rs",
     "io/os.rs",
     "sys/cachestat.rs",
+    "sys/fiemap.rs",
     "sys/freeze.rs",
     "sys/loopdev.rs",
     "sys/passthrough.rs",

@@ -12,6 +12,7 @@ mod answers;
 mod client;
 mod dead;
 mod entry;
+pub mod files;
 mod handover;
 mod keeper;
 mod log;

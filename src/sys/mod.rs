@@ -6,6 +6,7 @@
 pub mod cachestat;
 pub mod cgroup;
 pub mod fdpass;
+pub mod fiemap;
 pub mod freeze;
 pub mod holders;
 pub mod idle;
@@ -17,4 +18,5 @@ pub mod probe;
 pub mod process;
 pub mod shared;
 pub mod signals;
+pub mod unseen;
 pub mod uring;

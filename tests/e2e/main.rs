@@ -11,6 +11,7 @@ mod damage;
 mod dead;
 mod failing;
 mod figures;
+mod files;
 mod flow;
 mod full;
 mod import;
