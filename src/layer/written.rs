@@ -68,6 +68,10 @@ impl File for Written {
         self.host.fetch_add(buf.len() as u64, Relaxed);
         self.inner.write_at(buf, at)
     }
+    fn write_through(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.host.fetch_add(buf.len() as u64, Relaxed);
+        self.inner.write_through(buf, at)
+    }
     fn sync(&self) -> Result<()> {
         self.inner.sync()
     }
