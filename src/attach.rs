@@ -10,6 +10,7 @@
 use crate::{
     error::{Error, Kind, Result},
     sys::{
+        blockdev,
         holders::{self, Holder},
         loopdev, mounts,
     },
@@ -28,6 +29,7 @@ use std::{
 
 pub mod files;
 
+pub use blockdev::{Held, trim};
 pub use loopdev::{Detach, DetachOptions};
 pub use mounts::{Mounted, Options as MountOptions};
 
@@ -206,7 +208,7 @@ fn in_use(device: &Path, users: &[Holder]) -> Error {
             "`umount {}` first, or detach by the mount point",
             at.display()
         ),
-        None => "stop what uses it, then detach again".to_string(),
+        None => "stop what uses it, then try again".to_string(),
     };
     Error::new(Kind::Busy, message).path(device).hint(hint)
 }
@@ -214,6 +216,48 @@ fn in_use(device: &Path, users: &[Holder]) -> Error {
 /// Tells the device that the file has another size. The file's server must have told the kernel first.
 pub fn size_changed(attachment: &LoopAttachment) -> Result<()> {
     loopdev::update_capacity(&attachment.device)
+}
+
+/// [`size_changed`] until the device has `size` bytes.
+pub fn resize_loop(attachment: &LoopAttachment, size: u64) -> Result<()> {
+    if !is_attached(attachment)? {
+        return Err(Error::new(
+            Kind::Busy,
+            format!("{} was detached meanwhile", attachment.device.display()),
+        )
+        .hint("attach it again: it has its new size"));
+    }
+    if loopdev::size(&attachment.device) == Some(size) {
+        return Ok(());
+    }
+    size_changed(attachment)?;
+    match loopdev::size(&attachment.device) {
+        Some(now) if now != size => Err(Error::new(
+            Kind::Io,
+            format!(
+                "{} has {now} bytes, and should have {size}",
+                attachment.device.display()
+            ),
+        )
+        .hint("detach it and attach it again")),
+        _ => Ok(()),
+    }
+}
+
+/// Holds a device that nobody uses, so that nobody mounts it; `Busy` names who uses it. `server`: the process that serves its file.
+pub fn hold_unused(device: &Path, server: Option<i32>) -> Result<Held> {
+    let deadline = Instant::now() + GRACE;
+    loop {
+        let users = holders::of_device(device, server)?;
+        if users.is_empty() {
+            return blockdev::hold(device);
+        }
+        let for_moments = users.iter().all(|u| matches!(u, Holder::Process { .. }));
+        if !for_moments || Instant::now() >= deadline {
+            return Err(in_use(device, &users));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Mounts the device's filesystem on a directory.

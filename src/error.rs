@@ -136,6 +136,8 @@ struct Inner {
     cause: Option<String>,
     hint: Option<String>,
     resources: bool,
+    quota: bool,
+    waits: bool,
 }
 
 impl Error {
@@ -151,6 +153,8 @@ impl Error {
             cause: None,
             hint: None,
             resources: false,
+            quota: false,
+            waits: false,
         }))
     }
     /// An error of the operating system during `what` (an infinitive: "read", "create").
@@ -273,6 +277,26 @@ impl Error {
     /// Is it about this process or this machine (open files, memory), and says nothing of what was looked at?
     pub fn of_resources(&self) -> bool {
         self.0.resources
+    }
+    /// Marks it: the disk has used its quota, and the host's disk has room.
+    #[must_use]
+    pub fn of_quota(mut self) -> Error {
+        self.0.quota = true;
+        self
+    }
+    /// Has the disk used its quota?
+    pub fn is_of_quota(&self) -> bool {
+        self.0.quota
+    }
+    /// Marks it: whoever asked should be kept waiting, and the request tried again.
+    #[must_use]
+    pub fn and_waits(mut self) -> Error {
+        self.0.waits = true;
+        self
+    }
+    /// Should whoever asked be kept waiting?
+    pub fn waits(&self) -> bool {
+        self.0.waits
     }
     /// See [`Kind::errno`].
     pub fn errno(&self) -> i32 {

@@ -50,6 +50,7 @@ const ONLY: &[(&str, &[&str], &str)] = &[
 const UNSAFE: &[&str] = &[
     "daemon/keeper.rs",
     "io/os.rs",
+    "sys/blockdev.rs",
     "sys/cachestat.rs",
     "sys/fiemap.rs",
     "sys/freeze.rs",

@@ -33,6 +33,8 @@ enum Op {
     Maintain,
     Snapshot(String),
     Fork(String),
+    /// To a snapshot of the disk.
+    Rollback(String),
 }
 
 impl std::fmt::Debug for Op {
@@ -45,6 +47,7 @@ impl std::fmt::Debug for Op {
             Op::Maintain => write!(f, "maintain"),
             Op::Snapshot(name) => write!(f, "snapshot {name}"),
             Op::Fork(name) => write!(f, "fork {name}"),
+            Op::Rollback(name) => write!(f, "rollback {name}"),
         }
     }
 }
@@ -144,7 +147,12 @@ impl World {
         let names: Vec<&String> = self.disks.keys().collect();
         let name = names[rng.below(names.len() as u64) as usize].clone();
         let at = rng.below(self.size);
-        let op = match rng.below(40) {
+        let snaps: Vec<&String> = self
+            .frozen
+            .keys()
+            .filter(|n| n.starts_with(&format!("{name}@")))
+            .collect();
+        let op = match rng.below(42) {
             0..=21 => {
                 let (at, len) = match rng.below(3) {
                     0 => (at, 1 + rng.below(9000)),
@@ -165,6 +173,9 @@ impl World {
             35 => Op::Checkpoint,
             36..=37 => Op::Maintain,
             38 => Op::Snapshot(format!("s{n}")),
+            39..=40 if !snaps.is_empty() => {
+                Op::Rollback(snaps[rng.below(snaps.len() as u64) as usize].clone())
+            }
             _ => Op::Fork(format!("f{n}")),
         };
         (name, op)
@@ -210,6 +221,14 @@ impl World {
                 }
                 open.durable = vec![open.now.clone()];
                 self.frozen.insert(fork.clone(), open.now.clone());
+            }
+            Op::Rollback(full) => {
+                let contents = self.frozen[full].clone();
+                open.durable.extend([open.now.clone(), contents.clone()]);
+                let snap = full.strip_prefix(&format!("{name}@")).unwrap();
+                store.rollback_running(&disk, name, snap).unwrap();
+                open.now = contents.clone();
+                open.durable = vec![contents];
             }
         }
     }
@@ -301,6 +320,12 @@ impl World {
                 }
                 Some((n, Op::Discard(at, len))) if n == name => {
                     next[*at as usize..(*at + *len) as usize].fill(0);
+                }
+                Some((n, Op::Rollback(full))) if n == name => {
+                    next.clone_from(&self.frozen[full]);
+                    // All of the disk, or nothing of it.
+                    let whole = found == open.now || found == next;
+                    assert!(whole, "{story}: {name} is a mixture");
                 }
                 _ => {}
             }

@@ -9,7 +9,7 @@ use crate::{
         context::{Context, mounts_in, mounts_of},
         render::json::AttachedDoc,
     },
-    daemon::{self, AttachRequest, Attached, Client, Dead, Transport, Via},
+    daemon::{self, AttachRequest, Attached, Client, Dead, Transport, Via, Waiting},
     error::{Error, Kind, Result},
     store::{ObjectKind, Store},
     sys::{idle, mounts, signals},
@@ -21,7 +21,13 @@ use serde_json::json;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
+
+/// After so long it is asked why an unmount takes its time.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a disk is shown.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
@@ -306,7 +312,16 @@ impl Detach {
             if signals::caught() {
                 return Err(Error::new(Kind::Interrupted, "interrupted").into());
             }
-            unmount_all(attached, mounts)?;
+            let waiting = match (&mut daemon, dead) {
+                (Some(daemon), None) => Waited::ask(daemon, attached, self.force)?,
+                _ => Waited::default(),
+            };
+            let unmounted =
+                with_word_of_waiting(context, &store, attached, || unmount_all(attached, mounts));
+            if let Err(stop) = unmounted {
+                waiting.again(daemon.as_mut(), attached);
+                return Err(stop);
+            }
             if let Some(dead) = dead {
                 dead.take_away()?;
                 ui.warn(format_args!(
@@ -322,6 +337,9 @@ impl Detach {
                     true => daemon.detach_by_force(handle(attached)),
                     false => daemon.detach(handle(attached)),
                 };
+                if gone.is_err() {
+                    waiting.again(Some(daemon), attached);
+                }
                 for gone in gone? {
                     document.detached.push(AttachedDoc::new(&gone, &[]));
                 }
@@ -394,6 +412,71 @@ impl Detach {
             }
             text
         })
+    }
+}
+
+/// Says why it takes so long, if writes of the disk begin to wait for room while `work` unmounts it: the kernel waits for them.
+fn with_word_of_waiting<R>(
+    context: &Context,
+    store: &Store,
+    attached: &Attached,
+    work: impl FnOnce() -> R,
+) -> R {
+    if attached.read_only {
+        return work();
+    }
+    let name = &attached.name;
+    let (end, ended) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let daemon = Client::connect(store).ok().flatten();
+                let waiting = daemon.and_then(|mut d| d.waiting(name, Waiting::Stay).ok());
+                if waiting.is_some_and(|n| n > 0) {
+                    context.ui.warn(format_args!(
+                        "what was written to {name} waits for room: `forkdisk resize {name} --quota SIZE` makes some, \
+                         `forkdisk detach --force {name}` lets the writes fail"
+                    ));
+                    return;
+                }
+            }
+        });
+        let done = work();
+        drop(end);
+        done
+    })
+}
+
+/// What became of writes that waited for room.
+#[derive(Clone, Copy, Default)]
+struct Waited {
+    failed: bool,
+}
+
+impl Waited {
+    /// Writes that wait for room keep a filesystem from being unmounted: with `force` they fail, else nothing is begun.
+    fn ask(daemon: &mut Client, attached: &Attached, force: bool) -> Result<Waited> {
+        if attached.read_only {
+            return Ok(Waited::default());
+        }
+        let name = &attached.name;
+        match daemon.waiting(name, if force { Waiting::Fail } else { Waiting::Stay })? {
+            _ if force => Ok(Waited { failed: true }),
+            0 => Ok(Waited::default()),
+            n => Err(Error::new(
+                Kind::Busy,
+                format!("{n} writes to {name} wait for room: it has used its quota"),
+            )
+            .hint(format!(
+                "`forkdisk resize {name} --quota SIZE` makes room; `forkdisk detach --force {name}` lets the writes fail"
+            ))),
+        }
+    }
+    /// It was not detached after all.
+    fn again(self, daemon: Option<&mut Client>, attached: &Attached) {
+        if let (true, Some(daemon)) = (self.failed, daemon) {
+            let _ = daemon.waiting(&attached.name, Waiting::Wait);
+        }
     }
 }
 

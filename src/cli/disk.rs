@@ -1,20 +1,17 @@
-//! Disks and their names: `create`, `snapshot`, `rename`, `rm`.
+//! Disks and their names: `create`, `rename`, `rm`.
 
 use crate::{
     cli::{
         Outcome,
-        context::{Context, mounts_of},
+        context::Context,
         names::Names,
         render::{json::ObjectDoc, size::SizeArg},
+        resize::QuotaArgs,
         store::counted,
     },
-    daemon::Attached,
-    error::{Error, Kind, Result},
-    store::{Object, ObjectKind, RemovePlan, Store},
-    sys::{
-        freeze::{self, Frozen},
-        signals,
-    },
+    daemon::{Attached, Client},
+    error::{Error, Kind},
+    store::{Object, ObjectKind, RemovePlan},
 };
 use clap::Args;
 use serde::Serialize;
@@ -39,6 +36,8 @@ pub(crate) struct Create {
     /// Make DISK-1 to DISK-N
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     count: Option<u32>,
+    #[command(flatten)]
+    quota: QuotaArgs,
 }
 
 #[derive(Serialize)]
@@ -63,6 +62,8 @@ impl Create {
             None => vec![self.name.clone()],
             Some(n) => (1..=n).map(|i| format!("{}-{i}", self.name)).collect(),
         };
+        let quota = self.quota.change();
+        let settings = quota.settings()?;
         let what = match &names[..] {
             [one] => one.clone(),
             [first, .., last] => format!("{first} to {last}"),
@@ -79,10 +80,10 @@ impl Create {
         }
         let made = match from.kind {
             ObjectKind::Disk => match context.daemon_of(&store, &from.name)? {
-                Some((mut daemon, _)) => daemon.create(&names, &from.name, size)?,
-                None => store.create(&names, &from.name, size)?,
+                Some((mut daemon, _)) => daemon.create(&names, &from.name, size, &quota)?,
+                None => store.create_with(&names, &from.name, size, &settings)?,
             },
-            _ => store.create(&names, &self.from, size)?,
+            _ => store.create_with(&names, &self.from, size, &settings)?,
         };
         if ui.json {
             // The layer of a disk was sealed for it, and the disk's name went on to another.
@@ -106,84 +107,6 @@ impl Create {
 fn too_large() -> Error {
     Error::new(Kind::Invalid, "the size would be more than 16 EiB")
         .hint("a disk has at most 16 TiB")
-}
-
-/// Keep the present state of a disk, also while it is mounted and busy
-#[derive(Args, Debug)]
-#[command(
-    after_help = "A snapshot of a mounted disk is consistent as after a power cut, and a journal brings it in order.\n\
-        With --freeze its filesystem is clean."
-)]
-pub(crate) struct Snapshot {
-    /// The disk, and the name of the snapshot
-    #[arg(value_name = "DISK@NAME")]
-    name: String,
-    /// What to remember about it
-    #[arg(short, long, value_name = "TEXT")]
-    message: Option<String>,
-    /// Halt the mounted filesystem for the moment
-    #[arg(long)]
-    freeze: bool,
-}
-
-impl Snapshot {
-    pub(crate) fn run(self, context: &Context) -> Outcome {
-        let ui = &context.ui;
-        let Some((disk, name)) = self.name.split_once('@') else {
-            let name = &self.name;
-            return Err(
-                Error::new(Kind::Invalid, format!("`{name}` names no snapshot"))
-                    .hint(format!(
-                        "write the disk and the snapshot's name: `forkdisk snapshot {name}@NAME`"
-                    ))
-                    .into(),
-            );
-        };
-        let store = context.open()?;
-        if context.dry_run {
-            store.resolve(disk)?;
-            context.must_be_free(&store, &self.name)?;
-            let document = json!({"dry_run": true, "name": self.name});
-            return ui.answer(document, || format!("would make {}\n", self.name));
-        }
-        let (object, thawed) = self.take(context, &store, disk, name)?;
-        thawed?;
-        if ui.json {
-            return ui.document(ObjectDoc::new(&object, &Names::of(&store)?));
-        }
-        ui.talk(format_args!("made {}", object.name));
-        Ok(())
-    }
-    /// Takes the snapshot. The inner result tells whether the filesystem stayed frozen for it.
-    fn take(
-        &self,
-        context: &Context,
-        store: &Store,
-        disk: &str,
-        name: &str,
-    ) -> Result<(Object, Result<()>)> {
-        let message = self.message.as_deref();
-        let Some((mut daemon, attached)) = context.daemon_of(store, disk)? else {
-            return Ok((store.snapshot(disk, name, message)?, Ok(())));
-        };
-        let mounts = if self.freeze {
-            mounts_of(&attached)?
-        } else {
-            Vec::new()
-        };
-        if self.freeze && mounts.is_empty() {
-            context.ui.warn(format_args!(
-                "{disk} is not mounted here: there is nothing to freeze"
-            ));
-        }
-        // All mounts of one device show one filesystem. From here to the thaw nothing may be written
-        // that could end up on it, not even a line of talk.
-        signals::catch();
-        let frozen = mounts.first().map(|dir| freeze::freeze(dir)).transpose()?;
-        let made = daemon.snapshot(disk, name, message);
-        let thawed = frozen.map_or(Ok(()), Frozen::thaw);
-        Ok((made?, thawed))
-    }
 }
 
 /// Give a disk, snapshot or image another name
@@ -212,12 +135,12 @@ impl Rename {
             let tail = a.name.strip_prefix(name.as_str());
             tail.is_some_and(|tail| tail.is_empty() || tail.starts_with('@'))
         };
-        if let Some(a) = context.attached(&store)?.iter().find(|a| concerned(a)) {
-            return Err(Error::new(Kind::Busy, format!("{} is attached", a.name))
-                .hint(format!("`forkdisk detach {}` first", a.name))
-                .into());
-        }
-        let object = store.rename(old, new)?;
+        let mut daemon = Client::connect(&store)?;
+        let attached = daemon.as_mut().map_or(Ok(Vec::new()), Client::attached)?;
+        let object = match daemon {
+            Some(mut daemon) if attached.iter().any(concerned) => daemon.rename(&name, new)?,
+            _ => store.rename(old, new)?,
+        };
         if ui.json {
             return ui.document(ObjectDoc::new(&object, &Names::of(&store)?));
         }

@@ -13,7 +13,7 @@ use crate::{
     },
     daemon::Attached,
     error::{Error, Kind, Result},
-    store::{Found, LayerInfo, Object, ObjectKind, Store, Usage, names::read_name},
+    store::{Found, LayerInfo, Object, ObjectKind, QuotaUse, Store, Usage},
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -40,7 +40,7 @@ enum What {
 #[derive(Args, Debug)]
 #[command(after_help = concat!(
     "Columns: name, kind, size, parent, created, message, id, device, mount, refer, excl, shared, used (host bytes of its own layer or \
-        base), written (data in its own layer), depth, quota.\n",
+        base), written (data in its own layer), depth, quota, quota_used.\n",
     "Of layers: id, state, size, alloc, private, parent, names.\n",
     "Of attached: name, kind, size, device, file, mount, ro, via, count, id."
 ))]
@@ -133,7 +133,6 @@ impl Ls {
             .collect();
         // To know the space of an object its map is walked: only if that is asked for.
         let space = columns.iter().any(|c| SPACE.contains(&c.name));
-        let quota = columns.iter().any(|c| c.name == "quota");
         let all: Vec<Object> = all.into_iter().filter(|o| wanted(o.kind)).collect();
         let all: Vec<(Object, Option<Usage>)> = if space {
             let known = store.usages(all)?;
@@ -142,16 +141,17 @@ impl Ls {
         } else {
             all.into_iter().map(|o| (o, None)).collect()
         };
+        let quotas = columns.iter().any(|c| c.name.starts_with("quota"));
         let mut rows = Vec::new();
         for (object, usage) in all {
             let attached = attached.get(&object.name);
             let (attached, mounts) = attached.cloned().unzip();
+            let quota = match quotas {
+                true => store.quota(&object).ok().flatten(),
+                false => None,
+            };
             rows.push(ObjectRow {
-                quota: if quota {
-                    quota_of(store, &object)
-                } else {
-                    None
-                },
+                quota,
                 parent: object.parent.map(|below| names.show(below.id())),
                 object,
                 usage,
@@ -163,6 +163,8 @@ impl Ls {
             let objects = rows.iter().map(|row| ListedDoc {
                 object: ObjectDoc::new(&row.object, &names),
                 usage: row.usage.map(UsageDoc::from),
+                quota: row.quota.and_then(|q| q.quota),
+                quota_used: row.quota.map(|q| q.used),
                 attached: row.attached.is_some(),
                 device: row.attached.as_ref().and_then(|a| a.device.clone()),
                 mounts: row.mounts.clone(),
@@ -285,17 +287,11 @@ impl Ls {
 /// Columns for which the space of an object must be known.
 const SPACE: &[&str] = &["refer", "excl", "shared", "used", "written", "depth"];
 
-/// The quota of a disk, in bytes, if one is set.
-fn quota_of(store: &Store, object: &Object) -> Option<u64> {
-    let record = read_name(&**store.names_dir(), &object.name).ok()?;
-    record.extra.get("quota")?.parse().ok()
-}
-
 struct ObjectRow {
     object: Object,
-    quota: Option<u64>,
     parent: Option<String>,
     usage: Option<Usage>,
+    quota: Option<QuotaUse>,
     attached: Option<Attached>,
     mounts: Vec<PathBuf>,
 }
@@ -334,7 +330,11 @@ fn object_columns() -> Vec<Column<ObjectRow>> {
             r.usage.map_or(String::new(), |u| u.depth.to_string())
         }),
         number("quota", |r, s| {
-            r.quota.map_or(String::new(), |bytes| s.size(bytes))
+            let quota = r.quota.and_then(|q| q.quota);
+            quota.map_or(String::new(), |bytes| s.size(bytes))
+        }),
+        number("quota_used", |r, s| {
+            r.quota.map_or(String::new(), |q| s.size(q.used))
         }),
     ]
 }
@@ -407,6 +407,8 @@ struct ListedDoc {
     device: Option<String>,
     mounts: Vec<PathBuf>,
     usage: Option<UsageDoc>,
+    quota: Option<u64>,
+    quota_used: Option<u64>,
 }
 
 #[derive(Serialize)]

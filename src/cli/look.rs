@@ -11,6 +11,7 @@ use crate::{
             table::{Align, Table},
             time,
         },
+        resize::on_full,
         store::counted,
     },
     disk::{Disk, Extent, Source},
@@ -49,6 +50,9 @@ struct InfoDoc {
     chain: Vec<LinkDoc>,
     private_bytes: u64,
     zero_blocks: u64,
+    quota: Option<u64>,
+    on_full: Option<&'static str>,
+    quota_used: Option<u64>,
     allocated: u64,
     refer: u64,
     exclusive: u64,
@@ -73,6 +77,8 @@ impl Info {
         let store = context.open()?;
         let object = store.resolve_any(&self.reference)?;
         let details = store.details(&object)?;
+        // What is damaged below does not keep the rest from being told.
+        let quota = store.quota(&object).ok().flatten();
         let names = Names::from_ids(&details.names);
         let all = context.attached_for_show(&store).into_iter();
         let mut of_this = all.filter(|(a, _)| a.id == object.id);
@@ -103,6 +109,9 @@ impl Info {
             chain: details.chain.iter().map(link).collect(),
             private_bytes: details.private_bytes,
             zero_blocks: details.zero_blocks,
+            quota: quota.and_then(|q| q.quota),
+            on_full: quota.and_then(|q| on_full(&q)),
+            quota_used: quota.map(|q| q.used),
             allocated: details.allocated,
             refer: details.usage.refer,
             exclusive: details.usage.exclusive,
@@ -144,6 +153,14 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
     ];
     if object.parent.is_some() {
         let zeros = details.zero_blocks * BLOCK;
+        let used = exact(document.quota_used.unwrap_or_default());
+        let quota = match (document.quota, document.on_full) {
+            (Some(quota), Some("pause")) => {
+                format!("{used} of {}, then writers wait", exact(quota))
+            }
+            (Some(quota), _) => format!("{used} of {}", exact(quota)),
+            (None, _) => String::new(),
+        };
         rows.extend([
             ("state", details.state.to_string()),
             ("depth", details.depth.to_string()),
@@ -157,6 +174,7 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
                     String::new()
                 },
             ),
+            ("quota", quota),
         ]);
     }
     rows.extend([

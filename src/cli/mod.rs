@@ -19,10 +19,14 @@ mod list;
 mod look;
 mod names;
 pub mod render;
+mod resize;
+mod rollback;
 mod shell;
+mod snapshot;
 mod stats;
 mod store;
 mod tree;
+mod trim;
 mod ui;
 
 use crate::{
@@ -137,9 +141,12 @@ enum Command {
     #[command(visible_alias = "fork")]
     Create(disk::Create),
     #[command(visible_alias = "snap")]
-    Snapshot(disk::Snapshot),
+    Snapshot(snapshot::Snapshot),
+    Rollback(rollback::Rollback),
+    Resize(resize::Resize),
     Rename(disk::Rename),
     Rm(disk::Rm),
+    Trim(trim::Trim),
     Attach(attach::Attach),
     Detach(attach::Detach),
     Ls(list::Ls),
@@ -242,8 +249,11 @@ fn run(cli: Cli) -> ExitCode {
         Command::Export(c) => c.run(&context),
         Command::Create(c) => c.run(&context),
         Command::Snapshot(c) => c.run(&context),
+        Command::Rollback(c) => c.run(&context),
+        Command::Resize(c) => c.run(&context),
         Command::Rename(c) => c.run(&context),
         Command::Rm(c) => c.run(&context),
+        Command::Trim(c) => c.run(&context),
         Command::Attach(c) => c.run(&context),
         Command::Detach(c) => c.run(&context),
         Command::Ls(c) => c.run(&context),

@@ -1,5 +1,6 @@
 //! What the server answers to each request of the control socket.
 
+use super::changes::quota_change;
 use super::entry::Phase;
 use super::protocol::{self, number, object_json, text};
 use super::server::{End, Server, not_attached};
@@ -76,6 +77,9 @@ impl Server {
                 self.refresh(disk);
                 Ok(json!({"object": object_json(&object)}))
             }
+            op @ ("rollback" | "resize" | "quota" | "rename" | "snapshots" | "waiting") => {
+                self.change(op, request)
+            }
             "create" => {
                 let from = text(request, "from")?;
                 let names = request
@@ -90,9 +94,10 @@ impl Server {
                     .collect();
                 let running = self.running(from)?;
                 let size = request.get("size").and_then(Value::as_u64);
+                let settings = quota_change(&request["quota"]).settings()?;
                 let objects = self
                     .store
-                    .create_from_running(&running, from, &names, size)?;
+                    .create_from_running_with(&running, from, &names, size, &settings)?;
                 self.refresh(from);
                 Ok(json!({"objects": objects.iter().map(object_json).collect::<Vec<_>>()}))
             }

@@ -1,5 +1,10 @@
 //! How commands talk to the daemon.
 
+mod changes;
+
+pub use changes::Waiting;
+
+use super::changes::quota_json;
 use super::protocol::{
     self, attached, attached_json, number, object, receive, send, success, text,
 };
@@ -7,7 +12,7 @@ use super::{AttachRequest, Attached, SOCKET, Via, handover, keeper};
 use crate::attach::{self, LoopAttachment, LoopOptions};
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::session::Transport;
-use crate::store::{Object, Store};
+use crate::store::{Object, QuotaChange, Store};
 use crate::sys::loopdev::DetachOptions;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -325,9 +330,11 @@ impl Client {
         names: &[String],
         from: &str,
         size: Option<u64>,
+        quota: &QuotaChange,
     ) -> Result<Vec<Object>> {
-        let answer =
-            self.ask(json!({"op": "create", "names": names, "from": from, "size": size}))?;
+        let answer = self.ask(json!({
+            "op": "create", "names": names, "from": from, "size": size, "quota": quota_json(quota),
+        }))?;
         answer["objects"]
             .as_array()
             .map_or(Ok(Vec::new()), |list| list.iter().map(object).collect())

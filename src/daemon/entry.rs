@@ -4,7 +4,7 @@
 
 use super::handover::{Handover, Place};
 use super::protocol::{attached, attached_json, number, text};
-use super::{Attached, Via};
+use super::{Attached, Via, file_name};
 use crate::disk::{CowDisk, Disk, FailedDisk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
@@ -111,7 +111,7 @@ pub(super) fn inherit(
 }
 
 fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Result<Option<Entry>> {
-    let attached = attached(said)?;
+    let mut attached = attached(said)?;
     let ino = number(said, "ino")?;
     if ino == 0 {
         // Nobody ever saw its file.
@@ -123,7 +123,11 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         "opening" => Phase::Opening,
         _ => Phase::Closing,
     };
-    let name = attached.name.clone();
+    // The last server may have died before it could leave word of a new name.
+    if let Ok(Some(present)) = store.present_name(&attached.name, attached.kind, attached.id) {
+        attached.name = present;
+    }
+    let name = file_name(&attached).to_string_lossy().into_owned();
     let backing = said["backing"].as_u64().map(|id| id as u32);
     let show = |disk| match backing {
         Some(id) => files.add_backed(&name, disk, Some(ino), id).map(|_| ()),
@@ -133,6 +137,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
     let (disk, failed) = match opened {
         Ok(disk) => {
             show(disk.clone())?;
+            attached.size = disk.size();
             (Some(disk), None)
         }
         Err(e) => {
@@ -179,7 +184,8 @@ pub(super) fn open_again(
     attached: &Attached,
     place: &Place,
 ) -> Result<Arc<CowDisk>> {
-    let disk = if attached.read_only {
+    // It may have another size than it had: the server may have died before it could leave word of that.
+    if attached.read_only {
         store.open_cow(
             &Object {
                 name: attached.name.clone(),
@@ -191,21 +197,10 @@ pub(super) fn open_again(
                 message: None,
             },
             false,
-        )?
+        )
     } else {
-        store.resume_cow(&attached.name, place.volatile()?)?
-    };
-    if disk.size() != attached.size {
-        return Err(Error::new(
-            Kind::Corrupt,
-            format!(
-                "it has {} bytes now, and had {}",
-                disk.size(),
-                attached.size
-            ),
-        ));
+        store.resume_cow(&attached.name, place.volatile()?)
     }
-    Ok(disk)
 }
 
 /// One more user of what is attached read-only already.

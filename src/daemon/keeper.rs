@@ -12,7 +12,7 @@
 //!
 //! For a takeover by another program the keeper itself becomes that program, with the same descriptors and the same number.
 
-use super::client::{Client, socket_path};
+use super::client::{Client, Waiting, socket_path};
 use super::handover::Handover;
 use super::{Attached, LOCK, LOG, MOUNT, SOCKET, dead, log, place_of, protocol, server};
 use crate::attach;
@@ -592,6 +592,10 @@ fn detach_all(run_dir: &File, store: &Store) -> Result<()> {
         return Ok(());
     };
     for a in client.attached()? {
+        // Who waits for room would keep all from ending.
+        if let Err(e) = client.waiting(&a.name, Waiting::Fail) {
+            tracing::warn!("{e}");
+        }
         if let Some(device) = &a.device {
             for dir in attach::mounts_of(Path::new(device))?.iter().rev() {
                 if let Err(e) = attach::unmount(dir) {

@@ -9,6 +9,7 @@
 //! that dies half-way leaves nothing that the next one does not find.
 
 mod answers;
+mod changes;
 mod client;
 mod dead;
 mod entry;
@@ -21,7 +22,7 @@ pub mod protocol;
 mod server;
 pub mod stats;
 
-pub use client::{Client, TakenOver};
+pub use client::{Client, TakenOver, Waiting};
 pub use dead::{Dead, dead_devices};
 pub use keeper::{Keep, keep, run, serve};
 
@@ -91,6 +92,12 @@ pub struct Attached {
     pub count: u32,
     /// Bytes.
     pub size: u64,
+}
+
+/// The name of the file that shows an attachment: the one it was attached by, also after it was renamed.
+fn file_name(attached: &Attached) -> &std::ffi::OsStr {
+    let name = std::ffi::OsStr::new(&attached.name);
+    attached.file.file_name().unwrap_or(name)
 }
 
 /// Fails if an object is nothing that the kernel could read by itself.

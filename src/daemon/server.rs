@@ -12,13 +12,13 @@ use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, receive, send, text};
-use super::{Attached, LOG, MOUNT, SOCKET, Via, log, place_of};
+use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
 use crate::store::{ObjectKind, Store};
-use crate::sys::{fdpass, holders, loopdev, private, process};
+use crate::sys::{fdpass, loopdev, private, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -43,6 +43,9 @@ const MAX_CONVERSATIONS: usize = 256;
 
 /// How long a command whose conversation ended with the last server may take to come back.
 const GRACE: Duration = Duration::from_secs(3);
+
+/// How long the end waits until those who wait for room were told that there is none.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 /// How long a takeover waits for commands that attach or detach.
 const CALM: Duration = Duration::from_secs(10);
@@ -371,6 +374,19 @@ impl Server {
             };
             let mut table = self.table.lock();
             self.settle(&mut table, same, begun)?;
+            if let Some(other) = table
+                .values()
+                .find(|e| !same(e) && file_name(&e.attached) == object.name.as_str())
+            {
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!(
+                        "{} was attached as {}, and its file keeps that name",
+                        other.attached.name, object.name
+                    ),
+                )
+                .hint(format!("`forkdisk detach {}` first", other.attached.name)));
+            }
             if let Some(entry) = table.values_mut().find(|e| same(e)) {
                 if entry.attached.id != object.id && object.kind != ObjectKind::Disk {
                     // Renamed or removed behind our back: its file stands in the way.
@@ -476,7 +492,7 @@ impl Server {
             let a = &e.attached;
             a.name == target
                 || a.device.as_deref() == Some(target)
-                || mount.join(&a.name) == Path::new(target)
+                || mount.join(file_name(a)) == Path::new(target)
                 || by_id == Some((a.kind, a.id))
         };
         let mut table = self.table.lock();
@@ -492,21 +508,7 @@ impl Server {
             return Ok(said);
         }
         if entry.attached.via == Via::File {
-            let file = mount.join(&name);
-            let opens = match entry.inherited {
-                true => holders::of_file(&file).len() as u64,
-                false => {
-                    let info = self.files.get(entry.ino).and_then(|f| f.info());
-                    info.map_or(0, |i| i.opens)
-                }
-            };
-            if opens > 0 {
-                let file = file.display();
-                return Err(
-                    Error::new(Kind::Busy, format!("{file} is open {opens} times"))
-                        .hint(format!("`fuser -v {file}` names who has it open")),
-                );
-            }
+            self.must_be_closed(entry)?;
         }
         entry.set_phase(Phase::Closing);
         begun.push(name);
@@ -559,7 +561,9 @@ impl Server {
         let file = {
             let table = self.table.lock();
             match table.get(name) {
-                Some(entry) if entry.phase != Phase::Ready => self.mount().join(name),
+                Some(entry) if entry.phase != Phase::Ready => {
+                    self.mount().join(file_name(&entry.attached))
+                }
                 _ => return,
             }
         };
@@ -706,12 +710,12 @@ impl Server {
     }
 
     /// The mount of the served files, where it is now.
-    fn mount(&self) -> PathBuf {
+    pub(super) fn mount(&self) -> PathBuf {
         place_of(&self.run_dir).join(MOUNT)
     }
     /// An attachment as it stands in an answer.
     pub(super) fn shown(&self, a: &Attached) -> Value {
-        let file = self.mount().join(&a.name);
+        let file = self.mount().join(file_name(a));
         answer(&Attached { file, ..a.clone() })
     }
     /// Waits until what is meant is neither being attached nor being detached by others.
@@ -743,7 +747,7 @@ impl Server {
         if entry.attached.read_only {
             return Err(
                 Error::new(Kind::Busy, format!("`{disk}` is attached read-only")).hint(format!(
-                    "to snapshot it, `forkdisk detach {disk}` first, or attach it for writing"
+                    "`forkdisk detach {disk}` first, or attach it for writing"
                 )),
             );
         }
@@ -789,6 +793,14 @@ impl Server {
 
     /// The end: everything that is still attached is flushed and closed.
     fn shut_down(&self) {
+        // Who waits for room is told that there is none: nobody will ask again.
+        for disk in self.table.lock().values().filter_map(|e| e.disk.as_ref()) {
+            disk.stop_waiting();
+        }
+        let deadline = Instant::now() + LAST_ANSWERS;
+        while self.session.waiting(None) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.session.stop();
         let names: Vec<String> = self.table.lock().keys().cloned().collect();
         for name in names {

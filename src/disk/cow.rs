@@ -2,8 +2,10 @@
 //!
 //! Every request holds `top` for reading while it runs; a seal takes it for writing, which quiesces the disk.
 
+mod change;
 mod stats;
 
+pub use change::{Halted, Quota, made_for_it};
 pub use stats::DiskStats;
 
 use super::ahead::Stream;
@@ -12,9 +14,11 @@ use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, Pointer};
 use crate::io::File;
-use crate::layer::writable::{Taken, Unsettled};
+use crate::layer::unsettled::Unsettled;
+use crate::layer::writable::Taken;
 use crate::layer::{Layer, State};
-use crate::sync::RwLock;
+use crate::sync::atomic::{self, Ordering::SeqCst};
+use crate::sync::{Mutex, RwLock};
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
 use std::ops::Range;
@@ -52,8 +56,12 @@ pub struct Counters {
 
 /// A disk of the store.
 pub struct CowDisk {
-    size: u64,
+    /// Changes while a request holds `top` only if it grows.
+    size: atomic::AtomicU64,
     top: RwLock<Top>,
+    quota: Mutex<Option<Quota>>,
+    /// Who writes more than the quota allows is kept waiting.
+    waits: atomic::AtomicBool,
     counters: Counters,
     stream: Stream,
 }
@@ -96,21 +104,24 @@ impl At {
 impl CowDisk {
     /// A disk that writes into `layer`, over `chain`.
     pub fn writable(layer: Layer, chain: Arc<Chain>) -> CowDisk {
-        CowDisk {
-            size: layer.size(),
-            top: RwLock::new(Top {
+        CowDisk::of(
+            layer.size(),
+            Top {
                 layer: Some(layer),
                 chain,
-            }),
-            counters: Counters::default(),
-            stream: Stream::default(),
-        }
+            },
+        )
     }
     /// A chain as a disk that can only be read.
     pub fn read_only(chain: Arc<Chain>) -> CowDisk {
+        CowDisk::of(chain.size(), Top { layer: None, chain })
+    }
+    fn of(size: u64, top: Top) -> CowDisk {
         CowDisk {
-            size: chain.size(),
-            top: RwLock::new(Top { layer: None, chain }),
+            size: atomic::AtomicU64::new(size),
+            top: RwLock::new(top),
+            quota: Mutex::new(None),
+            waits: atomic::AtomicBool::new(false),
             counters: Counters::default(),
             stream: Stream::default(),
         }
@@ -161,10 +172,7 @@ impl CowDisk {
         let cost = layer.stats().host_since_opened;
         self.counters.host_sealed.fetch_add(cost, Relaxed);
         let (layer, chain) = next(layer.file().clone(), layer.volatile().clone())?;
-        *top = Top {
-            layer: Some(layer),
-            chain,
-        };
+        self.go_on_in(&mut top, layer, chain);
         Ok(())
     }
     /// Flushes, checkpoints and closes. Requests that come later are refused.
@@ -176,16 +184,15 @@ impl CowDisk {
         }
     }
 
+    /// Is it inside? The caller holds `top`: else the disk may become smaller in between.
     fn check(&self, at: u64, len: u64) -> Result<()> {
-        if at.checked_add(len).is_some_and(|end| end <= self.size) {
+        let size = self.size.load(SeqCst);
+        if at.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }
         Err(Error::new(
             Kind::Invalid,
-            format!(
-                "{len} bytes at {at} are outside the disk of {} bytes",
-                self.size
-            ),
+            format!("{len} bytes at {at} are outside the disk of {size} bytes"),
         ))
     }
 
@@ -288,7 +295,7 @@ impl CowDisk {
 
     /// Begins to read what a sequential reader will ask for next. Damage is met when it is read.
     fn read_ahead(&self, top: &Top, range: Range<u64>) {
-        let last = Lba::of(range.end.min(self.size)).0;
+        let last = Lba::of(range.end.min(self.size.load(SeqCst))).0;
         let mut next = Lba::of(range.start);
         let mut places = [At::OwnZero; REGION_BLOCKS];
         let mut cold = false;
@@ -354,6 +361,14 @@ impl CowDisk {
                 None => block[offset..offset + len].fill(0),
             }
             let zero = is_zero(&block);
+            if !zero && layer.is_limited() {
+                // Where it will be is not known yet; that it will be somewhere is.
+                let some = Pointer::Data {
+                    slot: Slot(0),
+                    sum: 0,
+                };
+                layer.ask_room(lba, &[some])?;
+            }
             let taken = layer.take(1, u32::from(!zero))?;
             let pointer = if zero {
                 Pointer::Zero
@@ -400,6 +415,10 @@ impl CowDisk {
                 slots += 1;
             }
         }
+        if slots > 0 && layer.is_limited() {
+            let _guard = layer.enter();
+            layer.ask_room(lba, pointers)?;
+        }
         let taken = layer.take(n as u64, slots)?;
         let free = taken
             .extents
@@ -436,7 +455,7 @@ fn write_data(layer: &Layer, taken: &Taken, pointers: &[Pointer], data: &[u8]) -
 /// Does `f`, and once more if the host disk was full and the layer could give something back.
 fn with_room(layer: &Layer, f: impl Fn() -> Result<()>) -> Result<()> {
     match f() {
-        Err(e) if e.kind() == Kind::NoSpace => {
+        Err(e) if e.kind() == Kind::NoSpace && !e.is_of_quota() => {
             layer.make_room()?;
             f()
         }
@@ -459,7 +478,7 @@ fn read_only() -> Error {
 
 impl Disk for CowDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(SeqCst)
     }
     fn allocated(&self) -> u64 {
         self.private_blocks().0 * BLOCK
@@ -468,11 +487,11 @@ impl Disk for CowDisk {
         self.top.read().layer.is_none()
     }
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        let top = self.top.read();
         self.check(at, buf.len() as u64)?;
         if buf.is_empty() {
             return Ok(());
         }
-        let top = self.top.read();
         if let Some(range) = self.stream.read(at, buf.len() as u64) {
             self.read_ahead(&top, range);
         }
@@ -498,8 +517,8 @@ impl Disk for CowDisk {
         Ok(())
     }
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
-        self.check(at, buf.len() as u64)?;
         let top = self.top.read();
+        self.check(at, buf.len() as u64)?;
         let Some(layer) = &top.layer else {
             return Err(read_only());
         };
@@ -511,11 +530,18 @@ impl Disk for CowDisk {
                 let n = (BLOCK_SIZE - offset).min(rest.len());
                 with_room(layer, || {
                     self.write_part(&top, layer, Lba::of(at), offset, n, Some(&rest[..n]))
-                })?;
+                })
+                .map_err(|e| self.refused(e))?;
                 n
             } else {
-                let n = (rest.len() / BLOCK_SIZE).min(PIECE) * BLOCK_SIZE;
-                with_room(layer, || self.write_whole(layer, Lba::of(at), &rest[..n]))?;
+                let mut n = (rest.len() / BLOCK_SIZE).min(PIECE);
+                if layer.is_limited() {
+                    // Region by region: of each all is published or nothing.
+                    n = n.min(REGION_BLOCKS - Lba::of(at).index());
+                }
+                let n = n * BLOCK_SIZE;
+                with_room(layer, || self.write_whole(layer, Lba::of(at), &rest[..n]))
+                    .map_err(|e| self.refused(e))?;
                 n
             };
             at += n as u64;
@@ -528,8 +554,8 @@ impl Disk for CowDisk {
         Ok(())
     }
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        self.check(at, len)?;
         let top = self.top.read();
+        self.check(at, len)?;
         let Some(layer) = &top.layer else {
             return Err(read_only());
         };
@@ -540,7 +566,8 @@ impl Disk for CowDisk {
                 let n = (BLOCK - offset).min(end - at);
                 with_room(layer, || {
                     self.write_part(&top, layer, Lba::of(at), offset as usize, n as usize, None)
-                })?;
+                })
+                .map_err(|e| self.refused(e))?;
                 at += n;
             } else {
                 let n = (end - at) / BLOCK;
@@ -566,7 +593,7 @@ impl Disk for CowDisk {
                 .hint("only an image that was imported can be read past the daemon"));
         }
         let base = top.chain.base();
-        if base.len() != self.size {
+        if base.len() != self.size.load(SeqCst) {
             return Err(no(format!(
                 "the image has {} bytes, which is no multiple of {BLOCK}",
                 base.len()
@@ -579,11 +606,11 @@ impl Disk for CowDisk {
             .map_err(|e| Error::io("open", base.file().path(), &e))
     }
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>> {
+        let top = self.top.read();
         self.check(at, len)?;
         if len == 0 {
             return Ok(Vec::new());
         }
-        let top = self.top.read();
         let own = u32::from(top.layer.is_some());
         let base_end = crate::units::blocks(top.chain.base().len()) * BLOCK;
         let first = at / BLOCK;

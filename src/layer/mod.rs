@@ -7,6 +7,7 @@ mod early;
 pub mod quiesce;
 pub mod recover;
 pub mod space;
+pub mod unsettled;
 pub mod volatile;
 pub mod writable;
 mod written;

@@ -12,6 +12,7 @@
 
 mod commit;
 mod host;
+mod limit;
 mod resume;
 mod stats;
 
@@ -22,6 +23,7 @@ use super::early::{Early, Errand};
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::space::{Extents, FreeSet, SPARE, Space};
+use super::unsettled::Unsettled;
 use super::volatile::{self, VolatileLog};
 use super::written::Written;
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
@@ -143,7 +145,9 @@ pub struct Layer {
     /// `host`, as all but its counts is used.
     file: Arc<dyn File>,
     host: Arc<Written>,
-    size: u64,
+    size: AtomicU64,
+    /// Data blocks it may have.
+    limit: AtomicU64,
     opened: Opened,
     table: Vec<RwLock<FxHashMap<u32, Resident>>>,
     /// Whole regions zeroed since the last checkpoint that are not resident; tag: epoch.
@@ -188,23 +192,6 @@ pub struct Layer {
     can_punch: AtomicBool,
     /// See [`Layer::rest_on`].
     unsettled: Arc<Unsettled>,
-}
-
-/// A directory in which something was said of a layer that is not durable yet.
-#[derive(Default)]
-pub struct Unsettled(Mutex<Option<Arc<dyn Dir>>>);
-
-impl Unsettled {
-    /// Makes it durable; waits if somebody else is doing so.
-    pub fn settle(&self) {
-        let mut names = self.0.lock();
-        if let Some(names) = names.take()
-            && let Err(e) = names.sync()
-        {
-            // It says that the layer was opened, for whoever finds it damaged. No data depends on it.
-            tracing::debug!("cannot note that a layer was opened: {e}");
-        }
-    }
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -317,7 +304,8 @@ impl Layer {
         Layer {
             id: Id(header.layer),
             header,
-            size: b.superblock.size.get(),
+            size: AtomicU64::new(b.superblock.size.get()),
+            limit: AtomicU64::new(u64::MAX),
             opened: b.opened,
             table: (0..SHARDS).map(|_| RwLock::default()).collect(),
             zeroed: RwLock::default(),
@@ -404,7 +392,7 @@ impl Layer {
     }
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(SeqCst)
     }
     /// What opening found.
     pub fn opened(&self) -> &Opened {
@@ -427,7 +415,7 @@ impl Layer {
     }
     /// Something was said of the layer in this directory that is not durable yet. It will be before the first commit is.
     pub fn rest_on(&self, names: Arc<dyn Dir>) {
-        *self.unsettled.0.lock() = Some(names);
+        self.unsettled.rest_on(names);
     }
     /// What [`Layer::rest_on`] was told of, for whoever has the time before the first commit.
     pub fn unsettled(&self) -> Arc<Unsettled> {
@@ -677,6 +665,11 @@ impl Layer {
                 self.give_back(taken);
                 Ok(false)
             }
+            // Nothing of it was published.
+            Err(e) if e.is_of_quota() => {
+                self.give_back(taken);
+                Err(e)
+            }
             Err(e) => {
                 // A region could not be read; of a write over several regions some may be published already. The slots stay out
                 // of use, and the next opening finds those that nothing refers to.
@@ -697,7 +690,11 @@ impl Layer {
             let _gate = self.gate.read();
             let done = self.publish_regions(lba, pointers, expected, &mut reusable);
             // After an error too: some regions may be in the log.
-            if !matches!(done, Ok(false)) {
+            let nothing = match &done {
+                Ok(published) => !published,
+                Err(e) => e.is_of_quota(),
+            };
+            if !nothing {
                 self.log.lock().counted.reserved += taken.entries;
                 self.expected.fetch_sub(taken.logged, SeqCst);
                 self.writers.fetch_sub(1, SeqCst);
@@ -726,6 +723,10 @@ impl Layer {
                 return Ok(false);
             }
             let mut log = self.log.lock();
+            if at == 0 {
+                // All of it or nothing: what is limited comes region by region.
+                self.room_in(&resident.map, first.index(), &pointers[..n])?;
+            }
             for (i, &pointer) in pointers[at..at + n].iter().enumerate() {
                 self.set(
                     resident,

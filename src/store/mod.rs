@@ -14,12 +14,17 @@ mod look;
 mod many;
 pub mod names;
 mod objects;
+mod quota;
 mod refer;
 mod remove;
+mod resize;
 pub mod types;
 mod usage;
 mod written;
 
+pub use objects::Member;
+pub use quota::{QuotaChange, QuotaUse};
+pub use resize::whole_blocks;
 pub use types::*;
 pub use written::LifeWritten;
 
@@ -601,7 +606,7 @@ impl Store {
             (_, None) => {}
         }
         let (layer, chain) = opened?;
-        Ok(Arc::new(CowDisk::writable(layer, chain)))
+        self.with_quota(&object.name, CowDisk::writable(layer, chain))
     }
     /// Opens a disk that a dead process had open with [`Store::open_cow_on`] and the same memory, with all that it had accepted.
     pub fn resume_cow(&self, name: &str, memory: Arc<SharedMemory>) -> Result<Arc<CowDisk>> {
@@ -638,7 +643,7 @@ impl Store {
         // The one that died may not have come to that.
         self.note_opened(name);
         let chain = self.chain(parent_of(&header))?;
-        Ok(Arc::new(CowDisk::writable(layer, chain)))
+        self.with_quota(name, CowDisk::writable(layer, chain))
     }
     /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
     /// completed by a new layer on top. The names lock is held.
@@ -716,6 +721,22 @@ impl Store {
             let _ = self.names.remove(&temporary);
             tracing::debug!(disk = name, "cannot note that it was opened: {e}");
         }
+    }
+    /// The name of what was attached as `name` and had this id then: the same, or the one that it got since. `None` if it has none any more.
+    pub fn present_name(&self, name: &str, kind: ObjectKind, id: Id) -> Result<Option<String>> {
+        // Without the lock of the names, as in `resume_cow`.
+        let known = read_name(&*self.names, name).ok();
+        if known.as_ref().is_some_and(|r| r.target.id() == id) {
+            return Ok(Some(name.to_string()));
+        }
+        for other in self.all_names()? {
+            let record = read_name(&*self.names, &other);
+            if record.is_ok_and(|r| r.kind == kind && r.target.id() == id) {
+                return Ok(Some(other));
+            }
+        }
+        // A disk writes into another layer after each snapshot.
+        Ok(known.map(|_| name.to_string()))
     }
     fn open_exclusive(&self, object: &Object) -> Result<Arc<dyn File>> {
         let file = self.layers.open(&layer_file(object.id), Access::Write)?;

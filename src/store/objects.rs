@@ -1,22 +1,38 @@
 //! Making, naming and removing disks, snapshots and images.
 
+mod group;
+mod rollback;
+
+pub use group::Member;
+
 use super::names::{
     self, Extra, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage,
 };
-use super::{Below, Object, ObjectKind, Store, layer_file, too_deep};
-use crate::chain::Chain;
-use crate::disk::CowDisk;
+use super::quota;
+use super::resize::whole_blocks;
+use super::{Below, Object, ObjectKind, Store, in_use, layer_file, too_deep};
+use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
-use crate::format::{Header, MAX_DEPTH, valid_size};
+use crate::format::{Header, MAX_DEPTH};
 use crate::io::{Access, File};
-use crate::layer::{self, Layer, ReadLayer, State, volatile};
-use crate::units::{BLOCK, Id, MAX_DISK, Slot, round_up};
+use crate::layer::{self, State, volatile};
+use crate::units::{BLOCK, Id, Slot};
 use std::collections::HashSet;
 use std::sync::Arc;
 
 impl Store {
     /// Makes disks from an image, snapshot or disk at rest: all of them or none. One round of syncs, however many.
     pub fn create(&self, disks: &[String], from: &str, size: Option<u64>) -> Result<Vec<Object>> {
+        self.create_with(disks, from, size, &Extra::default())
+    }
+    /// [`Store::create`] of disks with settings.
+    pub fn create_with(
+        &self,
+        disks: &[String],
+        from: &str,
+        size: Option<u64>,
+        settings: &Extra,
+    ) -> Result<Vec<Object>> {
         let _lock = self.lock(true)?;
         let source = self.resolve_locked(from)?;
         self.check_new(disks)?;
@@ -31,7 +47,7 @@ impl Store {
                 None => Below::Layer(self.seal_at_rest(&source, None)?),
             },
         };
-        self.create_on(disks, parent, size, from)
+        self.create_on(disks, parent, size, from, settings)
     }
     /// Makes disks from an attached disk that `running` is.
     pub fn create_from_running(
@@ -41,16 +57,28 @@ impl Store {
         disks: &[String],
         size: Option<u64>,
     ) -> Result<Vec<Object>> {
+        self.create_from_running_with(running, from, disks, size, &Extra::default())
+    }
+    /// [`Store::create_from_running`] of disks with settings.
+    pub fn create_from_running_with(
+        &self,
+        running: &CowDisk,
+        from: &str,
+        disks: &[String],
+        size: Option<u64>,
+        settings: &Extra,
+    ) -> Result<Vec<Object>> {
         let _lock = self.lock(true)?;
         let source = self.resolve_locked(from)?;
         self.check_new(disks)?;
         let size = disk_size(&source, size)?;
+        must_be(running, &source)?;
         // Nothing was written since it was made or sealed last: what it shows is its parent.
         if let (Some(parent), (0, 0)) = (source.parent, running.private_blocks()) {
-            return self.create_on(disks, parent, size, from);
+            return self.create_on(disks, parent, size, from, settings);
         }
         self.seal_running(&source, running, None)?;
-        self.create_on(disks, Below::Layer(source.id), size, from)
+        self.create_on(disks, Below::Layer(source.id), size, from, settings)
     }
     /// What a disk at rest stands on, if its own layer has nothing.
     fn unchanged(&self, disk: &Object) -> Result<Option<Below>> {
@@ -74,7 +102,9 @@ impl Store {
         parent: Below,
         size: u64,
         from: &str,
+        settings: &Extra,
     ) -> Result<Vec<Object>> {
+        let settings = quota::settings_on(settings, parent);
         let depth = self.depth_of(parent)? + 1;
         if depth > MAX_DEPTH {
             return Err(too_deep(from));
@@ -103,7 +133,7 @@ impl Store {
                     created,
                     message: None,
                     opened: false,
-                    extra: Extra::default(),
+                    extra: settings.clone(),
                 };
                 unsynced.push(stage(&*self.names, name, &record.encode(name))?.1);
                 if !one {
@@ -327,24 +357,13 @@ impl Store {
         running: &CowDisk,
         snapshot: Option<(&str, Option<&str>)>,
     ) -> Result<()> {
+        must_be(running, source)?;
         let prepared = self.prepare(source, snapshot)?;
         let mut sealed_at = false;
         let done = running.seal(prepared.label.as_deref(), |sealed, memory| {
             sealed_at = true;
             self.install(&prepared)?;
-            // From the writer's lock to a reader's, on the same open file.
-            sealed.lock(false)?;
-            let sealed = Arc::new(ReadLayer::open(sealed)?);
-            self.open_layers
-                .lock()
-                .insert(sealed.id(), Arc::downgrade(&sealed));
-            let file = self
-                .layers
-                .open(&layer_file(prepared.next), Access::Write)?;
-            file.lock(true)?;
-            let layer = Layer::open_on(file, memory)?;
-            let chain: Arc<Chain> = self.chain(Below::Layer(sealed.id()))?;
-            Ok((layer, chain))
+            self.layer_above(sealed, &prepared, memory)
         });
         match &done {
             Ok(()) => self.note_opened(&source.name),
@@ -363,6 +382,13 @@ impl Store {
 
     /// Renames an image, a disk at rest (and its snapshots), or a snapshot (within its disk).
     pub fn rename(&self, old: &str, new: &str) -> Result<Object> {
+        self.rename_how(old, new, false)
+    }
+    /// [`Store::rename`] also of a disk that this process has open.
+    pub fn rename_open(&self, old: &str, new: &str) -> Result<Object> {
+        self.rename_how(old, new, true)
+    }
+    fn rename_how(&self, old: &str, new: &str, open: bool) -> Result<Object> {
         let _lock = self.lock(true)?;
         let object = self.resolve_locked(old)?;
         let old = object.name.clone();
@@ -385,7 +411,9 @@ impl Store {
             return Err(taken(new));
         }
         if object.kind == ObjectKind::Disk {
-            drop(self.open_exclusive(&object)?);
+            if !open {
+                drop(self.open_exclusive(&object)?);
+            }
             let prefix = format!("{old}@");
             let mut renamed = false;
             for name in self.all_names()? {
@@ -421,6 +449,22 @@ struct Prepared {
     label: Option<String>,
 }
 
+/// Fails if an attached disk is not the one that the name means by now: it was renamed, and another one got its name.
+pub(super) fn must_be(running: &CowDisk, object: &Object) -> Result<()> {
+    match running.own_layer() {
+        Some(id) if id != object.id => {
+            // A disk that stopped in the midst of a snapshot says so itself.
+            running.flush()?;
+            Err(Error::new(
+                Kind::Busy,
+                format!("`{}` was renamed meanwhile", object.name),
+            )
+            .hint("look at it again, then repeat the command"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What the object's name refers to.
 pub(super) fn object_target(object: &Object) -> Below {
     match object.kind {
@@ -448,12 +492,7 @@ fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
     let Some(size) = size else {
         return Ok(source.size);
     };
-    let rounded = round_up(size)
-        .filter(|&s| s <= MAX_DISK && valid_size(s))
-        .ok_or_else(|| {
-            Error::new(Kind::Invalid, format!("a disk cannot have {size} bytes"))
-                .hint("from 4 KiB to 16 TiB")
-        })?;
+    let rounded = whole_blocks(size)?;
     if rounded < source.size {
         return Err(Error::new(
             Kind::Invalid,

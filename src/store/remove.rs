@@ -258,7 +258,7 @@ impl Store {
         Ok(report)
     }
     /// Removes a layer file unless someone has it open (an attachment that is just ending).
-    fn remove_layer(&self, id: Id) -> Result<bool> {
+    pub(super) fn remove_layer(&self, id: Id) -> Result<bool> {
         let name = layer_file(id);
         if let Ok(file) = self.layers.open(&name, Access::Read)
             && file.lock(true).is_err_and(|e| e.kind() == Kind::Busy)

@@ -450,6 +450,13 @@ pub fn find(dev: u64, ino: u64) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Size of a device in bytes, as sysfs shows it.
+pub fn size(device: &Path) -> Option<u64> {
+    let text = fs::read_to_string(sysfs(number(device)?).join("size")).ok()?;
+    // In units of 512 bytes, whatever the device's block size is.
+    text.trim().parse::<u64>().ok()?.checked_mul(512)
+}
+
 /// Tells the device that its backing file has another size.
 pub fn update_capacity(device: &Path) -> Result<()> {
     let open = open_quiet(device, 0).map_err(|e| Error::io("open", device, &e))?;

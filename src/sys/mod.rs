@@ -3,6 +3,7 @@
 //! Earth: this floor knows nothing of disks, layers or stores. Everything here is Linux, and each
 //! function is one thing the kernel does, with the kernel's races and delays taken care of.
 
+pub mod blockdev;
 pub mod cachestat;
 pub mod cgroup;
 pub mod fdpass;

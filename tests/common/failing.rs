@@ -92,8 +92,10 @@ impl World {
         let (Op::Write { disk, at, len, .. } | Op::Discard { disk, at, len }) = op else {
             return None;
         };
-        let at = at % self.size;
-        Some((self.pick_disk(*disk)?, at..at + (*len).min(self.size - at)))
+        let disk = self.pick_disk(*disk)?;
+        let size = self.size_of(&disk);
+        let at = at % size;
+        Some((disk, at..at + (*len).min(size - at)))
     }
     /// What the disk would hold if it had gone well.
     fn intended(&self, op: &Op, old: &Arc<Vec<u8>>) -> Arc<Vec<u8>> {

@@ -5,6 +5,7 @@
 #![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
 
 pub mod audit;
+mod change;
 pub mod failing;
 mod model;
 pub mod mortal;
@@ -256,6 +257,9 @@ impl World {
             | Op::Maintain { disk }
             | Op::Snapshot { disk }
             | Op::Reopen { disk }
+            | Op::Rollback { disk, .. }
+            | Op::Resize { disk, .. }
+            | Op::SnapshotTwo { disk }
             | Op::Close { disk } => match self.pick_disk(*disk) {
                 Some(name) => name,
                 None => return Ok(()),
@@ -269,8 +273,9 @@ impl World {
         };
         match op {
             Op::Write { at, len, seed, .. } => {
-                let at = at % self.size;
-                let len = (*len).min(self.size - at);
+                let size = self.size_of(&disk);
+                let at = at % size;
+                let len = (*len).min(size - at);
                 let data = data(*seed, len);
                 self.opened(&disk)?.write(&data, at)?;
                 let now = Arc::make_mut(&mut self.model(&disk).now);
@@ -280,8 +285,9 @@ impl World {
                 }
             }
             Op::Discard { at, len, .. } => {
-                let at = at % self.size;
-                let len = (*len).min(self.size - at);
+                let size = self.size_of(&disk);
+                let at = at % size;
+                let len = (*len).min(size - at);
                 self.opened(&disk)?.discard(at, len)?;
                 self.reached.note("discard");
                 let now = Arc::make_mut(&mut self.model(&disk).now);
@@ -297,7 +303,7 @@ impl World {
                 open.flush()?;
                 self.flushed(&disk);
             }
-            Op::FlushAmid { at, seed, .. } => self.flush_amid(&disk, *at % self.size, *seed)?,
+            Op::FlushAmid { at, seed, .. } => self.flush_amid(&disk, *at, *seed)?,
             Op::Checkpoint { .. } => {
                 self.opened(&disk)?.checkpoint()?;
                 self.model(&disk).earlier = None;
@@ -312,6 +318,9 @@ impl World {
                 self.reached.note("reopening");
             }
             Op::Close { .. } => self.close(&disk)?,
+            Op::Rollback { to, .. } => self.roll_back(&disk, *to)?,
+            Op::Resize { blocks, .. } => self.resize(&disk, *blocks)?,
+            Op::SnapshotTwo { .. } => self.snapshot_two(&disk)?,
             Op::Rename { what } => self.rename(*what)?,
             Op::Remove { what } => self.remove(*what)?,
             Op::Import { seed } => self.import(*seed)?,
@@ -357,7 +366,7 @@ impl World {
         let acknowledged = self.model(disk).now.clone();
         let written = Arc::new(Mutex::new(Vec::<(u64, Vec<u8>)>::new()));
         if !self.alone {
-            let (other, wrote, size) = (open.clone(), written.clone(), self.size);
+            let (other, wrote, size) = (open.clone(), written.clone(), self.size_of(disk));
             let before = if seed.is_multiple_of(2) {
                 Verb::Write
             } else {

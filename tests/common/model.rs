@@ -27,6 +27,24 @@ impl Attempt {
             blur: Some((range, other)),
         }
     }
+    /// The same with another size: what is added is zeros.
+    pub fn sized(&self, size: u64) -> Attempt {
+        let sized = |contents: &Arc<Vec<u8>>| {
+            let mut new = contents.to_vec();
+            new.resize(size as usize, 0);
+            Arc::new(new)
+        };
+        Attempt {
+            contents: sized(&self.contents),
+            blur: self.blur.as_ref().map(|(range, other)| {
+                let range = range.start.min(size)..range.end.min(size);
+                (range, sized(other))
+            }),
+        }
+    }
+    pub fn len(&self) -> u64 {
+        self.contents.len() as u64
+    }
     pub fn matches(&self, found: &[u8]) -> bool {
         let Some((range, other)) = &self.blur else {
             return found == &self.contents[..];

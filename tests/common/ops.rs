@@ -52,6 +52,20 @@ pub enum Op {
     Close {
         disk: usize,
     },
+    /// To one of its snapshots, if it has any.
+    Rollback {
+        disk: usize,
+        to: usize,
+    },
+    /// Larger, open or not; smaller, at rest.
+    Resize {
+        disk: usize,
+        blocks: u64,
+    },
+    /// Of the disk and another one, at one instant.
+    SnapshotTwo {
+        disk: usize,
+    },
     /// Anything that has a name gets another one; a disk's snapshots with it.
     Rename {
         what: usize,
@@ -85,6 +99,9 @@ impl fmt::Display for Op {
             Op::Forks { from } => write!(f, "forks {from}"),
             Op::Reopen { disk } => write!(f, "reopen {disk}"),
             Op::Close { disk } => write!(f, "close {disk}"),
+            Op::Rollback { disk, to } => write!(f, "rollback {disk} {to}"),
+            Op::Resize { disk, blocks } => write!(f, "resize {disk} {blocks}"),
+            Op::SnapshotTwo { disk } => write!(f, "snapshot-two {disk}"),
             Op::Rename { what } => write!(f, "rename {what}"),
             Op::Remove { what } => write!(f, "remove {what}"),
             Op::Import { seed } => write!(f, "import seed {seed}"),
@@ -146,6 +163,17 @@ impl FromStr for Op {
                 disk: next()? as usize,
             },
             "close" => Op::Close {
+                disk: next()? as usize,
+            },
+            "rollback" => Op::Rollback {
+                disk: next()? as usize,
+                to: next()? as usize,
+            },
+            "resize" => Op::Resize {
+                disk: next()? as usize,
+                blocks: next()?,
+            },
+            "snapshot-two" => Op::SnapshotTwo {
                 disk: next()? as usize,
             },
             "rename" => Op::Rename {
@@ -218,6 +246,12 @@ impl Op {
                 found.push(Op::Reopen { disk: 0 });
             }
             Op::Close { .. } => found.push(Op::Close { disk: 0 }),
+            Op::Rollback { to, .. } => found.push(Op::Rollback { disk: 0, to }),
+            Op::Resize { blocks, .. } => found.push(Op::Resize { disk: 0, blocks }),
+            Op::SnapshotTwo { disk } => {
+                found.push(Op::Snapshot { disk: 0 });
+                found.push(Op::Snapshot { disk });
+            }
             Op::Rename { .. } => found.push(Op::Rename { what: 0 }),
             Op::Remove { .. } => found.push(Op::Remove { what: 0 }),
             Op::Import { .. } => found.push(Op::Import { seed: 1 }),
@@ -246,7 +280,7 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         6 => 4096 * rng.below(60),
         _ => 4096,
     };
-    match rng.below(if heavy { 103 } else { 80 }) {
+    match rng.below(if heavy { 112 } else { 80 }) {
         0..=44 => Op::Write {
             disk,
             at,
@@ -283,6 +317,15 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         },
         // A large image would cost more than it tells.
         101 if size <= 64 * 4096 => Op::Import { seed: rng.next() },
+        103..=105 => Op::Rollback {
+            disk,
+            to: rng.below(4) as usize,
+        },
+        106..=108 => Op::Resize {
+            disk,
+            blocks: rng.next() % 10_000,
+        },
+        109..=111 => Op::SnapshotTwo { disk },
         _ => Op::Gc,
     }
 }

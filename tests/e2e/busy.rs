@@ -98,7 +98,6 @@ fn what_is_attached_is_attached_once() {
     w.fails_here(11, &["attach", "d", "--via", "file"]);
     w.fails_here(11, &["rm", "d"]);
     w.fails_here(11, &["rm", "-r", "--yes", "base"]);
-    w.fails_here(11, &["rename", "d", "e"]);
     w.fails_here(11, &["export", "d", s(&w.path("out"))]);
     assert!(!w.path("out").exists());
     w.fails_here(12, &["detach", "base"]);
@@ -126,7 +125,6 @@ fn what_is_attached_is_attached_once() {
     w.ok(["detach", "d@s"]);
     w.ok(["attach", "base"]);
     w.fails_here(11, &["rm", "-r", "--yes", "base"]);
-    w.fails_here(11, &["rename", "base", "other"]);
     w.fails_here(11, &["attach", "base", "--via", "file"]);
     w.ok(["detach", "base"]);
     w.finish();

@@ -6,6 +6,7 @@
 mod attach;
 mod bench;
 mod busy;
+mod change;
 mod daemon;
 mod damage;
 mod dead;

@@ -89,6 +89,8 @@ fn a_store_that_can_only_be_read() {
         &["import", s(&image), "x"],
         &["snapshot", "d@t"],
         &["rename", "d", "e"],
+        &["rollback", "d@s"],
+        &["resize", "d", "2M"],
         &["rm", "-r", "--yes", "d"],
         &["attach", "d"],
         &["attach", "base"],

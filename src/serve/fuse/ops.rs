@@ -11,6 +11,7 @@
 use super::{
     abi::{self, op},
     session::MAX_DATA,
+    waiting::Waiting,
 };
 use crate::{
     disk::{Disk, Extent, Source},
@@ -69,14 +70,17 @@ impl Reply {
 /// What requests are served from, by whatever transport they come.
 pub(super) struct Service {
     files: Arc<Files>,
+    /// Where writes are put aside that wait for room; over rings there is none, and they get the error.
+    waiting: Option<Arc<Waiting>>,
     owner: (u32, u32),
     log: LogLimit,
 }
 
 impl Service {
-    pub(super) fn new(files: Arc<Files>) -> Service {
+    pub(super) fn new(files: Arc<Files>, waiting: Option<Arc<Waiting>>) -> Service {
         Service {
             files,
+            waiting,
             owner: (
                 rustix::process::geteuid().as_raw(),
                 rustix::process::getegid().as_raw(),
@@ -224,18 +228,29 @@ impl Request<'_> {
         }
         let want = u64::from(arg.size);
         let mut len = 0;
+        let mut waits = false;
         let result = file.request(Op::Write(want), |disk| {
             if disk.read_only() {
                 return Err(Error::new(Kind::ReadOnly, "the disk can only be read"));
             }
             len = want.min(disk.size().saturating_sub(arg.offset)) as usize;
             if len == 0 {
-                Ok(())
-            } else {
-                disk.write(&data[..len], arg.offset)
+                return Ok(());
+            }
+            let data = &data[..len];
+            match (disk.write(data, arg.offset), &self.service.waiting) {
+                (Err(e), Some(waiting)) if e.waits() => {
+                    let header = self.header;
+                    waits = waiting.put_aside(header.unique, header.nodeid, arg.offset, data);
+                    if waits { Ok(()) } else { Err(e) }
+                }
+                (done, _) => done,
             }
         });
         self.result(&file, "write", arg.offset, want, result)?;
+        if waits {
+            return Ok(Answer::Silence);
+        }
         if len == 0 && want > 0 {
             // As a block device does behind its end.
             return Err(libc::ENOSPC);

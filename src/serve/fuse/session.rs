@@ -11,6 +11,7 @@ use super::{
     device::{Buffer, Pool},
     ops::Service,
     ring::{self, Rings},
+    waiting::Waiting,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -156,6 +157,7 @@ pub enum Ended {
 pub struct Session {
     fd: Arc<OwnedFd>,
     crew: Arc<Crew>,
+    waiting: Option<Arc<Waiting>>,
     negotiated: Negotiated,
 }
 
@@ -166,11 +168,22 @@ impl Session {
         process::install_wake_handler()
             .map_err(|e| Error::new(Kind::Io, format!("cannot install a signal handler: {e}")))?;
         let fd = Arc::new(fd);
-        let service = Arc::new(Service::new(files));
+        let crew = Arc::new(Crew::default());
+        let transport = match init {
+            Init::Fresh => options.transport,
+            Init::Resumed(negotiated) => negotiated.transport(),
+        };
+        // Over rings an answer goes back the way that the request came, and blocks it until then.
+        let waiting = (transport == Transport::Device).then(|| {
+            let (fd, files) = (Arc::clone(&fd), Arc::clone(&files));
+            Arc::new(Waiting::new(fd, files, Arc::clone(&crew)))
+        });
+        let service = Arc::new(Service::new(files, waiting.clone()));
         // From here on its drop ends the threads that did start.
         let mut session = Session {
             fd: Arc::clone(&fd),
-            crew: Arc::default(),
+            crew,
+            waiting,
             negotiated: Negotiated::default(),
         };
         let mut options = options;
@@ -240,6 +253,10 @@ impl Session {
     /// comes waits for the next session. (Over rings there is none: the mount is to be ended.)
     pub fn stop(&self) -> Ended {
         self.crew.stop()
+    }
+    /// Writes that wait for room: of one file, or of all.
+    pub fn waiting(&self, ino: Option<u64>) -> usize {
+        self.waiting.as_ref().map_or(0, |w| w.count(ino))
     }
     /// Threads now, and the most there were.
     pub fn threads(&self) -> (usize, usize) {

@@ -1,0 +1,153 @@
+//! Keeping states of disks: `snapshot`.
+
+use crate::{
+    cli::{
+        Outcome,
+        context::{Context, mounts_of},
+        names::Names,
+        render::json::ObjectDoc,
+    },
+    daemon::Client,
+    error::{Error, Kind, Result},
+    store::{Member, Object, ObjectKind, Store},
+    sys::{
+        freeze::{self, Frozen},
+        signals,
+    },
+};
+use clap::Args;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Keep the present state of a disk, also while it is mounted and busy
+#[derive(Args, Debug)]
+#[command(
+    after_help = "A snapshot of a mounted disk is consistent as after a power cut, and a journal brings it in order.\n\
+        With --freeze its filesystem is clean. Several disks are kept as they are at one instant."
+)]
+pub(crate) struct Snapshot {
+    /// The disk, and the name of the snapshot
+    #[arg(value_name = "DISK@NAME", required = true)]
+    names: Vec<String>,
+    /// What to remember about it
+    #[arg(short, long, value_name = "TEXT")]
+    message: Option<String>,
+    /// Halt the mounted filesystem for the moment
+    #[arg(long)]
+    freeze: bool,
+}
+
+impl Snapshot {
+    pub(crate) fn run(self, context: &Context) -> Outcome {
+        let ui = &context.ui;
+        let mut wanted: Vec<(String, String)> = Vec::new();
+        for full in &self.names {
+            let Some((disk, name)) = full.split_once('@') else {
+                return Err(
+                    Error::new(Kind::Invalid, format!("`{full}` names no snapshot"))
+                        .hint(format!(
+                            "write the disk and the snapshot's name: `forkdisk snapshot {full}@NAME`"
+                        ))
+                        .into(),
+                );
+            };
+            wanted.push((disk.to_string(), name.to_string()));
+        }
+        let store = context.open()?;
+        if context.dry_run {
+            for ((disk, _), full) in wanted.iter().zip(&self.names) {
+                store.resolve(disk)?;
+                context.must_be_free(&store, full)?;
+            }
+            let document = match &self.names[..] {
+                [one] => json!({"dry_run": true, "name": one}),
+                all => json!({"dry_run": true, "names": all}),
+            };
+            return ui.answer(document, || {
+                let line = |name: &String| format!("would make {name}\n");
+                self.names.iter().map(line).collect()
+            });
+        }
+        let (made, thawed) = self.take(context, &store, &wanted)?;
+        thawed?;
+        if ui.json {
+            let names = Names::of(&store)?;
+            let objects: Vec<_> = made.iter().map(|o| ObjectDoc::new(o, &names)).collect();
+            return match &objects[..] {
+                [one] => ui.document(one),
+                _ => ui.document(json!({"objects": objects})),
+            };
+        }
+        for object in &made {
+            ui.talk(format_args!("made {}", object.name));
+        }
+        Ok(())
+    }
+    /// Takes the snapshots. The inner result tells whether the filesystems stayed frozen for it.
+    fn take(
+        &self,
+        context: &Context,
+        store: &Store,
+        wanted: &[(String, String)],
+    ) -> Result<(Vec<Object>, Result<()>)> {
+        let message = self.message.as_deref();
+        let attached = context.attached(store)?;
+        let of = |disk: &str| {
+            let mut disks = attached.iter().filter(|a| a.kind == ObjectKind::Disk);
+            disks.find(|a| a.name == disk)
+        };
+        let mut to_freeze: Vec<PathBuf> = Vec::new();
+        let mut running = false;
+        for (disk, _) in wanted {
+            let Some(attached) = of(disk) else { continue };
+            running = true;
+            if !self.freeze {
+                continue;
+            }
+            // All mounts of one device show one filesystem.
+            match mounts_of(attached)?.into_iter().next() {
+                Some(dir) => to_freeze.push(dir),
+                None => context.ui.warn(format_args!(
+                    "{disk} is not mounted here: there is nothing to freeze"
+                )),
+            }
+        }
+        if !running {
+            let made = match wanted {
+                [(disk, name)] => vec![store.snapshot(disk, name, message)?],
+                all => store.snapshot_group(&at_rest(all), message)?,
+            };
+            return Ok((made, Ok(())));
+        }
+        let gone = || {
+            Error::new(Kind::Io, "the daemon ended meanwhile")
+                .hint("try again; its log, daemon.log in the run directory of the store, tells why")
+        };
+        let mut daemon = Client::connect(store)?.ok_or_else(gone)?;
+        // From here to the thaw nothing may be written that could end up on a frozen filesystem, not even a line of talk.
+        signals::catch();
+        // What is frozen already is thawed if one cannot be: each thaws when it is dropped.
+        let frozen: Vec<Frozen> = to_freeze
+            .iter()
+            .map(|dir| freeze::freeze(dir))
+            .collect::<Result<_>>()?;
+        let made = match wanted {
+            [(disk, name)] => daemon.snapshot(disk, name, message).map(|o| vec![o]),
+            all => daemon.snapshots(all, message),
+        };
+        let mut thawed = Ok(());
+        for frozen in frozen {
+            thawed = thawed.and(frozen.thaw());
+        }
+        Ok((made?, thawed))
+    }
+}
+
+fn at_rest(wanted: &[(String, String)]) -> Vec<Member<'_>> {
+    let all = wanted.iter().map(|(disk, name)| Member {
+        disk,
+        name,
+        running: None,
+    });
+    all.collect()
+}

@@ -1,0 +1,577 @@
+//! Disks change while they are in use: their size, their contents, their name, how much they may have; and several are kept as they are at one instant.
+
+use crate::rig::*;
+use std::{
+    fs::{self, File},
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::Path,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    thread,
+    time::Instant,
+};
+
+fn sectors(device: &str) -> u64 {
+    let name = device.trim_start_matches("/dev/");
+    let text = fs::read_to_string(format!("/sys/block/{name}/size")).unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// What `dd` to or from a device does.
+fn dd(args: &[&str]) -> Out {
+    let mut command = Command::new("timeout");
+    command
+        .args(["-k", "5", "60", "dd", "bs=1M", "status=none"])
+        .args(args);
+    finish(command)
+}
+
+/// One block, aligned as direct I/O wants it.
+struct Block(Vec<u8>);
+
+impl Block {
+    fn new() -> Block {
+        Block(vec![0; 8192])
+    }
+    fn bytes(&mut self) -> &mut [u8] {
+        let at = self.0.as_ptr().align_offset(4096);
+        &mut self.0[at..at + 4096]
+    }
+}
+
+fn direct(device: &str) -> File {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(device)
+        .unwrap()
+}
+
+fn grows(mkfs: &[&str], grow: &dyn Fn(&str, &Path), fsck: &[&str]) {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.sparse("base.img", 320 << 20);
+    tool(mkfs[0], mkfs[1..].iter().copied().chain([s(&image)]));
+    w.ok(["import", s(&image)]);
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let device = w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("kept"), noise(1, 3 << 20)).unwrap();
+    let made = w.json(["resize", "d", "+300M"]);
+    assert_eq!(
+        (made["size"].as_u64(), made["former_size"].as_u64()),
+        (Some(620 << 20), Some(320 << 20))
+    );
+    assert_eq!(sectors(&device), (620 << 20) / 512);
+    assert_eq!(
+        w.json(["ls", "attached"])["attached"][0]["size"],
+        620u64 << 20
+    );
+    // Again: it is as large as it is to be.
+    w.ok(["resize", "d", "620M"]);
+    grow(&device, &m);
+    let more = || noise(2, 1 << 20).repeat(330);
+    fs::write(m.join("more"), more()).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    // The next server knows as well.
+    kill_and_wait(w.pid("server_pid"));
+    assert!(fs::read(m.join("kept")).unwrap() == noise(1, 3 << 20));
+    w.ok(["resize", "d", "700M"]);
+    assert_eq!(sectors(&device), (700 << 20) / 512);
+    w.fails_here(11, &["resize", "d", "600M", "--force"]);
+    w.ok(["detach", "d"]);
+    let device = w.ok(["attach", "d"]);
+    tool(fsck[0], fsck[1..].iter().copied().chain([device.as_str()]));
+    tool("mount", [&device, s(&m)]);
+    assert!(fs::read(m.join("more")).unwrap() == more());
+    tool("umount", [s(&m)]);
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
+#[test]
+fn a_mounted_ext4_grows() {
+    let grow = |device: &str, _: &Path| drop(tool("resize2fs", [device]));
+    grows(&["mkfs.ext4", "-qF"], &grow, &["e2fsck", "-fn"]);
+}
+
+#[test]
+fn a_mounted_xfs_grows() {
+    let grow = |_: &str, dir: &Path| drop(tool("xfs_growfs", [s(dir)]));
+    grows(&["mkfs.xfs", "-qf"], &grow, &["xfs_repair", "-n"]);
+}
+
+#[test]
+fn a_disk_shrinks_at_rest_and_only_if_it_is_told_to() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.file("full.img", &noise(7, 8 << 20));
+    w.ok(["import", s(&image), "full"]);
+    w.ok(["create", "d", "--from", "full"]);
+    w.fails(2, &["resize", "d", "4M"]);
+    let told = w.fails(2, &["resize", "d", "4M", "--force"]);
+    assert!(told.contains("--yes"), "{told}");
+    let would = w.json(["-n", "resize", "d", "4M", "--force"]);
+    assert_eq!(would["lost"], 4u64 << 20);
+    w.ok(["resize", "d", "4M", "--force", "--yes"]);
+    // What is cut off never comes back, and needs no second yes.
+    w.ok(["resize", "d", "8M"]);
+    w.ok(["resize", "d", "7M", "--force"]);
+    w.ok(["resize", "d", "9M"]);
+    let out = w.path("out");
+    w.ok(["export", "d", s(&out)]);
+    let mut expected = noise(7, 4 << 20);
+    expected.resize(9 << 20, 0);
+    assert!(fs::read(&out).unwrap() == expected);
+    w.fails(2, &["resize", "d", "17T"]);
+    w.fails(2, &["resize", "d", "0"]);
+    w.fails(2, &["resize", "d", "--on-full", "pause"]);
+    w.fails(2, &["resize", "full", "9M"]);
+    w.fails(2, &["resize", "d"]);
+    w.fails(12, &["resize", "nothing", "9M"]);
+    w.finish();
+}
+
+#[test]
+fn a_disk_is_rolled_back() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let device = w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("a"), "one").unwrap();
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["snapshot", "d@one", "--freeze"]);
+    fs::write(m.join("a"), "two").unwrap();
+    fs::write(m.join("big"), noise(3, 20 << 20)).unwrap();
+    w.ok(["snapshot", "d@two"]);
+    w.fails(12, &["rollback", "d@three"]);
+    w.fails(2, &["rollback", "d"]);
+    let told = w.fails_here(11, &["rollback", "d@one"]);
+    assert!(told.contains("mounted on"), "{told}");
+    tool("umount", [s(&m)]);
+    // Somebody has it open.
+    let open = File::open(&device).unwrap();
+    let told = w.fails_here(11, &["rollback", "d@one"]);
+    assert!(told.contains("has it open"), "{told}");
+    drop(open);
+    // What the device's cache holds is gone as well, clean and dirty.
+    assert_eq!(
+        dd(&[
+            "if=/dev/urandom",
+            &format!("of={device}"),
+            "seek=100",
+            "count=4",
+            "conv=notrunc"
+        ])
+        .code,
+        0
+    );
+    w.ok(["resize", "d", "300M"]);
+    assert_eq!(w.json(["-n", "rollback", "d@one"])["snapshot"], "d@one");
+    let rolled = w.json(["rollback", "d@one"]);
+    assert_eq!(
+        (rolled["name"].as_str(), rolled["size"].as_u64()),
+        (Some("d"), Some(256 << 20))
+    );
+    assert_eq!(sectors(&device), (256 << 20) / 512);
+    tool("e2fsck", ["-fn", &device]);
+    tool("mount", [&device, s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "one");
+    assert!(!m.join("big").exists());
+    fs::write(m.join("a"), "three").unwrap();
+    // A successor goes on with that.
+    tool("sync", ["-f", s(&m)]);
+    kill_and_wait(w.pid("server_pid"));
+    assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "three");
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--ro"]);
+    w.fails_here(11, &["rollback", "d@two"]);
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--via", "file"]);
+    let open = File::open(w.store.join("run/disks/d")).unwrap();
+    w.fails_here(11, &["rollback", "d@two"]);
+    drop(open);
+    eventually("the file is closed", || {
+        w.run(["rollback", "d@two"]).code == 0
+    });
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "two");
+    w.ok(["detach", "d"]);
+    w.ok(["rollback", "d@one"]);
+    assert_eq!(w.names(), ["base", "d", "d@one", "d@two"]);
+    let layers = fs::read_dir(w.store.join("layers")).unwrap().count();
+    assert_eq!(layers, 3, "what was left is gone");
+    w.finish();
+}
+
+#[test]
+fn a_quota_is_a_full_disk_to_its_filesystem() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base", "--quota", "40M"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("kept"), noise(1, 10 << 20)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let big = m.join("big");
+    let out = dd(&[
+        "if=/dev/urandom",
+        &format!("of={}", s(&big)),
+        "count=60",
+        "oflag=direct",
+    ]);
+    assert!(out.code != 0, "{out:?}");
+    let info = w.json(["info", "d"]);
+    let used = info["quota_used"].as_u64().unwrap();
+    assert!(used <= 40 << 20 && used > 38 << 20, "{used}");
+    assert_eq!(
+        (info["quota"].as_u64(), info["on_full"].as_str()),
+        (Some(40 << 20), Some("error"))
+    );
+    let listed = w.ok(["ls", "disks", "-H", "-p", "-o", "name,quota,used"]);
+    assert!(
+        listed.starts_with(&format!("d\t{}\t", 40 << 20)),
+        "{listed}"
+    );
+    assert!(fs::read(m.join("kept")).unwrap() == noise(1, 10 << 20));
+    w.ok(["resize", "d", "--quota", "200M"]);
+    let out = dd(&[
+        "if=/dev/urandom",
+        &format!("of={}", s(&big)),
+        "count=60",
+        "oflag=direct",
+    ]);
+    assert_eq!(out.code, 0, "{out:?}");
+    // Of the next server as well.
+    w.ok(["resize", "d", "--quota", "80M"]);
+    kill_and_wait(w.pid("server_pid"));
+    let out = dd(&[
+        "if=/dev/urandom",
+        &format!("of={}", s(&m.join("more"))),
+        "count=60",
+        "oflag=direct",
+    ]);
+    assert!(out.code != 0, "{out:?}");
+    w.ok(["resize", "d", "--quota", "none"]);
+    w.ok(["detach", "d"]);
+    assert!(w.json(["info", "d"])["quota"].is_null());
+    w.finish();
+}
+
+#[test]
+fn writers_wait_for_room_and_keep_nobody_waiting() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok([
+        "create",
+        "d",
+        "--from",
+        "base",
+        "--quota",
+        "24M",
+        "--on-full",
+        "pause",
+    ]);
+    w.ok(["create", "e", "--from", "base"]);
+    let (m, n) = (w.mkdir("m"), w.mkdir("n"));
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    w.ok(["attach", "e", "--mount", s(&n)]);
+    let mut writer = Command::new("dd");
+    let known = w.file("known", &noise(5, 100 << 20));
+    writer.args([
+        &format!("if={}", s(&known)),
+        &format!("of={}", s(&m.join("big"))),
+        "bs=1M",
+        "conv=fsync",
+        "status=none",
+    ]);
+    let mut writer = writer.stdin(Stdio::null()).spawn().unwrap();
+    let layer = w.layer_of("d");
+    eventually("the quota is used", || {
+        w.json(["info", "d"])["quota_used"].as_u64() > Some(20 << 20)
+    });
+    eventually("writes wait", || w.log().contains("writes wait for room"));
+    // Others are served, and commands answer.
+    let began = Instant::now();
+    for i in 0..8 {
+        let file = n.join(i.to_string());
+        fs::write(&file, noise(i, 4 << 20)).unwrap();
+        File::open(&file).unwrap().sync_all().unwrap();
+        assert!(read_direct(&file, 0, 4 << 20) == noise(i, 4 << 20));
+    }
+    eprintln!("32 MiB beside a disk that waits: {:?}", began.elapsed());
+    w.ok(["ls", "attached"]);
+    let told = w.fails_here(11, &["detach", "d"]);
+    assert!(told.contains("wait for room"), "{told}");
+    // A snapshot needs nobody to go on; then the server dies, and another program takes over.
+    w.ok(["snapshot", "d@s"]);
+    kill_and_wait(w.pid("server_pid"));
+    w.ok(["daemon", "takeover"]);
+    assert!(writer.try_wait().unwrap().is_none(), "it waits still");
+    w.ok(["resize", "d", "--quota", "60M"]);
+    eventually("it goes on, and waits again", || {
+        du(&layer) >= 10 << 20 && w.json(["info", "d"])["quota_used"].as_u64() > Some(50 << 20)
+    });
+    w.ok(["resize", "d", "--quota", "none"]);
+    assert!(writer.wait().unwrap().success());
+    assert!(fs::read(m.join("big")).unwrap() == noise(5, 100 << 20));
+    w.ok(["detach", "d"]);
+    // By force: whoever waits is told.
+    w.ok(["resize", "d", "--quota", "110M", "--on-full", "pause"]);
+    let device = w.ok(["attach", "d"]);
+    let output = format!("of={device}");
+    let mut writer = Command::new("dd");
+    writer.args([
+        "if=/dev/urandom",
+        &output,
+        "bs=1M",
+        "count=200",
+        "oflag=direct",
+        "conv=notrunc",
+        "status=none",
+    ]);
+    let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
+    let waits = || w.run(["detach", "d"]).stderr.contains("wait for room");
+    eventually("it waits", waits);
+    let _ = w.run(["detach", "--force", "d"]);
+    assert!(!writer.wait().unwrap().success(), "it is told");
+    if w.attached().contains(&"d".to_string()) {
+        w.ok(["detach", "--force", "d"]);
+    }
+    // The daemon ends: so it is told, too.
+    let device = w.ok(["attach", "d"]);
+    let output = format!("of={device}");
+    let mut writer = Command::new("dd");
+    writer.args([
+        "if=/dev/urandom",
+        &output,
+        "bs=1M",
+        "count=200",
+        "oflag=direct",
+        "conv=notrunc",
+        "status=none",
+    ]);
+    let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
+    eventually("it waits", waits);
+    let keeper = w.pid("keeper_pid");
+    assert!(kill(keeper, "TERM"));
+    assert!(!writer.wait().unwrap().success(), "it is told");
+    eventually("the daemon ends", || !alive(keeper));
+    w.nothing_left();
+}
+
+/// One writer, two disks, in turns: each acknowledged before the other is written.
+#[test]
+fn snapshots_of_several_are_of_one_instant() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.sparse("base.img", 16 << 20);
+    w.ok(["import", s(&image)]);
+    for disk in ["a", "b", "c"] {
+        w.ok(["create", disk, "--from", "base"]);
+    }
+    let devices = [w.ok(["attach", "a"]), w.ok(["attach", "b"])];
+    let (end, written, longest) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let number = |disk: &str| {
+        let out = w.path("out");
+        w.ok(["export", "-f", disk, s(&out)]);
+        let mut bytes = [0; 8];
+        File::open(&out)
+            .unwrap()
+            .read_exact_at(&mut bytes, 0)
+            .unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let disks = [direct(&devices[0]), direct(&devices[1])];
+            let mut block = Block::new();
+            for n in 1u64.. {
+                if end.load(SeqCst) {
+                    return;
+                }
+                block.bytes()[..8].copy_from_slice(&n.to_le_bytes());
+                for disk in &disks {
+                    let began = Instant::now();
+                    disk.write_all_at(block.bytes(), 0).unwrap();
+                    longest.fetch_max(began.elapsed().as_micros() as u64, SeqCst);
+                }
+                written.store(n, SeqCst);
+            }
+        });
+        for i in 0..12 {
+            let before = written.load(SeqCst);
+            eventually("it writes", || written.load(SeqCst) > before);
+            let names = [format!("a@{i}"), format!("b@{i}"), format!("c@{i}")];
+            let [a, b, c] = [&names[0], &names[1], &names[2]];
+            let made = match i % 2 {
+                0 => w.json(["snapshot", a, b, c, "-m", "all"]),
+                _ => w.json(["snapshot", b, c, a]),
+            };
+            assert_eq!(made["objects"].as_array().unwrap().len(), 3);
+            let (a, b) = (number(a), number(b));
+            assert!(a == b || a == b + 1, "{i}: {a} and {b}");
+        }
+        end.store(true, SeqCst);
+    });
+    eprintln!("the longest wait of a writer: {longest:?} us");
+    w.fails_here(2, &["snapshot", "a@x", "a@y"]);
+    w.fails_here(13, &["snapshot", "a@x", "b@1"]);
+    w.fails_here(12, &["snapshot", "a@x", "nothing@x"]);
+    let dry = w.json(["-n", "snapshot", "a@x", "c@x"]);
+    assert_eq!(dry["names"], serde_json::json!(["a@x", "c@x"]));
+    for disk in ["a", "b"] {
+        w.ok(["detach", disk]);
+    }
+    // All at rest, and frozen ones.
+    assert_eq!(
+        w.json(["snapshot", "c@r", "a@r"])["objects"][0]["name"],
+        "c@r"
+    );
+    w.finish();
+}
+
+#[test]
+fn frozen_filesystems_are_clean_in_snapshots_of_one_instant() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    let dirs = ["a", "b"].map(|disk| {
+        w.ok(["create", disk, "--from", "base"]);
+        let dir = w.mkdir(&format!("m-{disk}"));
+        w.ok(["attach", disk, "--mount", s(&dir)]);
+        fs::write(dir.join("who"), disk).unwrap();
+        dir
+    });
+    w.ok(["snapshot", "a@s", "b@s", "--freeze"]);
+    for (disk, dir) in ["a", "b"].iter().zip(&dirs) {
+        // It goes on.
+        fs::write(dir.join("after"), "x").unwrap();
+        w.ok(["detach", disk]);
+        let device = w.ok(["attach", &format!("{disk}@s")]);
+        tool("e2fsck", ["-fn", &device]);
+        tool("mount", ["-o", "ro,noload", &device, s(dir)]);
+        assert_eq!(fs::read_to_string(dir.join("who")).unwrap(), *disk);
+        assert!(!dir.join("after").exists());
+        tool("umount", [s(dir)]);
+        w.ok(["detach", &format!("{disk}@s")]);
+    }
+    w.finish();
+}
+
+#[test]
+fn what_is_attached_is_renamed() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let device = w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("a"), "one").unwrap();
+    w.ok(["snapshot", "d@s"]);
+    let snap = w.ok(["attach", "d@s"]);
+    let open = File::create(m.join("open")).unwrap();
+    assert_eq!(w.json(["rename", "d", "e"])["name"], "e");
+    assert_eq!(w.names(), ["base", "e", "e@s"]);
+    assert_eq!(w.attached(), ["e", "e@s"]);
+    assert_eq!(
+        (w.device_of("e"), w.device_of("e@s")),
+        (device.clone(), snap)
+    );
+    open.write_all_at(&noise(4, 1 << 20), 0).unwrap();
+    open.sync_all().unwrap();
+    drop(open);
+    // The old name is free for a disk, but not for a file.
+    w.ok(["create", "d", "--from", "base"]);
+    let told = w.fails_here(11, &["attach", "d"]);
+    assert!(told.contains("was attached as d"), "{told}");
+    w.fails_here(13, &["rename", "e", "d"]);
+    w.ok(["snapshot", "e@t"]);
+    kill_and_wait(w.pid("server_pid"));
+    w.ok(["daemon", "takeover"]);
+    assert_eq!(w.attached(), ["e", "e@s"]);
+    fs::write(m.join("a"), "two").unwrap();
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["rename", "e@s", "e@r"]);
+    w.ok(["rename", "base", "other"]);
+    w.ok(["detach", "e@r"]);
+    w.ok(["detach", "e"]);
+    assert_eq!(w.loops(), [""; 0]);
+    w.ok(["attach", "d"]);
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "e", "--mount", s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "two");
+    assert!(fs::read(m.join("open")).unwrap() == noise(4, 1 << 20));
+    w.ok(["detach", s(&m)]);
+    w.finish();
+}
+
+/// A base that was written full, and whose files were removed without the device being told.
+#[test]
+fn what_a_filesystem_does_not_use_is_given_back() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let fill = |m: &Path| {
+        fs::write(m.join("big"), noise(6, 60 << 20)).unwrap();
+        fs::write(m.join("kept"), noise(7, 2 << 20)).unwrap();
+        tool("sync", ["-f", s(m)]);
+        fs::remove_file(m.join("big")).unwrap();
+        tool("sync", ["-f", s(m)]);
+    };
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    fill(&m);
+    w.ok(["detach", "d"]);
+    let layer = w.layer_of("d");
+    assert!(du(&layer) > 60 << 20);
+    let done = w.json(["trim", "d"]);
+    assert!(done["freed"].as_u64() > Some(55 << 20), "{done}");
+    assert!(du(&layer) < 12 << 20, "{}", du(&layer));
+    assert_eq!(w.attached(), [""; 0]);
+    assert!(w.mounts().iter().all(|m| m.ends_with("run/disks")));
+    // Mounted, and attached only.
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    assert!(fs::read(m.join("kept")).unwrap() == noise(7, 2 << 20));
+    fill(&m);
+    assert!(w.json(["trim", "d"])["freed"].as_u64() > Some(55 << 20));
+    fill(&m);
+    tool("umount", [s(&m)]);
+    assert!(w.json(["trim", "d"])["freed"].as_u64() > Some(55 << 20));
+    assert_eq!(w.attached(), ["d"]);
+    w.ok(["detach", "d"]);
+    // No filesystem; nothing that changes.
+    let image = w.file("raw.img", &noise(1, 1 << 20));
+    w.ok(["import", s(&image), "raw"]);
+    w.ok(["create", "r", "--from", "raw"]);
+    let told = w.fails_here(1, &["trim", "r"]);
+    assert!(told.contains("no filesystem"), "{told}");
+    assert_eq!(w.attached(), [""; 0]);
+    w.fails(2, &["trim", "base"]);
+    w.fails(12, &["trim", "nothing"]);
+    let kept = fs::read_dir(w.store.join("run")).unwrap().flatten();
+    let left: Vec<_> = kept
+        .filter(|e| e.file_name().to_string_lossy().starts_with("trim"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+    w.finish();
+}
