@@ -5,7 +5,7 @@ use crate::{
     cli::ui::Ui,
     daemon::{Attached, Client},
     error::{Error, Kind, Result},
-    store::{Object, ObjectKind, Store},
+    store::{Object, ObjectKind, QuotaUse, Store},
 };
 use std::path::{Path, PathBuf};
 
@@ -79,6 +79,17 @@ impl Context {
         let mut attached = client.attached()?.into_iter();
         let found = attached.find(|a| a.kind == ObjectKind::Disk && a.name == name);
         Ok(found.map(|a| (client, a)))
+    }
+    /// What a disk may have for itself, and what it has; `None` of what is no disk, or is damaged. An attached one knows it best.
+    pub fn quota_of(&self, store: &Store, object: &Object, attached: bool) -> Option<QuotaUse> {
+        let mut found = store.quota(object).ok().flatten()?;
+        if attached
+            && let Ok(Some(mut daemon)) = Client::connect(store)
+            && let Ok(used) = daemon.used(&object.name)
+        {
+            found.used = used;
+        }
+        Some(found)
     }
     /// For `--dry-run`: fails as making `name` would if it is taken.
     pub fn must_be_free(&self, store: &Store, name: &str) -> Result<()> {

@@ -147,7 +147,7 @@ impl Ls {
             let attached = attached.get(&object.name);
             let (attached, mounts) = attached.cloned().unzip();
             let quota = match quotas {
-                true => store.quota(&object).ok().flatten(),
+                true => context.quota_of(store, &object, attached.is_some()),
                 false => None,
             };
             rows.push(ObjectRow {

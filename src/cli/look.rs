@@ -77,13 +77,12 @@ impl Info {
         let store = context.open()?;
         let object = store.resolve_any(&self.reference)?;
         let details = store.details(&object)?;
-        // What is damaged below does not keep the rest from being told.
-        let quota = store.quota(&object).ok().flatten();
         let names = Names::from_ids(&details.names);
         let all = context.attached_for_show(&store).into_iter();
         let mut of_this = all.filter(|(a, _)| a.id == object.id);
         let (attached, mounts) = of_this.next().unzip();
         let mounts = mounts.unwrap_or_default();
+        let quota = context.quota_of(&store, &object, attached.is_some());
         let base = &details.base;
         let link = |below: &Below| LinkDoc {
             kind: match below {

@@ -150,7 +150,7 @@ impl Resize {
             };
         }
         let object = store.resolve(&name)?;
-        let now = store.quota(&object)?;
+        let now = context.quota_of(&store, &object, attached.is_some());
         if ui.json {
             return ui.document(json!({
                 "name": name, "id": object.id.to_string(), "size": object.size, "former_size": former.size,

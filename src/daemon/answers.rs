@@ -77,7 +77,8 @@ impl Server {
                 self.refresh(disk);
                 Ok(json!({"object": object_json(&object)}))
             }
-            op @ ("rollback" | "resize" | "quota" | "rename" | "snapshots" | "waiting") => {
+            op
+            @ ("rollback" | "resize" | "quota" | "used" | "rename" | "snapshots" | "waiting") => {
                 self.change(op, request)
             }
             "create" => {

@@ -25,6 +25,10 @@ impl Server {
             }
             "rename" => self.rename(text(request, "old")?, text(request, "new")?),
             "snapshots" => self.snapshots(request),
+            "used" => {
+                let running = self.running(text(request, "disk")?)?;
+                Ok(json!({"used": running.used()}))
+            }
             _ => self.waiting(text(request, "name")?, text(request, "then")?),
         }
     }

@@ -78,7 +78,7 @@ pub struct QuotaUse {
     pub quota: Option<u64>,
     /// Is who writes more kept waiting?
     pub waits: bool,
-    /// Bytes it has; of an attached disk as of its last flush.
+    /// Bytes it has, as far as its file tells: of an attached disk as of its last flush.
     pub used: u64,
 }
 

@@ -83,6 +83,13 @@ impl Client {
         let request = json!({"op": "quota", "disk": disk, "quota": quota_json(change)});
         object(&self.ask_again(request)?["object"])
     }
+    /// What an attached disk has for itself, in bytes, with what is not flushed yet.
+    pub fn used(&mut self, disk: &str) -> Result<u64> {
+        number(
+            &self.ask_again(json!({"op": "used", "disk": disk}))?,
+            "used",
+        )
+    }
     /// Renames something of which this, or a snapshot, is attached.
     pub fn rename(&mut self, old: &str, new: &str) -> Result<Object> {
         object(&self.ask(json!({"op": "rename", "old": old, "new": new}))?["object"])

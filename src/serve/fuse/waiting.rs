@@ -63,7 +63,7 @@ impl Waiting {
             state: Mutex::default(),
         }
     }
-    /// Puts a write aside; says whether it could.
+    /// Puts a write aside; says whether it could. If not, it is to be answered with the error.
     pub(super) fn put_aside(
         self: &Arc<Waiting>,
         unique: u64,
@@ -72,7 +72,11 @@ impl Waiting {
         data: &[u8],
     ) -> bool {
         let mut state = self.state.lock();
-        if self.crew.is_stopping() || state.bytes + data.len() > MOST {
+        if self.crew.is_stopping() {
+            // It stays unanswered, as those do that wait: who comes after gets it again.
+            return true;
+        }
+        if state.bytes + data.len() > MOST {
             return false;
         }
         if !state.tried {
