@@ -39,6 +39,9 @@ impl File for Seen {
     fn punch(&self, at: u64, len: u64) -> Result<()> {
         self.0.punch(at, len)
     }
+    fn number(&self) -> Result<u64> {
+        self.0.number()
+    }
     fn start_writeback(&self, at: u64, len: u64) {
         self.0.start_writeback(at, len);
     }

@@ -1,6 +1,7 @@
 //! What the real and the imaginary disk must agree on: which names and ranges are legal, and which
 //! [`Kind`] a failure is. One place, so that a test on the one holds for the other.
 
+use super::File;
 use crate::error::{Error, Kind, Result};
 use std::{io, path::Path};
 
@@ -84,6 +85,38 @@ pub(super) fn fail(what: &str, path: &Path, errno: i32) -> Error {
             Error::io(what, path, &io::Error::from_raw_os_error(errno)).with_kind(Kind::Busy)
         }
         _ => Error::io(what, path, &io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Bytes read and written in one go by [`copy_by_hand`].
+const COPY_PIECE: u64 = 1 << 20;
+
+/// Copies through memory.
+pub(super) fn copy_by_hand<F: File + ?Sized>(
+    to: &F,
+    source: &dyn File,
+    from: u64,
+    at: u64,
+    len: u64,
+) -> Result<()> {
+    let mut buf = vec![0; len.min(COPY_PIECE) as usize];
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(COPY_PIECE) as usize;
+        source.read_at(&mut buf[..n], from + done)?;
+        to.write_at(&buf[..n], at + done)?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+/// The inode behind a file's descriptor, 0 if it has none.
+pub(super) fn number<F: File + ?Sized>(file: &F) -> Result<u64> {
+    match file.fd() {
+        None => Ok(0),
+        Some(fd) => rustix::fs::fstat(fd)
+            .map(|stat| stat.st_ino)
+            .map_err(|e| fail("look at", &file.path(), e.raw_os_error())),
     }
 }
 

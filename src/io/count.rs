@@ -200,6 +200,14 @@ impl File for CountingFile {
         add(&self.counters.punches, 1);
         self.inner.punch(at, len)
     }
+    fn copy_from(&self, source: &dyn File, from: u64, at: u64, len: u64) -> Result<()> {
+        add(&self.counters.writes, 1);
+        add(&self.counters.bytes_written, len);
+        self.inner.copy_from(source, from, at, len)
+    }
+    fn number(&self) -> Result<u64> {
+        self.inner.number()
+    }
     fn start_writeback(&self, at: u64, len: u64) {
         self.inner.start_writeback(at, len);
     }

@@ -99,6 +99,16 @@ pub trait File: Send + Sync {
     fn allocate(&self, at: u64, len: u64) -> Result<()>;
     /// Gives the range back to the host; it reads as zeros. A filesystem that cannot do it answers `Unsupported`.
     fn punch(&self, at: u64, len: u64) -> Result<()>;
+    /// Copies `len` bytes of `source`, from its offset `from` on, to `at`. Where the filesystem can do that, the two share host blocks from then
+    /// on, and no byte is moved.
+    fn copy_from(&self, source: &dyn File, from: u64, at: u64, len: u64) -> Result<()> {
+        common::copy_by_hand(self, source, from, at, len)
+    }
+    /// Number of the file: one name opened twice gave the same file if, while both are open, both have the same number. 0 where that cannot be
+    /// told.
+    fn number(&self) -> Result<u64> {
+        common::number(self)
+    }
     /// Starts writing the range's dirty pages to the disk without waiting; a hint, promises nothing.
     fn start_writeback(&self, at: u64, len: u64);
     /// Begins to read the range into memory without waiting; a hint.

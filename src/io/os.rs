@@ -11,7 +11,9 @@
 
 use super::{
     Access, Dir, EntryKind, File, Mapping,
-    common::{check_name, check_range, fail, locked, past_end, read_only, wrong_type},
+    common::{
+        check_name, check_range, copy_by_hand, fail, locked, past_end, read_only, wrong_type,
+    },
 };
 use crate::error::{Error, Result};
 use rustix::{
@@ -420,6 +422,30 @@ impl File for OsFile {
 
     fn punch(&self, at: u64, len: u64) -> Result<()> {
         self.fallocate("punch a hole into", FallocateFlags::PUNCH_HOLE, at, len)
+    }
+
+    fn copy_from(&self, source: &dyn File, from: u64, at: u64, len: u64) -> Result<()> {
+        self.writable("write")?;
+        check_range(&self.path, at, len)?;
+        let mut done = 0;
+        if let Some(fd) = source.fd() {
+            while done < len {
+                let (mut here, mut there) = (from + done, at + done);
+                let n = (len - done) as usize;
+                let copied =
+                    fs::copy_file_range(fd, Some(&mut here), &self.fd, Some(&mut there), n);
+                match copied {
+                    Ok(n) if n > 0 => done += n as u64,
+                    Err(Errno::INTR) => {}
+                    Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::IO)) => {
+                        return Err(self.fail("copy into", e).offset(at + done));
+                    }
+                    // Between these two it cannot be done, or the source ends here: by hand it can, or it is told what is wrong.
+                    Ok(_) | Err(_) => break,
+                }
+            }
+        }
+        copy_by_hand(self, source, from + done, at + done, len - done)
     }
 
     fn start_writeback(&self, at: u64, len: u64) {

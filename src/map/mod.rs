@@ -232,6 +232,21 @@ impl RegionMap {
         merged.count_before();
         *self = merged;
     }
+    /// This map without the stored pointers of the blocks whose bits are set in `gone`: absent then, or zeros where the map is filled.
+    pub fn without(&self, gone: &[u64; WORDS]) -> RegionMap {
+        let mut kept = RegionMap {
+            fill: self.fill,
+            ..RegionMap::default()
+        };
+        for (index, pointer) in self.iter() {
+            if gone[index / 64] >> (index % 64) & 1 == 0 {
+                kept.present[index / 64] |= 1 << (index % 64);
+                kept.pointers.push(pointer.pack());
+            }
+        }
+        kept.count_before();
+        kept
+    }
     /// Counts: data pointers, and blocks that are zero by this map.
     pub fn counts(&self) -> (u64, u64) {
         let data = self

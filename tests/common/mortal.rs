@@ -176,6 +176,9 @@ impl File for MortalFile {
             },
         )
     }
+    fn number(&self) -> Result<u64> {
+        self.inner.number()
+    }
     fn len(&self) -> Result<u64> {
         self.inner.len()
     }

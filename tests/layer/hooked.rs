@@ -118,6 +118,9 @@ impl File for HookedFile {
         self.call(|from| from == SYNC);
         self.inner.sync()
     }
+    fn number(&self) -> Result<u64> {
+        self.inner.number()
+    }
     fn len(&self) -> Result<u64> {
         self.inner.len()
     }

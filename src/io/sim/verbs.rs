@@ -440,6 +440,9 @@ impl File for SimFile {
     fn allocated(&self) -> Result<u64> {
         self.stat(|file| file.now.blocks() * BLOCK)
     }
+    fn number(&self) -> Result<u64> {
+        Ok(self.ino)
+    }
     fn path(&self) -> PathBuf {
         self.path.clone()
     }
