@@ -129,7 +129,9 @@ fn magic_strings_and_meanings() {
     );
     assert_eq!(
         meaning("Header", "depth"),
-        format!("layers from here down to the base, this one included: 1 to {MAX_DEPTH}")
+        format!(
+            "its rank, larger than that of the layer below, so that no chain is a circle: 1 to {MAX_RANK}"
+        )
     );
     assert_eq!(
         meaning("Header", "version"),
@@ -440,7 +442,7 @@ proptest! {
 
     #[test]
     fn headers(
-        layer in any_id(), parent in any_id(), over_layer: bool, depth in 1..=MAX_DEPTH, size in any_size(),
+        layer in any_id(), parent in any_id(), over_layer: bool, depth in 1..=MAX_RANK, size in any_size(),
         created: u64, name in "\\PC{0,60}", flip in 1u8..,
     ) {
         let header = Header::new(layer, parent, over_layer, depth, size, created, &name);
@@ -469,7 +471,7 @@ proptest! {
             &|h| h.magic[7] = b'2',
             &|h| h.version = U32::new(0),
             &|h| h.depth = U32::new(0),
-            &|h| h.depth = U32::new(MAX_DEPTH + 1),
+            &|h| h.depth = U32::new(MAX_RANK + 1),
             &|h| h.parent_kind = U32::new(2),
             &|h| h.name_len = U32::new(NAME_FIELD as u32 + 1),
             &|h| h.size = U64::new(0),

@@ -112,8 +112,14 @@ fn removal_lists_all_that_stands_on_what_goes() {
     fork(&store, "b", "a@s");
     fork(&store, "c", "base");
     let plan = |name: &str, recursive| store.plan_removal(&[name.to_string()], recursive);
-    let e = plan("a@s", false).expect_err("in use");
-    assert!(e.to_string().contains("a@s is in use by a, b"), "{e}");
+    let e = plan("base", false).expect_err("in use");
+    assert!(
+        e.to_string().contains("base is in use by a, a@s, b, c"),
+        "{e}"
+    );
+    // A snapshot's name goes alone.
+    let alone = plan("a@s", false).expect("plan");
+    assert_eq!((alone.names.len(), alone.frees), (1, 0));
     let names = |name: &str| -> Vec<String> {
         let mut names: Vec<String> = plan(name, true)
             .expect("plan")

@@ -202,9 +202,6 @@ impl<'a> Check<'a> {
                 if there.ok().flatten().is_none() {
                     self.corrupt(below, format!("its base {base} is gone"));
                 }
-                if header.depth.get() != 1 {
-                    self.corrupt(below, format!("its depth is {} over a base", header.depth));
-                }
             }
             Below::Layer(parent) => match self.survey.header_of(parent) {
                 None => self.corrupt(
@@ -212,7 +209,7 @@ impl<'a> Check<'a> {
                     format!("its parent, layer {parent}, is gone or unreadable"),
                 ),
                 Some((upper, state)) => {
-                    if upper.depth.get() + 1 != header.depth.get() {
+                    if upper.depth.get() >= header.depth.get() {
                         self.corrupt(below, "its depth does not fit its parent's");
                     } else if state != STATE_SEALED && !self.survey.needed(below) {
                         // Made for a snapshot that did not come to its seal: `references` calls it a leak.
@@ -287,12 +284,15 @@ impl<'a> Check<'a> {
             needed.extend(self.survey.chain(*target));
         }
         self.report.corruptions.extend(lost);
-        // A base has a name before anything can stand on it. (A layer between others may never have had one.)
+        // A base that was imported has a name before anything can stand on it. (A layer between others may never have had one.)
         let bases = self.store.bases_dir().list().unwrap_or_default();
         let bases: Vec<Id> = bases.iter().filter_map(|(n, _)| Id::parse(n)).collect();
         for id in &bases {
             let below = Below::Base(*id);
-            if needed.contains(&below) && self.survey.names_of(below).is_empty() {
+            if needed.contains(&below)
+                && self.survey.names_of(below).is_empty()
+                && !self.store.never_named(*id)
+            {
                 self.corrupt(
                     below,
                     "its name is gone; `forkdisk check --repair` gives it back",
@@ -336,11 +336,20 @@ fn leftovers(store: &Store) -> Result<Vec<String>> {
         ("", store.root()),
         ("names/", store.names_dir()),
         ("bases/", store.bases_dir()),
+        ("layers/", store.layers_dir()),
     ];
     let mut found = Vec::new();
     for (prefix, dir) in dirs {
         for (name, _) in dir.list()? {
-            if name.starts_with(TEMPORARY) && !(prefix == "bases/" && store.import_running(&name)) {
+            if !name.starts_with(TEMPORARY) {
+                continue;
+            }
+            let running = match prefix {
+                "bases/" => store.import_running(&name),
+                "layers/" => store.rewrite_running(&name),
+                _ => false,
+            };
+            if !running {
                 found.push(format!("{prefix}{name}"));
             }
         }

@@ -319,6 +319,7 @@ fn nameless_bases(check: &Check<'_>) -> Result<Vec<Nameless>> {
         let below = Below::Base(id);
         if check.survey.names_of(below).is_empty()
             && let Ok(meta) = check.store.base_meta(id)
+            && !meta.name.is_empty()
         {
             found.push(Nameless {
                 below,
@@ -431,6 +432,7 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
             let removed = match path.split_once('/') {
                 Some(("names", name)) => store.names_dir().remove(name),
                 Some(("bases", name)) => remove_import(&**store.bases_dir(), name),
+                Some(("layers", name)) => store.layers_dir().remove(name),
                 _ => store.root().remove(path),
             };
             match removed {

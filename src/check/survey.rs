@@ -110,6 +110,9 @@ impl<'a> Survey<'a> {
         survey.called.values_mut().for_each(|names| names.sort());
         survey.bad_names.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, kind) in store.layers_dir().list()? {
+            if name.starts_with(TEMPORARY) {
+                continue;
+            }
             match name.strip_suffix(".layer").and_then(Id::parse) {
                 Some(id) if kind == EntryKind::File => survey.layers.push(id),
                 found => survey.foreign.push((name, found.is_some())),

@@ -12,7 +12,7 @@ use super::ahead::Stream;
 use super::{Disk, Extent, Source};
 use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
-use crate::format::{self, Pointer};
+use crate::format::{self, Header, Pointer};
 use crate::io::File;
 use crate::layer::unsettled::Unsettled;
 use crate::layer::writable::Taken;
@@ -133,6 +133,20 @@ impl CowDisk {
     /// Blocks with data in the disk's own layer, and blocks it records as zeros.
     pub fn private_blocks(&self) -> (u64, u64) {
         self.top.read().layer.as_ref().map_or((0, 0), Layer::counts)
+    }
+    /// What lies below its own layer; of a disk that can only be read, all it shows.
+    pub fn chain(&self) -> Arc<Chain> {
+        self.top.read().chain.clone()
+    }
+    /// The header of its own layer, if it can be written.
+    pub fn own_header(&self) -> Option<Header> {
+        self.top.read().layer.as_ref().map(|layer| *layer.header())
+    }
+    /// Goes on over `chain`, which shows the same as the one below now: its files were replaced by others. Requests wait for a moment.
+    pub fn rechain(&self, chain: Arc<Chain>) {
+        let old = std::mem::replace(&mut self.top.write().chain, chain);
+        // Not under the lock: the last user closes the files.
+        drop(old);
     }
     /// Gives freed space back to the host; for a housekeeping thread.
     pub fn maintain(&self) -> Result<()> {

@@ -25,6 +25,8 @@ pub const SLOT_ZERO: u32 = 0xFFFF_FFFE;
 pub const SLOT_ABSENT: u32 = 0xFFFF_FFFF;
 /// Most layers of a chain.
 pub const MAX_DEPTH: u32 = 1000;
+/// Largest rank of a layer (`depth` of its header).
+pub const MAX_RANK: u32 = 1 << 31;
 /// Most entries that may be dirty before the disk flushes by itself: their record must fit into the journal.
 pub const MAX_DIRTY: u64 = 262_144;
 /// Runs a superblock can refer to.
@@ -106,7 +108,7 @@ record! {
         magic: [u8; 8],
         /// Format version of the file.
         version: U32,
-        /// Layers from here down to the base, this one included.
+        /// Its rank: larger than that of the layer below.
         depth: U32,
         /// Id of this layer.
         layer: [u8; 16],
@@ -558,7 +560,7 @@ impl Header {
             .hint("use a newer forkdisk"));
         }
         let sound = header.version.get() == VERSION
-            && (1..=MAX_DEPTH).contains(&header.depth.get())
+            && (1..=MAX_RANK).contains(&header.depth.get())
             && header.parent_kind.get() <= 1
             && valid_size(header.size.get())
             && field_name(&header.name, header.name_len).is_some();
@@ -566,6 +568,16 @@ impl Header {
             return Err(damaged("layer header: a field is out of range"));
         }
         Ok(header)
+    }
+    /// The header of the same layer over another parent.
+    pub fn over(&self, parent: Id, parent_is_layer: bool) -> Header {
+        let mut header = Header {
+            parent: parent.0,
+            parent_kind: U32::new(u32::from(parent_is_layer)),
+            ..*self
+        };
+        header.crc = U32::new(crc(&header.as_bytes()[..BLOCK_SIZE - 4]));
+        header
     }
     /// The name it was made for.
     pub fn name(&self) -> &str {

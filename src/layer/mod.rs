@@ -4,8 +4,10 @@
 //! Neither knows what lies below: an absent block is the chain's business.
 
 mod early;
+pub mod prune;
 pub mod quiesce;
 pub mod recover;
+pub mod rewrite;
 pub mod space;
 pub mod unsettled;
 pub mod volatile;

@@ -3,7 +3,7 @@
 use super::{Below, Damage, Found, LayerInfo, Store, layer_file, parent_of};
 use super::{many, names};
 use crate::error::{Error, Kind, Result};
-use crate::format::{Header, MAX_DEPTH};
+use crate::format::{Header, MAX_DEPTH, MAX_RANK};
 use crate::io::{Access, EntryKind};
 use crate::layer::{ReadLayer, State, read_header};
 use crate::units::{BLOCK, Id};
@@ -33,7 +33,7 @@ impl Store {
                     Below::Base(id),
                     Node {
                         parent: None,
-                        depth: 0,
+                        rank: 0,
                         allocated,
                         bare: false,
                         damaged: false,
@@ -69,7 +69,7 @@ impl Store {
         let node = |header: Option<Header>| -> Result<Node> {
             Ok(Node {
                 parent: header.as_ref().map(parent_of),
-                depth: header.as_ref().map_or(MAX_DEPTH + 1, |h| h.depth.get()),
+                rank: header.as_ref().map_or(MAX_RANK, |h| h.depth.get()),
                 allocated: file.allocated()?,
                 bare: header.is_some() && file.len()? <= BLOCK,
                 damaged: header.is_none(),
@@ -125,7 +125,7 @@ impl Store {
                 allocated: node.allocated,
                 private_bytes: data * crate::units::BLOCK,
                 zero_blocks: zeros,
-                depth: node.depth,
+                depth: graph.length(Below::Layer(id)),
                 names,
             });
         }
@@ -151,7 +151,8 @@ impl Store {
 /// A base or layer in the graph.
 pub(super) struct Node {
     pub parent: Option<Below>,
-    pub depth: u32,
+    /// Rank: larger than that of what it stands on.
+    pub rank: u32,
     pub allocated: u64,
     /// It is its header alone: nothing was ever written into it.
     pub bare: bool,
@@ -193,8 +194,21 @@ impl Graph {
         }
         self.names.retain(|_, names| !names.is_empty());
     }
-    pub fn depth(&self, below: Below) -> u32 {
-        self.nodes.get(&below).map_or(0, |n| n.depth)
+    /// Sorts children before parents.
+    pub fn rank(&self, below: Below) -> u32 {
+        self.nodes.get(&below).map_or(0, |n| n.rank)
+    }
+    /// Layers from `below` down to the base, itself included.
+    pub fn length(&self, below: Below) -> u32 {
+        let mut length = 0;
+        let mut at = Some(below);
+        while let Some(Below::Layer(_)) = at
+            && length <= MAX_DEPTH
+        {
+            length += 1;
+            at = at.and_then(|b| self.nodes.get(&b)).and_then(|n| n.parent);
+        }
+        length
     }
     /// What no name that `counts` reaches.
     pub fn garbage(&self, counts: impl Fn(&str) -> bool) -> Vec<Below> {

@@ -17,14 +17,14 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 /// Bytes copied in one go.
-const PIECE: usize = 1 << 20;
+pub(super) const PIECE: usize = 1 << 20;
 
 /// File whose lock is held while an import is under way.
-const RUNNING: &str = "running";
+pub(super) const RUNNING: &str = "running";
 
 /// Images up to this length get a SHA-256 while they are copied. It covers holes as well, so that `sha256sum` agrees; for larger, mostly
 /// empty images that would take longer than the copy.
-const DIGEST_MAX: u64 = 16 << 30;
+pub(super) const DIGEST_MAX: u64 = 16 << 30;
 
 /// What `bases/<id>/meta` says.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ pub struct BaseMeta {
     pub id: Id,
     /// Length of the image in bytes.
     pub len: u64,
-    /// The name it was imported under.
+    /// The name it was imported under; empty if it never had one.
     pub name: String,
     /// How it came in: `copy`, `reflink`, `link`.
     pub mode: String,
@@ -61,7 +61,7 @@ fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
 }
 
 impl BaseMeta {
-    fn encode(&self, created: u64) -> Vec<u8> {
+    pub(super) fn encode(&self, created: u64) -> Vec<u8> {
         let mut record = Record::new()
             .with("id", self.id.to_string())
             .with("len", self.len.to_string())
@@ -125,6 +125,10 @@ impl Store {
             return Err(tag(Error::new(Kind::Corrupt, "it belongs to another base")));
         }
         Ok(meta)
+    }
+    /// Is this a base that was made by flattening, and so never had a name?
+    pub fn never_named(&self, id: Id) -> bool {
+        self.base_meta(id).is_ok_and(|meta| meta.name.is_empty())
     }
     /// Was a base imported with checksums, and has none now? An image that was linked or reflinked has none before its first scrub.
     pub fn sums_are_lost(&self, id: Id) -> Result<bool> {
@@ -436,12 +440,12 @@ fn reflink(dir: &dyn Dir, source: &dyn File) -> Result<bool> {
 }
 
 /// Image and sums under way: data goes in at rising offsets.
-struct Sink<'a> {
+pub(super) struct Sink<'a> {
     image: Arc<dyn File>,
     sums: Arc<dyn File>,
     hasher: Option<Sha256>,
     /// Bytes so far, holes included.
-    at: u64,
+    pub(super) at: u64,
     progress: &'a dyn Progress,
     total: u64,
 }
@@ -450,7 +454,7 @@ struct Sink<'a> {
 static ZEROS: [u8; PIECE] = [0; PIECE];
 
 impl<'a> Sink<'a> {
-    fn new(
+    pub(super) fn new(
         dir: &dyn Dir,
         total: u64,
         digest: bool,
@@ -472,7 +476,7 @@ impl<'a> Sink<'a> {
         Err(Error::new(Kind::Interrupted, "the import was interrupted")
             .hint("nothing was left behind; run it again"))
     }
-    fn hole(&mut self, until: u64) -> Result<()> {
+    pub(super) fn hole(&mut self, until: u64) -> Result<()> {
         while self.at < until {
             let n = (until - self.at).min(PIECE as u64);
             if let Some(h) = &mut self.hasher {
@@ -486,7 +490,7 @@ impl<'a> Sink<'a> {
         Ok(())
     }
     /// A piece of data: begins at a block boundary, ends at one unless it is the last.
-    fn data(&mut self, piece: &[u8]) -> Result<()> {
+    pub(super) fn data(&mut self, piece: &[u8]) -> Result<()> {
         if let Some(h) = &mut self.hasher {
             h.update(piece);
         }
@@ -531,7 +535,7 @@ impl<'a> Sink<'a> {
         self.tell()
     }
     /// Makes both files whole and durable; returns the digest.
-    fn finish(mut self, id: Id, len: u64) -> Result<Option<String>> {
+    pub(super) fn finish(mut self, id: Id, len: u64) -> Result<Option<String>> {
         self.hole(len)?;
         let n = blocks(len);
         self.image.set_len(len)?;

@@ -8,6 +8,7 @@
 //!
 //! Works on any [`Dir`], the simulated disk included. It reads no clock and draws no randomness but through [`Env`].
 
+mod flatten;
 mod graph;
 mod import;
 mod look;
@@ -15,16 +16,20 @@ mod many;
 pub mod names;
 mod objects;
 mod quota;
+mod reclaim;
 mod refer;
 mod remove;
 mod resize;
+mod squash;
 pub mod types;
 mod usage;
 mod written;
 
+pub use flatten::Flattened;
 pub use objects::Member;
 pub use quota::{QuotaChange, QuotaUse};
 pub use resize::whole_blocks;
+pub use squash::{Squash, Squashed};
 pub use types::*;
 pub use written::LifeWritten;
 
@@ -90,6 +95,9 @@ impl Env {
 
 /// How long a command waits for another one that changes names.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
+
+/// How often a chain is opened anew of which a file was replaced meanwhile.
+const TRIES: u32 = 10;
 
 /// File that says what the directory is.
 const STORE_FILE: &str = "forkdisk.toml";
@@ -514,29 +522,16 @@ impl Store {
             return Ok(chain);
         }
         let mut layers: Vec<Arc<ReadLayer>> = Vec::new();
-        let mut at = below;
+        let mut tries = 0;
         let base = loop {
-            match at {
-                Below::Base(id) => break self.base(id)?,
-                Below::Layer(id) => {
-                    let layer = self.sealed(id)?;
-                    let depth = layer.header().depth.get();
-                    // Depths fall by one at each step, so no chain can be a circle.
-                    if layers
-                        .last()
-                        .is_some_and(|upper| upper.header().depth.get() != depth + 1)
-                    {
-                        return Err(Error::new(
-                            Kind::Corrupt,
-                            "the depths of a chain of layers do not fit each other",
-                        )
-                        .layer(id)
-                        .path(layer.file().path())
-                        .hint("restore the layer file from a backup"));
-                    }
-                    at = parent_of(layer.header());
-                    layers.push(layer);
+            match self.descend(below, &mut layers) {
+                // A file was replaced while it was looked at: it stands on something else now, and what it stood on may be gone.
+                Err(_) if tries < TRIES && layers.iter().any(|layer| self.is_replaced(layer)) => {
+                    tries += 1;
+                    layers.clear();
+                    self.forget_replaced();
                 }
+                other => break other?,
             }
         };
         let chain = Arc::new(Chain::new(layers, base, self.budget.clone()));
@@ -544,6 +539,34 @@ impl Store {
         open.retain(|_, c| c.strong_count() > 0);
         open.insert(below, Arc::downgrade(&chain));
         Ok(chain)
+    }
+    /// Opens the layers from `below` down, and the base.
+    fn descend(&self, below: Below, layers: &mut Vec<Arc<ReadLayer>>) -> Result<Arc<Base>> {
+        let mut at = below;
+        loop {
+            let id = match at {
+                Below::Base(id) => return self.base(id),
+                Below::Layer(id) => id,
+            };
+            let layer = self.sealed(id)?;
+            let rank = layer.header().depth.get();
+            // Ranks fall at each step, so no chain can be a circle.
+            let falls = layers
+                .last()
+                .is_none_or(|upper| upper.header().depth.get() > rank);
+            if !falls || layers.len() >= MAX_DEPTH as usize {
+                let what = match falls {
+                    true => "a chain has more layers than there can be",
+                    false => "the depths of a chain of layers do not fit each other",
+                };
+                return Err(Error::new(Kind::Corrupt, what)
+                    .layer(id)
+                    .path(layer.file().path())
+                    .hint("restore the layer file from a backup"));
+            }
+            at = parent_of(layer.header());
+            layers.push(layer);
+        }
     }
     /// Opens an object as a disk: for writing only if it is a disk.
     pub fn open_disk(&self, object: &Object, writable: bool) -> Result<Arc<dyn Disk>> {
@@ -782,7 +805,9 @@ fn too_deep(name: &str) -> Error {
         Kind::Invalid,
         format!("`{name}` stands on {MAX_DEPTH} layers already, the most there can be"),
     )
-    .hint("export it and import the result as a new image")
+    .hint(format!(
+        "`forkdisk squash {name}` joins the layers it stands on; `forkdisk flatten {name}` leaves none"
+    ))
 }
 
 /// Takes a file's lock, waiting for others.

@@ -10,10 +10,10 @@ use super::names::{
 };
 use super::quota;
 use super::resize::whole_blocks;
-use super::{Below, Object, ObjectKind, Store, in_use, layer_file, too_deep};
+use super::{Below, Object, ObjectKind, Store, in_use, layer_file};
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
-use crate::format::{Header, MAX_DEPTH};
+use crate::format::Header;
 use crate::io::{Access, File};
 use crate::layer::{self, State, volatile};
 use crate::units::{BLOCK, Id, Slot};
@@ -81,7 +81,7 @@ impl Store {
         self.create_on(disks, Below::Layer(source.id), size, from, settings)
     }
     /// What a disk at rest stands on, if its own layer has nothing.
-    fn unchanged(&self, disk: &Object) -> Result<Option<Below>> {
+    pub(super) fn unchanged(&self, disk: &Object) -> Result<Option<Below>> {
         drop(self.open_exclusive(disk)?);
         let (_, counts, _) = self.layer_counts(disk.id)?;
         Ok(disk.parent.filter(|_| counts == (0, 0)))
@@ -105,10 +105,7 @@ impl Store {
         settings: &Extra,
     ) -> Result<Vec<Object>> {
         let settings = quota::settings_on(settings, parent);
-        let depth = self.depth_of(parent)? + 1;
-        if depth > MAX_DEPTH {
-            return Err(too_deep(from));
-        }
+        let rank = self.rank_over(parent, from)?;
         let created = (self.env.now)();
         let one = disks.len() == 1;
         let mut made: Vec<Object> = Vec::with_capacity(disks.len());
@@ -116,7 +113,7 @@ impl Store {
         let done = (|| {
             let mut unsynced = Vec::new();
             for name in disks {
-                let (id, file) = self.new_layer(parent, depth, size, created, name)?;
+                let (id, file) = self.new_layer(parent, rank, size, created, name)?;
                 unsynced.push(file);
                 made.push(Object {
                     name: name.clone(),
@@ -187,7 +184,7 @@ impl Store {
     fn new_layer(
         &self,
         parent: Below,
-        depth: u32,
+        rank: u32,
         size: u64,
         created: u64,
         name: &str,
@@ -197,7 +194,7 @@ impl Store {
             id,
             parent.id(),
             matches!(parent, Below::Layer(_)),
-            depth,
+            rank,
             size,
             created,
             name,
@@ -208,12 +205,6 @@ impl Store {
             return Err(e);
         }
         Ok((id, file))
-    }
-    fn depth_of(&self, below: Below) -> Result<u32> {
-        match below {
-            Below::Base(id) => self.base_meta(id).map(|_| 0),
-            Below::Layer(id) => Ok(self.layer_head(id)?.0.depth.get()),
-        }
     }
 
     // ---- snapshots -------------------------------------------------------------------------------------------
@@ -258,14 +249,11 @@ impl Store {
     }
     /// What a seal needs beside the layer itself, durable: the layer that will be above it, and the names as they will be.
     fn prepare(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Prepared> {
-        let (header, size, _) = self.layer_head(source.id)?;
-        let depth = header.depth.get() + 1;
-        if depth > MAX_DEPTH {
-            return Err(too_deep(&source.name));
-        }
+        let (_, size, _) = self.layer_head(source.id)?;
+        let rank = self.rank_over(Below::Layer(source.id), &source.name)?;
         let now = (self.env.now)();
         let parent = Below::Layer(source.id);
-        let (next, file) = self.new_layer(parent, depth, size, now, &source.name)?;
+        let (next, file) = self.new_layer(parent, rank, size, now, &source.name)?;
         let mut unsynced = vec![file];
         let mut staged = Vec::new();
         let written = (|| {
@@ -339,7 +327,11 @@ impl Store {
         self.names.sync()
     }
     /// Seals the layer of a disk at rest and puts a new one on top. Returns the sealed layer.
-    fn seal_at_rest(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Id> {
+    pub(super) fn seal_at_rest(
+        &self,
+        source: &Object,
+        snapshot: Option<(&str, Option<&str>)>,
+    ) -> Result<Id> {
         // An interrupted snapshot may have left it sealed: then it is completed first, and sealed anew.
         let (layer, _) = self.open_top(source, volatile::private()?)?;
         let source = self.object(&source.name)?;
@@ -351,7 +343,7 @@ impl Store {
         self.install(&prepared)?;
         Ok(source.id)
     }
-    fn seal_running(
+    pub(super) fn seal_running(
         &self,
         source: &Object,
         running: &CowDisk,

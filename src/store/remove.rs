@@ -27,7 +27,7 @@ impl Store {
         let mut going = wanted;
         // Until nothing stands on anything that goes: what goes may itself be needed.
         loop {
-            let users = self.users_of(&going, &objects, &graph);
+            let users = self.users_of(&going, &objects, &graph, recursive);
             let Some((needed, first)) = users.first_key_value() else {
                 break;
             };
@@ -52,25 +52,26 @@ impl Store {
             .filter(|o| !going.contains_key(&o.name))
             .map(object_target)
             .collect();
+        let garbage: HashSet<Below> = graph
+            .garbage(|name| !going.contains_key(name))
+            .into_iter()
+            .collect();
         for object in going.values() {
-            // What keeps another name may stay open by it.
-            if !kept.contains(&object_target(object)) {
+            let target = object_target(object);
+            // What keeps another name may stay open by it, and so may what others stand on.
+            let stays = object.kind == ObjectKind::Snapshot && !garbage.contains(&target);
+            if !stays && !kept.contains(&target) {
                 self.check_idle(object)?;
             }
         }
         let mut list: Vec<Object> = going.into_values().collect();
         list.sort_by_key(|o| {
             (
-                std::cmp::Reverse(graph.depth(object_target(o))),
+                std::cmp::Reverse(graph.rank(object_target(o))),
                 o.name.clone(),
             )
         });
-        let gone: HashSet<&str> = list.iter().map(|o| o.name.as_str()).collect();
-        let frees = graph
-            .garbage(|name| !gone.contains(name))
-            .iter()
-            .map(|b| graph.nodes[b].allocated)
-            .sum();
+        let frees = garbage.iter().map(|b| graph.nodes[b].allocated).sum();
         Ok(RemovePlan { names: list, frees })
     }
     /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
@@ -99,6 +100,7 @@ impl Store {
         going: &BTreeMap<String, Object>,
         objects: &'o [Object],
         graph: &Graph,
+        recursive: bool,
     ) -> BTreeMap<String, Vec<&'o Object>> {
         // What another name keeps alive is not going, whatever becomes of the name; what stands on it is not concerned.
         let kept: HashSet<Below> = objects
@@ -106,8 +108,10 @@ impl Store {
             .filter(|o| !going.contains_key(&o.name))
             .map(object_target)
             .collect();
+        // A snapshot's name can go alone: what others stand on stays, without a name.
         let dying: HashMap<Below, &str> = going
             .values()
+            .filter(|o| recursive || o.kind != ObjectKind::Snapshot)
             .map(|o| (object_target(o), o.name.as_str()))
             .filter(|(target, _)| !kept.contains(target))
             .collect();
@@ -146,9 +150,16 @@ impl Store {
         let _lock = self.lock(true)?;
         let mut graph = self.graph()?;
         let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
+        let garbage: HashSet<Below> = graph
+            .garbage(|name| !gone.contains(name))
+            .into_iter()
+            .collect();
         for object in &plan.names {
-            let names = graph.names.get(&object_target(object));
-            if !names.is_some_and(|names| names.iter().any(|n| !gone.contains(n.as_str()))) {
+            let target = object_target(object);
+            let names = graph.names.get(&target);
+            let kept = names.is_some_and(|names| names.iter().any(|n| !gone.contains(n.as_str())));
+            let stays = object.kind == ObjectKind::Snapshot && !garbage.contains(&target);
+            if !kept && !stays {
                 self.check_idle(object)?;
             }
             // What it is must not have changed since the plan was made.
@@ -174,6 +185,7 @@ impl Store {
         let dying: HashMap<Below, &str> = plan
             .names
             .iter()
+            .filter(|o| o.kind != ObjectKind::Snapshot)
             .map(|o| (object_target(o), o.name.as_str()))
             .filter(|(target, _)| stays(target).is_none())
             .collect();
@@ -200,7 +212,8 @@ impl Store {
         } else {
             graph.forget(&gone);
         }
-        self.collect(&graph, false).map(|_| ())
+        self.collect(&graph, false)?;
+        self.left_behind(&graph, plan)
     }
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
@@ -210,23 +223,33 @@ impl Store {
             // refers to would be gone.
             self.names.sync()?;
         }
-        self.collect(&self.graph()?, dry_run)
+        let graph = self.graph()?;
+        let mut report = self.collect(&graph, dry_run)?;
+        (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
+        report.bytes += report.reclaimed;
+        Ok(report)
     }
     fn collect(&self, graph: &Graph, dry_run: bool) -> Result<GcReport> {
         let mut report = GcReport::default();
         let mut garbage = graph.garbage(|_| true);
         // Children before parents: after a crash in between nothing refers to what is gone.
-        garbage.sort_by_key(|b| std::cmp::Reverse(graph.depth(*b)));
+        garbage.sort_by_key(|b| std::cmp::Reverse(graph.rank(*b)));
         report.inhabited = garbage
             .iter()
-            .filter(|b| matches!(b, Below::Base(_)) && graph.children.contains_key(b))
+            .filter(|b| matches!(b, Below::Base(id) if !self.never_named(*id)))
+            .filter(|b| graph.children.contains_key(b))
             .map(|b| b.id())
             .collect();
+        if !dry_run && !garbage.is_empty() {
+            // Whoever replaced a layer's file may have died before the directory was synced: then the old one would be there again, and what
+            // it stands on would be gone.
+            self.layers.sync()?;
+        }
         for below in garbage {
             let removed = match below {
                 _ if dry_run => true,
                 Below::Layer(id) => self.remove_layer(id)?,
-                Below::Base(id) => self.remove_base(&id.to_string()).map(|()| true)?,
+                Below::Base(id) => self.remove_idle_base(id)?,
             };
             if removed {
                 report.layers.push(below.id());
@@ -236,6 +259,7 @@ impl Store {
         for (dir, what) in [
             (&self.names, "names"),
             (&self.root, ""),
+            (&self.layers, "layers"),
             (&self.bases, "bases"),
         ] {
             for (name, kind) in dir.list()? {
@@ -244,6 +268,7 @@ impl Store {
                 }
                 match kind {
                     EntryKind::Dir if self.import_running(&name) => continue,
+                    EntryKind::File if what == "layers" && self.rewrite_running(&name) => continue,
                     _ if dry_run => {}
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,
@@ -256,6 +281,13 @@ impl Store {
             }
         }
         Ok(report)
+    }
+    /// Removes a base unless someone has it open (a disk that reads through a file which was replaced).
+    pub(super) fn remove_idle_base(&self, id: Id) -> Result<bool> {
+        match self.base_idle(id) {
+            Err(e) if e.kind() == Kind::Busy => Ok(false),
+            _ => self.remove_base(&id.to_string()).map(|()| true),
+        }
     }
     /// Removes a layer file unless someone has it open (an attachment that is just ending).
     pub(super) fn remove_layer(&self, id: Id) -> Result<bool> {

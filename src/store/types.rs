@@ -200,7 +200,11 @@ pub struct GcReport {
     pub inhabited: Vec<Id>,
     /// Temporary files of interrupted operations.
     pub files: Vec<String>,
-    /// Host bytes freed.
+    /// Layers that others need, and that gave back blocks which nobody sees.
+    pub shrunk: Vec<Id>,
+    /// Host bytes that these gave back.
+    pub reclaimed: u64,
+    /// Host bytes freed in all.
     pub bytes: u64,
 }
 

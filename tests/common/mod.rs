@@ -19,7 +19,7 @@ use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Error, Kind, Result};
 use forkdisk::format::Header;
 use forkdisk::io::sim::{Policy, SimDisk, Verb};
-use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Below, Env, ImportMode, ImportSource, ObjectKind, Quiet, Store};
 use forkdisk::units::Id;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -268,6 +268,8 @@ impl World {
             | Op::Forks { .. }
             | Op::Rename { .. }
             | Op::Remove { .. }
+            | Op::Squash { .. }
+            | Op::Flatten { .. }
             | Op::Import { .. }
             | Op::Gc => String::new(),
         };
@@ -323,6 +325,8 @@ impl World {
             Op::SnapshotTwo { .. } => self.snapshot_two(&disk)?,
             Op::Rename { what } => self.rename(*what)?,
             Op::Remove { what } => self.remove(*what)?,
+            Op::Squash { what, all } => self.squash(*what, *all == 1)?,
+            Op::Flatten { what } => self.flatten(*what)?,
             Op::Import { seed } => self.import(*seed)?,
             Op::Gc => {
                 self.store.gc(false)?;
@@ -451,7 +455,15 @@ impl World {
         match self.store.plan_removal(std::slice::from_ref(&name), false) {
             Ok(plan) => {
                 self.under_way.removing.push(name.clone());
+                let used = self.sim.used();
                 self.store.remove(&plan)?;
+                if plan.frees == 0 && name.contains('@') {
+                    self.reached.note("removal of what others stand on");
+                    // More than the file of its name.
+                    if self.sim.used() + 4096 < used {
+                        self.reached.note("blocks that nobody sees given back");
+                    }
+                }
                 self.under_way.removing.retain(|n| *n != name);
                 self.disks.remove(&name);
                 self.frozen.remove(&name);
@@ -463,6 +475,55 @@ impl World {
             Err(e) if e.kind() == Kind::Busy => Ok(()),
             Err(e) => Err(e),
         }
+    }
+    fn squash(&mut self, what: usize, all: bool) -> Result<()> {
+        let Some(name) = self.pick_any(what) else {
+            return Ok(());
+        };
+        let plan = self.store.plan_squash(&name, all)?;
+        if plan.layers < 2 {
+            return Ok(());
+        }
+        let former = self.store.squash(plan, &Quiet)?.former;
+        self.replaced(&former)?;
+        self.reached.note("squash");
+        Ok(())
+    }
+    fn flatten(&mut self, what: usize) -> Result<()> {
+        let Some(name) = self.pick_any(what) else {
+            return Ok(());
+        };
+        let object = self.store.resolve(&name)?;
+        match (object.kind, self.open.get(&name).cloned()) {
+            (ObjectKind::Base, _) => return Ok(()),
+            (ObjectKind::Disk, Some(open)) => {
+                self.begin_flush(&name);
+                let over_base = matches!(object.parent, Some(Below::Base(_)));
+                let seals = over_base || open.private_blocks() != (0, 0);
+                self.store.seal_open(&open, &name)?;
+                if seals {
+                    self.flushed(&name);
+                    self.model(&name).earlier = None;
+                }
+            }
+            (ObjectKind::Disk, None) => drop(self.store.seal(&name)?),
+            _ => {}
+        }
+        let flat = self.store.flatten(&name, &Quiet)?;
+        self.replaced(&flat.former)?;
+        if flat.base.is_some() {
+            self.reached.note("flattening");
+        }
+        Ok(())
+    }
+    /// Files were replaced: what is open goes on over the new ones, and what nothing needs goes.
+    fn replaced(&mut self, former: &[Below]) -> Result<()> {
+        for disk in self.open.values() {
+            self.store.rechain(disk)?;
+        }
+        self.store.collect_former(former)?;
+        self.certain_names();
+        Ok(())
     }
     fn import(&mut self, seed: u64) -> Result<()> {
         self.made += 1;

@@ -73,6 +73,15 @@ pub enum Op {
     Remove {
         what: usize,
     },
+    /// The layers that anything with a name stands on become one: down to the next image, or (1) to the base.
+    Squash {
+        what: usize,
+        all: u64,
+    },
+    /// Anything with a name gets a base of its own.
+    Flatten {
+        what: usize,
+    },
     /// One more image.
     Import {
         seed: u64,
@@ -104,6 +113,8 @@ impl fmt::Display for Op {
             Op::SnapshotTwo { disk } => write!(f, "snapshot-two {disk}"),
             Op::Rename { what } => write!(f, "rename {what}"),
             Op::Remove { what } => write!(f, "remove {what}"),
+            Op::Squash { what, all } => write!(f, "squash {what} {all}"),
+            Op::Flatten { what } => write!(f, "flatten {what}"),
             Op::Import { seed } => write!(f, "import seed {seed}"),
             Op::Gc => write!(f, "gc"),
         }
@@ -182,6 +193,13 @@ impl FromStr for Op {
             "remove" => Op::Remove {
                 what: next()? as usize,
             },
+            "squash" => Op::Squash {
+                what: next()? as usize,
+                all: next()?,
+            },
+            "flatten" => Op::Flatten {
+                what: next()? as usize,
+            },
             "import" => Op::Import { seed: next()? },
             "gc" => Op::Gc,
             _ => return Err(format!("{text}: no such operation")),
@@ -254,6 +272,14 @@ impl Op {
             }
             Op::Rename { .. } => found.push(Op::Rename { what: 0 }),
             Op::Remove { .. } => found.push(Op::Remove { what: 0 }),
+            Op::Squash { what, .. } => {
+                found.push(Op::Squash { what: 0, all: 0 });
+                found.push(Op::Squash { what, all: 0 });
+            }
+            Op::Flatten { what } => {
+                found.push(Op::Squash { what, all: 1 });
+                found.push(Op::Flatten { what: 0 });
+            }
             Op::Import { .. } => found.push(Op::Import { seed: 1 }),
             Op::Gc => {}
         }
@@ -280,7 +306,7 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         6 => 4096 * rng.below(60),
         _ => 4096,
     };
-    match rng.below(if heavy { 112 } else { 80 }) {
+    match rng.below(if heavy { 120 } else { 80 }) {
         0..=44 => Op::Write {
             disk,
             at,
@@ -315,7 +341,14 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         99..=100 => Op::Rename {
             what: rng.below(16) as usize,
         },
+        112..=115 => Op::Squash {
+            what: rng.below(16) as usize,
+            all: rng.below(2),
+        },
         // A large image would cost more than it tells.
+        116 if size <= 64 * 4096 => Op::Flatten {
+            what: rng.below(16) as usize,
+        },
         101 if size <= 64 * 4096 => Op::Import { seed: rng.next() },
         103..=105 => Op::Rollback {
             disk,

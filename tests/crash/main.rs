@@ -270,6 +270,10 @@ fn every_cut_leaves_what_was_acknowledged_or_attempted() {
         "shrinking",
         "snapshots of two disks",
         "removal",
+        "squash",
+        "flattening",
+        "removal of what others stand on",
+        "blocks that nobody sees given back",
         "import",
         "gc",
     ] {

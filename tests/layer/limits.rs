@@ -113,6 +113,27 @@ fn a_thousand_layers_and_no_more() {
     e.expect("as deep as the disk itself");
     let disk = store.open_disk(&deep, false).expect("open");
     assert_eq!(block(&*disk, 8)[0], 1);
+    drop(disk);
+    // Joined, the chain is short, though the ranks of its layers are as large as they were, and those above are larger.
+    let plan = store.plan_squash("d", false).expect("plan");
+    assert_eq!((plan.layers, plan.depth_after), (MAX_DEPTH - 1, 2));
+    store.squash(plan, &Quiet).expect("squash");
+    let disk = open(&store, "d").expect("d");
+    for n in 0..3 {
+        disk.write(&[79 + n; 4096], 0).expect("write");
+        store
+            .snapshot_running(&disk, "d", &format!("more{n}"), None)
+            .unwrap_or_else(|e| panic!("snapshot {n}: {e:?}"));
+    }
+    assert_eq!(block(&*disk, 0)[0], 81);
+    assert_eq!(block(&*disk, 7)[0], (999 % 250) as u8 + 2);
+    disk.close().expect("close");
+    drop(disk);
+    let store = again(&sim, 4);
+    store
+        .create(&["deep".to_string()], "d@more2", None)
+        .expect("fork");
+    assert_eq!(block(&*open(&store, "deep").expect("deep"), 0)[0], 81);
 }
 
 #[test]

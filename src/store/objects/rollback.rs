@@ -6,11 +6,10 @@
 use super::{Prepared, in_use, must_be, reserve_superblock};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
-use crate::format::MAX_DEPTH;
 use crate::io::{Access, File};
 use crate::layer::Layer;
 use crate::store::names::{NameRecord, check_part, read_name, stage};
-use crate::store::{Below, Object, ObjectKind, Store, layer_file, too_deep};
+use crate::store::{Below, Object, ObjectKind, Store, layer_file};
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -131,12 +130,9 @@ impl Store {
         running: bool,
     ) -> Result<Prepared> {
         let parent = Below::Layer(snapshot.id);
-        let depth = self.depth_of(parent)? + 1;
-        if depth > MAX_DEPTH {
-            return Err(too_deep(disk));
-        }
+        let rank = self.rank_over(parent, disk)?;
         let now = (self.env.now)();
-        let (next, file) = self.new_layer(parent, depth, snapshot.size, now, disk)?;
+        let (next, file) = self.new_layer(parent, rank, snapshot.size, now, disk)?;
         let mut prepared = Prepared {
             next,
             staged: Vec::new(),

@@ -1,0 +1,311 @@
+//! Blocks of a sealed layer that nobody can see any more are given back to the host (FORMAT.md, section 4, "Reclaim").
+//!
+//! The only change that a sealed layer's file ever sees in place, but for the label in its superblock. Always true:
+//! - the slots that the superblock on the disk names are not written to, and are given back only when both copies of the next one are
+//!   durable;
+//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory.
+
+use super::recover;
+use super::writable::read_free_list;
+use super::{ReadLayer, State};
+use crate::error::{Error, Kind, Result};
+use crate::format::{
+    self, FreeExtent, Header, INLINE_FREE, MAX_RUNS, Pointer, RunRef, SLOT_ZERO, Superblock,
+};
+use crate::io::File;
+use crate::layer::space::FreeSet;
+use crate::map::run::{Builder, max_len};
+use crate::map::{Item, WORDS};
+use crate::units::{BLOCK, Id, REGION_BLOCKS, Region, Slot, blocks};
+use std::sync::Arc;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromZeros, IntoBytes};
+
+/// Says which blocks of a region nobody can see: one bit a block.
+pub type Hidden<'a> = &'a dyn Fn(Region) -> Result<[u64; WORDS]>;
+
+/// What can be given back, and what was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Data blocks that nobody sees.
+    pub blocks: u64,
+}
+
+/// The superblock that counts, both copies of it durable.
+fn settled(file: &dyn File, header: &Header) -> Result<Superblock> {
+    recover::settle(file, header)?;
+    let mut found = recover::superblock(file, header)?;
+    if found.damaged_copy || found.second_differs {
+        // The one good copy is the next to be written to.
+        let copy = if found.second_differs { 2 } else { 1 };
+        file.write_at(found.superblock.encode(), Slot(copy).at())?;
+        file.sync()?;
+    }
+    Ok(found.superblock)
+}
+
+/// Writes the next superblock.
+fn put(file: &dyn File, superblock: &mut Superblock) -> Result<()> {
+    superblock.sequence = U64::new(superblock.sequence.get() + 1);
+    let bytes = superblock.encode().to_vec();
+    for copy in [1, 2] {
+        file.write_at(&bytes, Slot(copy).at())?;
+        file.sync()?;
+    }
+    Ok(())
+}
+
+/// Takes the label from a sealed layer whose name was removed, so that nobody takes the name for lost. Its readers need not care.
+pub fn unlabel(file: &dyn File, header: &Header) -> Result<()> {
+    let found = recover::superblock(file, header)?;
+    if State::of(&found.superblock) != State::Sealed || found.superblock.name().is_none() {
+        return Ok(());
+    }
+    let mut superblock = settled(file, header)?;
+    superblock.set_name("");
+    put(file, &mut superblock)
+}
+
+/// How many data blocks of a layer nobody sees.
+pub fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
+    let mut blocks = 0;
+    for item in layer.items(Region(0)) {
+        if let Item::Region(region, map) = item? {
+            let gone = hidden(region)?;
+            let data = |p| matches!(p, Pointer::Data { .. });
+            let in_gone = |i: usize| gone[i / 64] >> (i % 64) & 1 == 1;
+            blocks += map.iter().filter(|&(i, p)| data(p) && in_gone(i)).count() as u64;
+        }
+    }
+    Ok(blocks)
+}
+
+/// Gives back the data blocks of a sealed layer that nobody sees, where that is worth a new block map. The caller has the file's lock
+/// for himself.
+pub fn prune(file: &Arc<dyn File>, header: &Header, hidden: Hidden<'_>) -> Result<Pruned> {
+    let superblock = settled(&**file, header)?;
+    let layer = ReadLayer::open(file.clone())?;
+    let found = count(&layer, hidden)?;
+    let run_bytes: u64 = superblock.run_refs().iter().map(|r| r.len.get()).sum();
+    if found == 0 || found * BLOCK < run_bytes {
+        // What a power cut kept a predecessor from giving back.
+        let free = read_free_list(&**file, &superblock)?;
+        punch(&**file, free.iter())?;
+        return Ok(Pruned::default());
+    }
+    let id = layer.id();
+    let len = file.len()?;
+    let mut work = Work::new(&layer, &superblock)?;
+    let done = work.write(&**file, &layer, hidden).and_then(|freed| {
+        // All of it before the superblock that names it.
+        file.sync()?;
+        Ok(freed)
+    });
+    let freed = match done {
+        Ok(freed) => freed,
+        Err(e) => {
+            // Nothing names what was written.
+            let _ = file.set_len(len);
+            let _ = punch(&**file, read_free_list(&**file, &superblock)?.iter());
+            return Err(e.layer(id));
+        }
+    };
+    drop(layer);
+    put(&**file, &mut work.next)?;
+    punch(&**file, freed.into_iter())?;
+    Ok(Pruned { blocks: found })
+}
+
+fn punch(file: &dyn File, extents: impl Iterator<Item = (u32, u32)>) -> Result<()> {
+    for (start, slots) in extents {
+        let (at, len) = (Slot(start).at(), u64::from(slots) * BLOCK);
+        let end = file.len()?;
+        if at >= end || file.data_ranges(at, len.min(end - at))?.is_empty() {
+            continue;
+        }
+        match file.punch(at, len) {
+            // Then it stays allocated.
+            Err(e) if e.kind() == Kind::Unsupported => return Ok(()),
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+/// What becomes of the superblock and the free slots.
+struct Work {
+    next: Superblock,
+    /// Free by the superblock that counts now: what may be written to.
+    free: FreeSet,
+    high: u64,
+    /// Data, runs and free list that the next superblock does not name.
+    freed: FreeSet,
+}
+
+impl Work {
+    fn new(layer: &ReadLayer, superblock: &Superblock) -> Result<Work> {
+        let mut freed = FreeSet::default();
+        for run in superblock.run_refs() {
+            freed.insert(run.slot.get(), run.slots.get());
+        }
+        if superblock.free_slot.get() != 0 {
+            freed.insert(superblock.free_slot.get(), superblock.free_slots.get());
+        }
+        Ok(Work {
+            next: *superblock,
+            free: read_free_list(&**layer.file(), superblock)?,
+            high: superblock.high_water.get(),
+            freed,
+        })
+    }
+    /// Neighbouring slots that nothing needs.
+    fn take(&mut self, slots: u64) -> Result<u32> {
+        let full = || Error::new(Kind::NoSpace, "the layer has used all of its 2^32 slots");
+        let slots = u32::try_from(slots).map_err(|_| full())?;
+        if let Some(start) = self.free.take(slots) {
+            return Ok(start);
+        }
+        let start = self.high;
+        if start + u64::from(slots) > u64::from(SLOT_ZERO) {
+            return Err(full());
+        }
+        self.high += u64::from(slots);
+        Ok(start as u32)
+    }
+    /// Gives back the end of what was taken last.
+    fn give(&mut self, start: u32, slots: u32) {
+        if u64::from(start) + u64::from(slots) == self.high {
+            self.high = u64::from(start);
+        } else {
+            self.free.insert(start, slots);
+        }
+    }
+    /// Writes the block map without what is hidden, and the free list; returns the extents to be given back to the host.
+    fn write(
+        &mut self,
+        file: &dyn File,
+        layer: &ReadLayer,
+        hidden: Hidden<'_>,
+    ) -> Result<Vec<(u32, u32)>> {
+        let run = self.write_run(file, layer, hidden)?;
+        self.next.runs = [RunRef::new_zeroed(); MAX_RUNS];
+        self.next.run_count = U32::new(u32::from(run.is_some()));
+        if let Some(run) = run {
+            self.next.runs[0] = run;
+        }
+        let run = run.unwrap_or_else(RunRef::new_zeroed);
+        self.next.data_blocks = run.pointers;
+        self.next.zero_blocks = run.zeros;
+        let freed: Vec<(u32, u32)> = self.freed.iter().collect();
+        self.write_free_list(file, &freed)?;
+        self.next.high_water = U64::new(self.high);
+        self.next.set_name("");
+        Ok(freed)
+    }
+    fn write_run(
+        &mut self,
+        file: &dyn File,
+        layer: &ReadLayer,
+        hidden: Hidden<'_>,
+    ) -> Result<Option<RunRef>> {
+        let (mut regions, mut pointers, mut ranges) = (0, 0, 0);
+        for run in layer.runs() {
+            let r = run.reference();
+            regions += u64::from(r.regions.get());
+            let stored = u64::from(r.regions.get()) * REGION_BLOCKS as u64;
+            pointers += r.pointers.get() + r.zeros.get().min(stored);
+            ranges += run.zero_ranges();
+        }
+        let slots = blocks(max_len(regions, pointers, ranges));
+        let start = self.take(slots)?;
+        let mut at = Slot(start).at();
+        let mut builder = Builder::new(|bytes: &[u8]| {
+            file.write_at(bytes, at)?;
+            at += bytes.len() as u64;
+            Ok(())
+        });
+        for item in layer.items(Region(0)) {
+            let item = match item? {
+                Item::Region(region, map) => {
+                    let gone = hidden(region)?;
+                    for (index, pointer) in map.iter() {
+                        if let Pointer::Data { slot, .. } = pointer
+                            && gone[index / 64] >> (index % 64) & 1 == 1
+                        {
+                            self.freed.insert(slot.0, 1);
+                        }
+                    }
+                    // Zeros hold no slot, and may stay.
+                    let mut data = [0; WORDS];
+                    for (index, pointer) in map.iter() {
+                        if matches!(pointer, Pointer::Data { .. }) {
+                            data[index / 64] |= 1 << (index % 64);
+                        }
+                    }
+                    let dropped: [u64; WORDS] = std::array::from_fn(|w| gone[w] & data[w]);
+                    Item::Region(region, map.without(&dropped))
+                }
+                zeros => zeros,
+            };
+            builder.push(&item)?;
+        }
+        let last_commit = layer.runs().iter().map(|r| r.last_commit()).max();
+        let run = builder.finish(&layer.id(), last_commit.unwrap_or(0))?;
+        let used = run.map_or(0, |r| r.slots.get());
+        self.give(start + used, slots as u32 - used);
+        Ok(run.map(|mut run| {
+            run.slot = U32::new(start);
+            run
+        }))
+    }
+    fn write_free_list(&mut self, file: &dyn File, freed: &[(u32, u32)]) -> Result<()> {
+        self.next.free_slot = U32::new(0);
+        self.next.free_slots = U32::new(0);
+        self.next.free_inline = [FreeExtent::new_zeroed(); INLINE_FREE];
+        let all = |work: &Work| {
+            let mut all = work.free.clone();
+            for &(start, slots) in freed {
+                all.insert(start, slots);
+            }
+            let forgotten = all.limit();
+            (all, forgotten)
+        };
+        let (mut list, mut forgotten) = all(self);
+        let mut place = None;
+        if list.extents() > INLINE_FREE {
+            // Taking the slots may cut an extent in two.
+            let slots = blocks((list.extents() + 2) as u64 * size_of::<FreeExtent>() as u64);
+            let start = self.take(slots)?;
+            place = Some((start, slots as u32));
+            (list, forgotten) = all(self);
+        }
+        let list: Vec<FreeExtent> = list
+            .iter()
+            .map(|(slot, slots)| FreeExtent {
+                slot: U32::new(slot),
+                slots: U32::new(slots),
+            })
+            .collect();
+        self.next.forgotten = U64::new(self.next.forgotten.get() + forgotten);
+        self.next.free_count = U32::new(list.len() as u32);
+        self.next.free_crc = U32::new(format::crc(list.as_bytes()));
+        match place {
+            None => self.next.free_inline[..list.len()].copy_from_slice(&list),
+            Some((start, slots)) => {
+                self.next.free_slot = U32::new(start);
+                self.next.free_slots = U32::new(slots);
+                file.write_at(list.as_bytes(), Slot(start).at())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Is this a layer that may be pruned: sealed, without a label?
+pub fn may_prune(file: &dyn File, header: &Header) -> Result<bool> {
+    let found = recover::superblock(file, header)?;
+    let superblock = &found.superblock;
+    Ok(Id(superblock.layer) == Id(header.layer)
+        && State::of(superblock) == State::Sealed
+        && superblock.name().is_none())
+}

@@ -1,0 +1,233 @@
+//! Making an object independent of all it stands on: its whole content becomes a base of its own (FORMAT.md, section 4, "Flatten").
+//!
+//! Always true: the topmost sealed layer keeps its id, and becomes an empty one over the new base, in one rename. The base is durable before
+//! that. It has no name: the layer needs it, and so it goes with it.
+
+use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Sink};
+use super::names::TEMPORARY;
+use super::{Below, Object, ObjectKind, Progress, Store};
+use crate::chain::Chain;
+use crate::disk::{CowDisk, Disk, Source};
+use crate::error::{Error, Kind, Result};
+use crate::io::{Access, Dir, File};
+use crate::layer::rewrite::{self, Measure};
+use crate::units::{BLOCK, Id};
+use std::sync::Arc;
+
+/// Bytes of a disk whose map is looked at together.
+const STEP: u64 = 256 << 20;
+
+/// What a flattening made.
+#[derive(Clone, Debug)]
+pub struct Flattened {
+    /// The new base; `None` if the object stood on one of its own already.
+    pub base: Option<Id>,
+    /// Its SHA-256, where it was computed.
+    pub digest: Option<String>,
+    /// Bytes of data in it.
+    pub bytes: u64,
+    /// Layers from the object down to the base, before.
+    pub depth: u32,
+    /// The same now.
+    pub depth_after: u32,
+    /// What the object stood on until now, and may be needed by nobody any more.
+    pub former: Vec<Below>,
+}
+
+impl Store {
+    /// Fails if an object cannot be flattened, or its content would not fit on the host. Returns the bytes of data.
+    pub fn plan_flatten(&self, object: &Object) -> Result<u64> {
+        if object.kind == ObjectKind::Base {
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("`{}` is a base: it stands on nothing", object.name),
+            )
+            .hint("flatten a disk, a snapshot, or an image that was committed"));
+        }
+        let bytes = self.usage(object)?.refer;
+        self.must_fit("flattening", bytes + bytes / 1024)?;
+        Ok(bytes)
+    }
+    /// Makes the content of an object, as far as sealed layers hold it ([`Store::seal`]), a base of its own, on which it stands alone from then on.
+    /// Nothing half-made stays if it fails. Afterwards the daemon must be told ([`Store::rechain`]), and what the object stood on can go
+    /// ([`Store::collect_former`]).
+    pub fn flatten(&self, name: &str, progress: &dyn Progress) -> Result<Flattened> {
+        let (object, chain, alone) = self.to_flatten(name)?;
+        let above = u32::from(object.kind == ObjectKind::Disk);
+        let depth = above + chain.depth() as u32;
+        let Some(top) = chain.layers().first().filter(|_| !alone).cloned() else {
+            return Ok(Flattened {
+                base: None,
+                digest: None,
+                bytes: 0,
+                depth,
+                depth_after: depth,
+                former: Vec::new(),
+            });
+        };
+        let mut former: Vec<Below> = chain.layers()[1..]
+            .iter()
+            .map(|layer| Below::Layer(layer.id()))
+            .collect();
+        former.push(Below::Base(chain.base().id()));
+        let layer = self.begin_replacement(top.id())?;
+        let id = (self.env.id)();
+        let done = self.begin_base(id).and_then(|(dir, running)| {
+            let copied = self.copy_content(&*dir, id, &chain, progress)?;
+            let header = top.header().over(id, false);
+            let label = self.label_of(top.id());
+            let label = (label.as_deref(), top.size());
+            rewrite::write(
+                &*layer,
+                &header,
+                label,
+                &[],
+                &Measure::default(),
+                &mut |_| Ok(()),
+            )?;
+            let _lock = self.lock(true)?;
+            // From here on the lock of the names keeps `gc` away.
+            dir.remove(RUNNING)?;
+            drop(running);
+            dir.sync()?;
+            self.bases
+                .rename_new(&format!("{TEMPORARY}{id}"), &id.to_string())?;
+            self.bases.sync()?;
+            self.replace(&top, &*layer)?;
+            Ok(copied)
+        });
+        match done {
+            Ok((digest, bytes)) => {
+                drop(chain);
+                drop(top);
+                self.forget_replaced();
+                Ok(Flattened {
+                    base: Some(id),
+                    digest,
+                    bytes,
+                    depth,
+                    depth_after: above + 1,
+                    former,
+                })
+            }
+            Err(e) => {
+                self.drop_base(id, &top);
+                Err(e.context(format!("cannot flatten `{name}`")))
+            }
+        }
+    }
+    /// The object, its sealed layers, and whether it stands on a base of its own already.
+    fn to_flatten(&self, name: &str) -> Result<(Object, Arc<Chain>, bool)> {
+        let _lock = self.lock(false)?;
+        let object = self.resolve_locked(name)?;
+        let top = match (object.kind, object.parent) {
+            (ObjectKind::Disk, Some(parent)) => parent,
+            _ => super::objects::object_target(&object),
+        };
+        let chain = self.chain(top)?;
+        let base = Below::Base(chain.base().id());
+        let graph = self.graph()?;
+        let unshared = graph.children.get(&base).is_none_or(|c| c.len() <= 1)
+            && self.never_named(base.id())
+            && graph.names.get(&base).is_none_or(Vec::is_empty);
+        let empty = chain.layers().iter().all(|l| l.counts() == (0, 0));
+        let alone = chain.depth() == 1 && empty && unshared;
+        Ok((object, chain, alone))
+    }
+    /// A directory for a new base, and the locked file that keeps `gc` away from it.
+    fn begin_base(&self, id: Id) -> Result<(Arc<dyn Dir>, Arc<dyn File>)> {
+        let temporary = format!("{TEMPORARY}{id}");
+        let _lock = self.lock(true)?;
+        self.bases.create_dir(&temporary)?;
+        let dir = self.bases.subdir(&temporary)?;
+        let running = dir.open(RUNNING, Access::CreateNew)?;
+        running.lock(true)?;
+        Ok((dir, running))
+    }
+    /// Takes away a new base that came to nothing, and the file that was to replace the layer `top`: where the layer's name may have the new
+    /// file, the base stays.
+    fn drop_base(&self, id: Id, top: &crate::layer::ReadLayer) {
+        if self.is_replaced(top) {
+            return;
+        }
+        self.drop_replacement(top.id());
+        for name in [format!("{TEMPORARY}{id}"), id.to_string()] {
+            if let Ok(dir) = self.bases.subdir(&name) {
+                for file in ["meta", "sums", "image", RUNNING] {
+                    let _ = dir.remove(file);
+                }
+                let _ = self.bases.remove_dir(&name);
+            }
+        }
+    }
+    /// Copies what a chain shows into the files of a new base; all of it is durable on return. The digest, and how many bytes are data.
+    fn copy_content(
+        &self,
+        dir: &dyn Dir,
+        id: Id,
+        chain: &Arc<Chain>,
+        progress: &dyn Progress,
+    ) -> Result<(Option<String>, u64)> {
+        let view = CowDisk::read_only(chain.clone());
+        let size = view.size();
+        let mut sink = Sink::new(dir, size, size <= DIGEST_MAX, progress)?;
+        let told = |e: Error| match e.kind() {
+            Kind::Interrupted => Error::new(Kind::Interrupted, "the flattening was interrupted")
+                .hint("nothing was changed and nothing left behind; run it again"),
+            _ => e,
+        };
+        let mut bytes = 0;
+        let mut buf = vec![0; PIECE];
+        for step in (0..size).step_by(STEP as usize) {
+            for (mut at, end) in data_in(&view, chain, step, STEP.min(size - step))? {
+                while at < end {
+                    let n = (end - at).min(PIECE as u64) as usize;
+                    view.read(&mut buf[..n], at)?;
+                    sink.hole(at).map_err(told)?;
+                    sink.data(&buf[..n]).map_err(told)?;
+                    at += n as u64;
+                    bytes += n as u64;
+                }
+            }
+        }
+        let digest = sink.finish(id, size).map_err(told)?;
+        let meta = BaseMeta {
+            id,
+            len: size,
+            name: String::new(),
+            mode: "copy".to_string(),
+            digest: digest.clone(),
+            link: None,
+        };
+        let file = dir.open("meta", Access::CreateNew)?;
+        file.write_at(&meta.encode((self.env.now)()), 0)?;
+        file.sync()?;
+        Ok((digest, bytes))
+    }
+}
+
+/// Where a stretch of a chain's content may be something else than zeros: from and to, in whole blocks.
+fn data_in(view: &CowDisk, chain: &Chain, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for extent in view.extents(at, len)? {
+        let (start, end) = (extent.at, extent.at + extent.len);
+        match extent.from {
+            Source::Absent | Source::Zero { .. } => {}
+            Source::Layer { .. } => found.push((start, end)),
+            Source::Base => {
+                // Holes of the base are not read.
+                let base = chain.base();
+                let inside = end.min(base.len()).saturating_sub(start);
+                for (data, n) in base.file().data_ranges(start, inside)? {
+                    let first = (data / BLOCK * BLOCK).max(start);
+                    let first = found.last().map_or(first, |&(_, last)| first.max(last));
+                    let last = (data + n).next_multiple_of(BLOCK).min(end);
+                    if first < last {
+                        found.push((first, last));
+                    }
+                }
+            }
+        }
+    }
+    Ok(found)
+}

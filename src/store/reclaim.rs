@@ -1,0 +1,179 @@
+//! Space of layers that have no name any more but are needed by what stands on them: blocks that nobody can see through any of these are given
+//! back (FORMAT.md, section 4, "Reclaim").
+//!
+//! Always true:
+//! - only what is durable hides: sealed layers, and disks at rest; what an attached disk has written may be lost in a power cut, and with it
+//!   what it hides;
+//! - a layer that anyone has open is left alone: a later `gc` finds it;
+//! - the names lock is held all the time, so that nothing new can stand on the layer.
+
+use super::graph::Graph;
+use super::objects::object_target;
+use super::{Below, RemovePlan, Store, layer_file, names};
+use crate::error::{Error, Kind, Result};
+use crate::io::Access;
+use crate::layer::{ReadLayer, State, prune, read_header, recover};
+use crate::map::WORDS;
+use crate::units::{BLOCK, Id, Region};
+
+/// The file that a scrub has locked: it reads sealed layers without their locks.
+const SCRUB: &str = "scrub";
+
+/// Setting of a disk whose own layer also keeps what it held earlier: that may come back, and so hides nothing for good.
+const HISTORY: &str = "history";
+
+impl Store {
+    /// After names were removed: the layers that stay without one take no name any more, and give back what nobody sees. The names lock is
+    /// held.
+    pub(super) fn left_behind(&self, graph: &Graph, plan: &RemovePlan) -> Result<()> {
+        let mut left = Vec::new();
+        for below in plan.names.iter().map(object_target) {
+            let named = graph.names.get(&below).is_some_and(|n| !n.is_empty());
+            if let Below::Layer(id) = below
+                && !named
+                && let Ok(file) = self.layers.open(&layer_file(id), Access::Write)
+            {
+                match read_header(&*file).and_then(|header| prune::unlabel(&*file, &header)) {
+                    Ok(()) => left.push(id),
+                    // The name is gone all the same.
+                    Err(e) => tracing::debug!(layer = %id, "its label stays: {e}"),
+                }
+            }
+        }
+        if !left.is_empty() {
+            self.layers.sync()?;
+        }
+        for id in left {
+            if let Err(e) = self.reclaim(graph, id, false) {
+                tracing::debug!(layer = %id, "nothing is reclaimed: {e}");
+            }
+        }
+        Ok(())
+    }
+    /// Reclaims what can be reclaimed of all layers without a name; returns the bytes, and the layers. The names lock is held, and the
+    /// names are synced.
+    pub(super) fn reclaim_all(&self, graph: &Graph, dry_run: bool) -> Result<(u64, Vec<Id>)> {
+        if graph.unreadable {
+            return Ok((0, Vec::new()));
+        }
+        let mut layers: Vec<Id> = graph
+            .children
+            .keys()
+            .filter(|below| graph.names.get(below).is_none_or(Vec::is_empty))
+            .filter_map(|below| match below {
+                Below::Layer(id) => Some(*id),
+                Below::Base(_) => None,
+            })
+            .collect();
+        if layers.is_empty() {
+            return Ok((0, layers));
+        }
+        layers.sort();
+        if !dry_run {
+            self.layers.sync()?;
+        }
+        let mut bytes = 0;
+        let mut shrunk = Vec::new();
+        for id in layers {
+            match self.reclaim(graph, id, dry_run) {
+                Ok(0) => {}
+                Ok(n) => {
+                    bytes += n;
+                    shrunk.push(id);
+                }
+                Err(e) if e.of_resources() => return Err(e),
+                // Of damage `check` tells; on a full disk there is no room for another map.
+                Err(e) => tracing::debug!(layer = %id, "nothing is reclaimed: {e}"),
+            }
+        }
+        Ok((bytes, shrunk))
+    }
+    /// Gives back the blocks of a layer without a name that each of its children hides; returns the bytes.
+    fn reclaim(&self, graph: &Graph, id: Id, dry_run: bool) -> Result<u64> {
+        let children = graph.children.get(&Below::Layer(id));
+        let Some(children) = children.filter(|_| !graph.unreadable) else {
+            return Ok(0);
+        };
+        let mut hiding = Vec::new();
+        for child in children {
+            match self.hides(graph, child.id()) {
+                Ok(Some(layer)) => hiding.push(layer),
+                Ok(None) => return Ok(0),
+                // It was garbage, and is gone.
+                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let access = if dry_run { Access::Read } else { Access::Write };
+        let file = match self.layers.open(&layer_file(id), access) {
+            Err(e) if e.kind() == Kind::NotFound => return Ok(0),
+            other => other?,
+        };
+        match file.lock(true) {
+            Err(e) if e.kind() == Kind::Busy => return Ok(0),
+            other => other?,
+        }
+        let header = read_header(&*file)?;
+        if hiding.is_empty() || self.scrubbing()? || !prune::may_prune(&*file, &header)? {
+            return Ok(0);
+        }
+        let hidden = |region: Region| -> Result<[u64; WORDS]> {
+            let mut bits = [u64::MAX; WORDS];
+            for child in &hiding {
+                let map = child.region(region)?;
+                if !map.fill() {
+                    bits.iter_mut()
+                        .zip(map.present())
+                        .for_each(|(all, own)| *all &= own);
+                }
+            }
+            Ok(bits)
+        };
+        let blocks = match dry_run {
+            true => prune::count(&ReadLayer::open(file)?, &hidden)?,
+            false => prune::prune(&file, &header, &hidden)?.blocks,
+        };
+        Ok(blocks * BLOCK)
+    }
+    /// A layer whose blocks hide what lies below them for good; `None` if it hides nothing, or nobody can tell.
+    fn hides(&self, graph: &Graph, id: Id) -> Result<Option<ReadLayer>> {
+        let file = self.layers.open(&layer_file(id), Access::Read)?;
+        match file.lock(false) {
+            Err(e) if e.kind() == Kind::Busy => return Ok(None),
+            other => other?,
+        }
+        let header = read_header(&*file)?;
+        // Whoever closed or sealed it may have died before that was on the disk.
+        recover::settle(&*file, &header)?;
+        let layer = ReadLayer::open(file)?;
+        if layer.id() != id {
+            return Err(Error::new(Kind::Corrupt, "the file holds another layer").layer(id));
+        }
+        let sure = match layer.state() {
+            State::Sealed => true,
+            State::Clean => !self.keeps_history(graph, id)?,
+            State::Writable => false,
+        };
+        Ok(Some(layer).filter(|layer| sure && layer.counts() != (0, 0)))
+    }
+    fn keeps_history(&self, graph: &Graph, id: Id) -> Result<bool> {
+        for name in graph.names.get(&Below::Layer(id)).into_iter().flatten() {
+            if names::read_name(&*self.names, name)?
+                .extra
+                .get(HISTORY)
+                .is_some()
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+    /// Is a scrub under way?
+    fn scrubbing(&self) -> Result<bool> {
+        match self.root.open(SCRUB, Access::Read) {
+            Err(e) if e.kind() == Kind::NotFound => Ok(false),
+            Err(e) => Err(e),
+            Ok(file) => Ok(file.lock(false).is_err_and(|e| e.kind() == Kind::Busy)),
+        }
+    }
+}

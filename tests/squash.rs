@@ -1,0 +1,443 @@
+//! Layers that become one, bases that are made of them, and the space of snapshots that were removed in the middle. Random work of this kind is in the
+//! model and crash tests; here are the cases one would ask about.
+#![allow(missing_docs, reason = "a test")]
+
+mod common;
+use common::{Rng, data, env, read_all};
+use forkdisk::check::check;
+use forkdisk::disk::{CowDisk, Disk};
+use forkdisk::error::Kind;
+use forkdisk::io::os::OsDir;
+use forkdisk::io::sim::SimDisk;
+use forkdisk::store::names::{read_name, stage};
+use forkdisk::store::{Below, ImportMode, ImportSource, Progress, Quiet, Store};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+const B: u64 = 4096;
+
+fn import(store: &Store, blocks: u64) {
+    let image = data(5, blocks * B - 1000);
+    let source = ImportSource::Reader(&mut &image[..]);
+    store
+        .import(source, "image", ImportMode::Copy, &Quiet)
+        .expect("import");
+    store
+        .create(&["d".to_string()], "image", None)
+        .expect("create");
+}
+fn simulated(blocks: u64) -> (SimDisk, Store) {
+    let sim = SimDisk::new(1);
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env(1)).expect("a store");
+    import(&store, blocks);
+    (sim, store)
+}
+fn again(sim: &SimDisk, seed: u64) -> Store {
+    Store::open_on(sim.root(), Path::new("/sim"), env(seed << 20)).expect("the store")
+}
+fn open(store: &Store, name: &str) -> Arc<CowDisk> {
+    store
+        .open_cow(&store.resolve(name).expect("resolve"), true)
+        .unwrap_or_else(|e| panic!("open {name}: {e:?}"))
+}
+fn contents(store: &Store, name: &str) -> Vec<u8> {
+    let disk = store
+        .open_disk(&store.resolve(name).expect("resolve"), false)
+        .unwrap_or_else(|e| panic!("open {name}: {e:?}"));
+    read_all(&*disk).unwrap_or_else(|e| panic!("read {name}: {e:?}"))
+}
+fn depth(store: &Store, name: &str) -> u32 {
+    let object = store.resolve(name).expect("resolve");
+    store.details(&object).expect("details").depth
+}
+fn remove(store: &Store, name: &str) -> u64 {
+    let plan = store
+        .plan_removal(&[name.to_string()], false)
+        .unwrap_or_else(|e| panic!("{name}: {e:?}"));
+    store.remove(&plan).expect("remove");
+    plan.frees
+}
+fn squash(store: &Store, name: &str, all: bool) -> u32 {
+    let plan = store.plan_squash(name, all).expect("plan");
+    let layers = plan.layers;
+    let done = store.squash(plan, &Quiet).expect("squash");
+    store.collect_former(&done.former).expect("collect");
+    layers
+}
+fn sound(store: &Store) {
+    let report = check(store, None, &Quiet).expect("check");
+    assert!(
+        report.corruptions.is_empty() && report.leaks.is_empty(),
+        "{report:?}"
+    );
+}
+/// Random changes, small ones and large ones.
+fn change(disk: &dyn Disk, rng: &mut Rng) {
+    let blocks = disk.size() / B;
+    for _ in 0..6 {
+        let at = rng.below(blocks);
+        let n = (1 + rng.below(12)).min(blocks - at);
+        match rng.below(4) {
+            0 => disk.discard(at * B, n * B).expect("discard"),
+            _ => disk
+                .write(&data(rng.next() | 1, n * B), at * B)
+                .expect("write"),
+        }
+    }
+}
+
+/// On a real filesystem: a chain of a hundred layers of which some have names.
+#[test]
+fn a_hundred_layers_become_one_and_then_a_base() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = Arc::new(OsDir::open(dir.path()).expect("opened"));
+    let store = Store::init_on(root, dir.path(), env(1)).expect("a store");
+    import(&store, 1500);
+    let mut rng = Rng(11);
+    let mut kept = BTreeMap::new();
+    let disk = open(&store, "d");
+    for n in 0..100 {
+        change(&*disk, &mut rng);
+        let name = format!("s{n}");
+        store
+            .snapshot_running(&disk, "d", &name, None)
+            .expect("snapshot");
+        if n % 10 == 3 {
+            kept.insert(format!("d@{name}"), read_all(&*disk).expect("read"));
+        }
+    }
+    change(&*disk, &mut rng);
+    let now = read_all(&*disk).expect("read");
+    let most: Vec<String> = (0..100)
+        .filter(|n| n % 10 != 3)
+        .map(|n| format!("d@s{n}"))
+        .collect();
+    let plan = store.plan_removal(&most, false).expect("plan");
+    assert_eq!((plan.names.len(), plan.frees), (90, 0));
+    store.remove(&plan).expect("remove");
+    disk.close().expect("close");
+    drop(disk);
+    assert_eq!(depth(&store, "d"), 101);
+    let same = |store: &Store| {
+        assert!(contents(store, "d") == now, "d");
+        for (name, held) in &kept {
+            assert!(contents(store, name) == *held, "{name}");
+        }
+    };
+    same(&store);
+    let given = store.gc(false).expect("gc");
+    assert!(given.reclaimed > 0 && !given.shrunk.is_empty(), "{given:?}");
+    same(&store);
+    sound(&store);
+    assert_eq!(squash(&store, "d", false), 100);
+    assert_eq!(depth(&store, "d"), 2);
+    same(&store);
+    sound(&store);
+    assert_eq!(depth(&store, "d@s3"), 4, "what has a name stays for it");
+    assert_eq!(squash(&store, "d@s93", true), 94);
+    same(&store);
+    sound(&store);
+    for name in ["d", "d@s93"] {
+        if name == "d" {
+            store.seal("d").expect("seal");
+        }
+        let flat = store.flatten(name, &Quiet).expect("flatten");
+        assert!(flat.base.is_some() && flat.digest.is_some());
+        store.collect_former(&flat.former).expect("collect");
+        same(&store);
+        sound(&store);
+    }
+    assert_eq!((depth(&store, "d"), depth(&store, "d@s93")), (2, 1));
+    // Once more changes nothing.
+    assert_eq!(store.flatten("d", &Quiet).expect("flatten").base, None);
+    for name in kept.keys().filter(|n| *n != "d@s93") {
+        remove(&store, name);
+    }
+    // The image is needed by nobody any more.
+    assert!(remove(&store, "image") > 1000 * B);
+    assert!(contents(&store, "d") == now);
+    assert!(contents(&store, "d@s93") == kept["d@s93"]);
+    let left = std::fs::read_dir(dir.path().join("bases"))
+        .expect("bases")
+        .count();
+    assert_eq!(left, 2, "one base each");
+    sound(&store);
+}
+
+/// Ends the work after so many bytes.
+struct After(AtomicU64);
+impl Progress for After {
+    fn update(&self, done: u64, _: u64) -> bool {
+        done < self.0.load(SeqCst)
+    }
+}
+
+#[test]
+fn an_interrupted_squash_changes_nothing_and_goes_on() {
+    let (_sim, store) = simulated(9000);
+    let disk = open(&store, "d");
+    for n in 0..3 {
+        disk.write(&data(n * 7 + 1, 3000 * B), n * 2000 * B)
+            .expect("write");
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .expect("snapshot");
+    }
+    let now = read_all(&*disk).expect("read");
+    let plan = store.plan_squash("d", false).expect("plan");
+    let (layers, bytes, top) = (plan.layers, plan.bytes, plan.top);
+    assert_eq!((layers, bytes), (3, 7000 * B));
+    let e = store
+        .squash(plan, &After(AtomicU64::new(bytes / 2)))
+        .expect_err("interrupted");
+    assert_eq!(e.kind(), Kind::Interrupted);
+    assert_eq!(depth(&store, "d"), 4);
+    assert!(read_all(&*disk).expect("read") == now);
+    let report = check(&store, None, &Quiet).expect("check");
+    assert!(report.corruptions.is_empty(), "{report:?}");
+    assert_eq!(report.leaks.len(), 1, "{report:?}");
+    // A block of what was copied is not what it should be: it is copied again.
+    let left = format!("layers/.tmp-{top}");
+    _sim.flip(&left, 1030 * B + 5, 4).expect("flip");
+    let plan = store.plan_squash("d", false).expect("plan");
+    let done = store.squash(plan, &Quiet).expect("squash");
+    // Of two pieces one was whole.
+    assert_eq!(done.copied, bytes - 2000 * B);
+    assert!(store.rechain(&disk).expect("rechain"));
+    store.collect_former(&done.former).expect("collect");
+    assert!(read_all(&*disk).expect("read") == now);
+    disk.close().expect("close");
+    drop(disk);
+    assert!(contents(&store, "d") == now);
+    sound(&store);
+    // One that nobody takes up is garbage.
+    let disk = open(&store, "d");
+    for n in 3..5 {
+        change(&*disk, &mut Rng(n));
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .expect("snapshot");
+    }
+    let plan = store.plan_squash("d", false).expect("plan");
+    let (id, name) = (plan.top, format!(".tmp-{}", plan.top));
+    store
+        .squash(plan, &After(AtomicU64::new(1)))
+        .expect_err("interrupted");
+    let gone = store.gc(false).expect("gc");
+    assert_eq!(gone.files, [format!("layers/{name}")], "{id}");
+    disk.close().expect("close");
+    drop(disk);
+    sound(&store);
+}
+
+/// Somebody else has the disk open: with the old files, until it is told.
+#[test]
+fn who_has_the_old_files_open_reads_on() {
+    let (sim, store) = simulated(200);
+    let disk = open(&store, "d");
+    let mut rng = Rng(3);
+    for n in 0..5 {
+        change(&*disk, &mut rng);
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .expect("snapshot");
+    }
+    let old = store.resolve("d@s1").expect("resolve");
+    let reader = store.open_cow(&old, false).expect("open");
+    let held = read_all(&*reader).expect("read");
+    let other = again(&sim, 2);
+    change(&*disk, &mut rng);
+    let now = read_all(&*disk).expect("read");
+    for n in 0..5 {
+        remove(&other, &format!("d@s{n}"));
+    }
+    let plan = other.plan_squash("d", false).expect("plan");
+    let done = other.squash(plan, &Quiet).expect("squash");
+    assert_eq!(other.collect_former(&done.former).expect("collect"), 0);
+    assert!(read_all(&*disk).expect("read") == now);
+    assert!(read_all(&*reader).expect("read") == held);
+    assert!(store.rechain(&disk).expect("rechain"));
+    assert!(!store.rechain(&disk).expect("rechain"), "once is enough");
+    assert_eq!(disk.chain().depth(), 1);
+    assert!(read_all(&*disk).expect("read") == now);
+    drop(reader);
+    assert!(other.collect_former(&done.former).expect("collect") > 0);
+    assert!(read_all(&*disk).expect("read") == now);
+    change(&*disk, &mut rng);
+    let now = read_all(&*disk).expect("read");
+    disk.close().expect("close");
+    drop(disk);
+    assert!(contents(&again(&sim, 3), "d") == now);
+    sound(&other);
+}
+
+#[test]
+fn a_snapshot_that_goes_gives_back_what_nobody_sees() {
+    let (sim, store) = simulated(2000);
+    let disk = open(&store, "d");
+    disk.write(&data(1, 1000 * B), 0).expect("write");
+    store
+        .snapshot_running(&disk, "d", "one", None)
+        .expect("snapshot");
+    disk.write(&data(2, 900 * B), 50 * B).expect("write");
+    // While a disk above is open its files are left alone.
+    assert_eq!(remove(&store, "d@one"), 0);
+    let now = read_all(&*disk).expect("read");
+    disk.close().expect("close");
+    drop(disk);
+    let used = sim.used();
+    let pretended = store.gc(true).expect("gc");
+    assert_eq!(pretended.reclaimed, 900 * B);
+    assert_eq!(sim.used(), used);
+    let given = store.gc(false).expect("gc");
+    assert_eq!((given.reclaimed, given.shrunk.len()), (900 * B, 1));
+    assert!(sim.used() + 890 * B < used, "{} of {used}", sim.used());
+    assert!(contents(&store, "d") == now);
+    sound(&store);
+    // Removed at rest it gives back at once; but not what a fork of it still sees.
+    store.snapshot("d", "two", None).expect("snapshot");
+    store
+        .create(&["f".to_string()], "d@two", None)
+        .expect("fork");
+    let disk = open(&store, "d");
+    disk.write(&data(3, 500 * B), 100 * B).expect("write");
+    disk.close().expect("close");
+    drop(disk);
+    let (d, f) = (contents(&store, "d"), contents(&store, "f"));
+    remove(&store, "d@two");
+    assert_eq!(store.gc(false).expect("gc").reclaimed, 0);
+    assert!(contents(&store, "f") == f);
+    let disk = open(&store, "f");
+    disk.discard(150 * B, 100 * B).expect("discard");
+    disk.close().expect("close");
+    drop(disk);
+    let f = contents(&store, "f");
+    assert_eq!(store.gc(false).expect("gc").reclaimed, 100 * B);
+    assert!(contents(&store, "d") == d && contents(&store, "f") == f);
+    sound(&store);
+    // Nobody takes the name for lost.
+    let steps = forkdisk::check::repair::plan(&store, &Quiet).expect("plan");
+    assert!(steps.is_empty(), "{steps:?}");
+    // A disk that keeps its history may want back what it hides.
+    let names = store.names_dir();
+    let mut record = read_name(&**names, "f").expect("a name");
+    record.extra.set("history", Some("1h".into()));
+    let (staged, file) = stage(&**names, "f", &record.encode("f")).expect("staged");
+    file.sync().expect("sync");
+    names.rename(&staged, "f").expect("rename");
+    let disk = open(&store, "f");
+    disk.discard(300 * B, 50 * B).expect("discard");
+    disk.close().expect("close");
+    drop(disk);
+    assert_eq!(store.gc(false).expect("gc").reclaimed, 0);
+}
+
+/// A name says what its layer's own blocks are: not any more when they are others.
+#[test]
+fn a_digest_goes_with_the_file_it_was_of() {
+    let (_sim, store) = simulated(40);
+    for n in 0..2 {
+        let disk = open(&store, "d");
+        disk.write(&data(n + 1, 3 * B), n * B).expect("write");
+        disk.close().expect("close");
+        drop(disk);
+        store.snapshot("d", &format!("s{n}"), None).expect("snap");
+    }
+    let names = store.names_dir();
+    for name in ["d@s0", "d@s1"] {
+        let mut record = read_name(&**names, name).expect("a name");
+        record.extra.set("digest", Some("sha256:0".into()));
+        record.extra.set("other", Some("kept".into()));
+        let (staged, file) = stage(&**names, name, &record.encode(name)).expect("staged");
+        file.sync().expect("sync");
+        names.rename(&staged, name).expect("rename");
+    }
+    assert_eq!(squash(&store, "d", false), 2);
+    let extra = |name: &str| read_name(&**names, name).expect("a name").extra;
+    assert_eq!(extra("d@s0").get("digest"), Some("sha256:0"));
+    assert_eq!(extra("d@s1").get("digest"), None);
+    assert_eq!(extra("d@s1").get("other"), Some("kept"));
+}
+
+/// A snapshot every minute, of which the last few are kept: the chain stays short for ever.
+#[test]
+fn snapshots_without_end() {
+    let (sim, store) = simulated(300);
+    let disk = open(&store, "d");
+    let mut rng = Rng(8);
+    let mut deepest = 0;
+    for n in 0..300u32 {
+        change(&*disk, &mut rng);
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .expect("snapshot");
+        if n >= 3 {
+            remove(&store, &format!("d@s{}", n - 3));
+        }
+        if let Some(plan) = store.idle_stretch("d", &disk, 16).expect("a look") {
+            let done = store.squash(plan, &Quiet).expect("squash");
+            assert!(store.rechain(&disk).expect("rechain"));
+            store.collect_former(&done.former).expect("collect");
+        }
+        deepest = deepest.max(disk.chain().depth());
+    }
+    assert!((10..=20).contains(&deepest), "{deepest}");
+    let layers = store.layers().expect("layers").sound;
+    assert!(layers.len() <= 21, "{}", layers.len());
+    let now = read_all(&*disk).expect("read");
+    disk.close().expect("close");
+    drop(disk);
+    assert!(contents(&again(&sim, 2), "d") == now);
+    sound(&store);
+}
+
+/// An image is where a squash ends, unless it is told not to.
+#[test]
+fn a_squash_ends_at_an_image() {
+    let (_sim, store) = simulated(60);
+    let snap = |disk: &str, name: &str, seed: u64| {
+        let open = open(&store, disk);
+        change(&*open, &mut Rng(seed));
+        open.close().expect("close");
+        drop(open);
+        store.snapshot(disk, name, None).expect("snapshot");
+    };
+    snap("d", "a", 1);
+    snap("d", "b", 2);
+    // What publishing a layer as an image does to its name.
+    let names = store.names_dir();
+    let mut record = read_name(&**names, "d@b").expect("a name");
+    record.kind = forkdisk::store::ObjectKind::Image;
+    let (staged, file) = stage(&**names, "golden", &record.encode("golden")).expect("staged");
+    file.sync().expect("sync");
+    names.rename(&staged, "golden").expect("rename");
+    store
+        .create(&["e".to_string()], "golden", None)
+        .expect("fork");
+    let e = contents(&store, "e");
+    assert_eq!(store.plan_squash("e", false).expect("plan").layers, 0);
+    snap("e", "a", 3);
+    snap("e", "b", 4);
+    let before = contents(&store, "e");
+    let plan = store.plan_squash("e", false).expect("plan");
+    assert_eq!((plan.layers, plan.depth, plan.depth_after), (2, 5, 4));
+    drop(plan);
+    assert_eq!(squash(&store, "e", false), 2);
+    let parent = store.resolve("e@b").expect("resolve").parent;
+    let golden = store.resolve("golden").expect("resolve").id;
+    assert_eq!(parent, Some(Below::Layer(golden)));
+    assert!(contents(&store, "e") == before);
+    // The image itself: its own layer and those below it.
+    assert_eq!(squash(&store, "golden", false), 2);
+    assert!(contents(&store, "golden") == e);
+    assert_eq!(squash(&store, "e", true), 2);
+    assert_eq!(depth(&store, "e"), 2);
+    assert!(contents(&store, "e") == before);
+    assert_eq!(store.plan_squash("image", false).expect("plan").layers, 0);
+    let image = store.resolve("image").expect("resolve");
+    let refused = store.plan_flatten(&image).expect_err("a base");
+    assert_eq!(refused.kind(), Kind::Invalid);
+    sound(&store);
+}
