@@ -151,7 +151,10 @@ impl Rename {
 
 /// Remove disks, snapshots and images
 #[derive(Args, Debug)]
-#[command(after_help = "Without -r nothing is removed that something else stands on.")]
+#[command(
+    after_help = "Without -r no disk or image is removed that something else stands on. A snapshot can always go: what others need of it\n\
+        stays, without a name."
+)]
 pub(crate) struct Rm {
     /// What to remove
     #[arg(value_name = "REF", required = true)]
@@ -183,6 +186,20 @@ impl Rm {
             .names
             .iter()
             .any(|object| !named.contains(&object.name));
+        // What others stand on stays open by them; but who attached it still uses the name.
+        if plan.names.iter().any(|o| o.kind == ObjectKind::Snapshot) {
+            let going = |a: &Attached| plan.names.iter().any(|o| o.name == a.name);
+            if let Some(a) = context
+                .attached(&store)
+                .unwrap_or_default()
+                .iter()
+                .find(|a| going(a))
+            {
+                return Err(Error::new(Kind::Busy, format!("{} is attached", a.name))
+                    .hint(format!("`forkdisk detach {}` first", a.name))
+                    .into());
+            }
+        }
         if !context.dry_run {
             if more {
                 let number = counted(plan.names.len(), "object");

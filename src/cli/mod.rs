@@ -15,6 +15,7 @@ mod context;
 mod daemon;
 mod disk;
 mod image;
+mod layers;
 mod list;
 mod look;
 mod names;
@@ -144,6 +145,8 @@ enum Command {
     Snapshot(snapshot::Snapshot),
     Rollback(rollback::Rollback),
     Resize(resize::Resize),
+    Squash(layers::Squash),
+    Flatten(layers::Flatten),
     Rename(disk::Rename),
     Rm(disk::Rm),
     Trim(trim::Trim),
@@ -251,6 +254,8 @@ fn run(cli: Cli) -> ExitCode {
         Command::Snapshot(c) => c.run(&context),
         Command::Rollback(c) => c.run(&context),
         Command::Resize(c) => c.run(&context),
+        Command::Squash(c) => c.run(&context),
+        Command::Flatten(c) => c.run(&context),
         Command::Rename(c) => c.run(&context),
         Command::Rm(c) => c.run(&context),
         Command::Trim(c) => c.run(&context),

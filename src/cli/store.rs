@@ -115,7 +115,7 @@ impl Doctor {
     }
 }
 
-/// Remove what no name needs: layers without names and children, and half-made files
+/// Remove what no name needs: layers without names and children, blocks that nobody sees, and half-made files
 #[derive(Args, Debug)]
 pub(crate) struct Gc {}
 
@@ -148,6 +148,8 @@ impl Gc {
                 "dry_run": context.dry_run,
                 "layers": layers,
                 "files": report.files,
+                "shrunk": report.shrunk.iter().map(|id| id.to_string()).collect::<Vec<_>>(),
+                "reclaimed": report.reclaimed,
                 "bytes": report.bytes,
             }));
         }
@@ -158,10 +160,20 @@ impl Gc {
             .map(|(n, word)| counted(*n, word))
             .collect();
         let freed = ui.size(report.bytes);
+        let hidden = match report.shrunk.len() {
+            0 => String::new(),
+            n => format!(
+                " ({} of blocks that nobody sees, in {})",
+                ui.size(report.reclaimed),
+                counted(n, "layer")
+            ),
+        };
         let summary = match (parts.is_empty(), context.dry_run) {
-            (true, _) => "there is no garbage".to_string(),
-            (false, true) => format!("would remove {}, {freed}", parts.join(" and ")),
-            (false, false) => format!("removed {}, {freed}", parts.join(" and ")),
+            (true, _) if report.shrunk.is_empty() => "there is no garbage".to_string(),
+            (true, true) => format!("would free {freed}{hidden}"),
+            (true, false) => format!("freed {freed}{hidden}"),
+            (false, true) => format!("would remove {}, {freed}{hidden}", parts.join(" and ")),
+            (false, false) => format!("removed {}, {freed}{hidden}", parts.join(" and ")),
         };
         if context.dry_run {
             let mut text = String::new();
@@ -170,6 +182,9 @@ impl Gc {
             }
             for file in &report.files {
                 text.push_str(&format!("file {file}\n"));
+            }
+            for id in &report.shrunk {
+                text.push_str(&format!("blocks of layer {id}\n"));
             }
             ui.data(text)?;
         }

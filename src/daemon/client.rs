@@ -201,7 +201,7 @@ impl Client {
             wanted.word()
         )))
     }
-    fn ask(&mut self, request: Value) -> Result<Value> {
+    pub(super) fn ask(&mut self, request: Value) -> Result<Value> {
         match self.try_ask(&request)? {
             Some(answer) => success(answer),
             None => Err(

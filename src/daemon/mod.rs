@@ -16,6 +16,7 @@ mod entry;
 pub mod files;
 mod handover;
 mod keeper;
+mod layers;
 mod log;
 mod metrics;
 pub mod protocol;

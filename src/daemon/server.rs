@@ -12,7 +12,7 @@ use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, failure, flag, number, receive, send, text};
-use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, log, place_of};
+use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, layers, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
@@ -222,6 +222,10 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
     if before > 0 {
         let server = server.clone();
         spawn("inherited", Box::new(move || server.settle_inherited()))?;
+    }
+    if layers::wanted() {
+        let server = server.clone();
+        spawn("layers", Box::new(move || layers::look_after(&server)))?;
     }
     match housekeep(&server, &ended) {
         End::Stop => {

@@ -143,7 +143,6 @@ fn what_others_stand_on_is_not_removed() {
     for name in ["a", "b", "a@one"] {
         assert!(told.contains(name), "{told}");
     }
-    w.fails(11, &["rm", "a@one"]);
     w.fails(11, &["rm", "a"]);
     w.fails(12, &["rm", "nothing"]);
     w.fails(12, &["rm", "b", "nothing"]);

@@ -16,6 +16,7 @@ mod files;
 mod flow;
 mod full;
 mod import;
+mod layers;
 mod live;
 mod memory;
 mod names;

@@ -1,0 +1,178 @@
+//! The layers below attached disks: files of theirs that were replaced, and stretches that can be joined while nobody waits.
+//!
+//! Policy of the joining: when [`STRETCH`] or more neighbouring layers have no name and one child each, nobody can ever need one of them alone, and
+//! they become one: in the background, at most [`RATE`] bytes a second, and given up when the disk is detached or the server leaves. What has a
+//! name is never touched. `FORKDISK_AUTO_SQUASH=0` in the daemon's environment switches it off.
+
+use super::client::Client;
+use super::protocol::{number, object, object_json, text};
+use super::server::Server;
+use crate::disk::CowDisk;
+use crate::error::{Kind, Result};
+use crate::store::{Object, Progress};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+/// So many layers are worth joining.
+const STRETCH: usize = 16;
+/// Bytes copied in a second at most.
+const RATE: u64 = 64 << 20;
+/// How often chains are looked at.
+const PAUSE: Duration = Duration::from_secs(2);
+/// How long a chain in which nothing was found is left alone at most; at first it is [`PAUSE`].
+const LONGEST: Duration = Duration::from_secs(300);
+
+/// May the daemon join layers by itself?
+pub(super) fn wanted() -> bool {
+    std::env::var_os("FORKDISK_AUTO_SQUASH").is_none_or(|v| v != "0")
+}
+
+impl Server {
+    fn disks(&self) -> Vec<(String, Arc<CowDisk>)> {
+        let table = self.table.lock();
+        let open = table
+            .iter()
+            .filter_map(|(name, entry)| Some((name.clone(), entry.disk.clone()?)));
+        open.collect()
+    }
+    /// Lets every attached disk read through the files that its layers have now; returns how many had others. One that cannot goes on with those
+    /// it has open.
+    pub(super) fn rechain(&self) -> u64 {
+        let mut changed = 0;
+        for (name, disk) in self.disks() {
+            match self.store.rechain(&disk) {
+                Ok(true) => changed += 1,
+                Ok(false) => {}
+                Err(e) => tracing::warn!(disk = name, "goes on with the files it has open: {e}"),
+            }
+        }
+        changed
+    }
+    /// What `rechain` and `seal` answer.
+    pub(super) fn answer_on_layers(&self, request: &Value) -> Result<Value> {
+        if text(request, "op")? == "rechain" {
+            return Ok(json!({"changed": self.rechain()}));
+        }
+        let disk = text(request, "disk")?;
+        let running = self.running(disk)?;
+        let object = self.store.seal_open(&running, disk)?;
+        self.refresh(disk);
+        Ok(json!({"object": object_json(&object)}))
+    }
+    /// Joins what nobody needs one by one below an attached disk; says whether there was anything.
+    fn join_idle(&self, name: &str, disk: &CowDisk) -> Result<bool> {
+        let Some(squash) = self.store.idle_stretch(name, disk, STRETCH)? else {
+            return Ok(false);
+        };
+        let (layers, top, members) = (squash.layers, squash.top, squash.members());
+        let gently = Gently {
+            server: self,
+            name,
+            began: Instant::now(),
+        };
+        let done = self.store.squash(squash, &gently).inspect_err(|e| {
+            if e.kind() == Kind::Interrupted {
+                self.store.drop_replacement(top);
+            }
+            // Whoever made garbage of them could not remove what was open here.
+            if let Err(e) = self.store.collect_former(&members) {
+                tracing::debug!(disk = name, "{e}");
+            }
+        })?;
+        self.rechain();
+        let freed = self.store.collect_former(&done.former)?;
+        tracing::info!(
+            disk = name,
+            layers,
+            copied = done.copied,
+            freed,
+            "layers without names were joined"
+        );
+        Ok(true)
+    }
+}
+
+/// Keeps to the rate, and ends the work when it is not wanted any more.
+struct Gently<'a> {
+    server: &'a Server,
+    name: &'a str,
+    began: Instant,
+}
+
+impl Progress for Gently<'_> {
+    fn update(&self, done: u64, _: u64) -> bool {
+        let due = Duration::from_secs_f64(done as f64 / RATE as f64);
+        loop {
+            let attached = self.server.table.lock().contains_key(self.name);
+            if self.server.leaving.load(SeqCst) || !attached {
+                return false;
+            }
+            let left = due.saturating_sub(self.began.elapsed());
+            if left.is_zero() {
+                return true;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(50)));
+        }
+    }
+}
+
+/// When a chain is looked at again.
+struct Look {
+    depth: usize,
+    at: Instant,
+    wait: Duration,
+}
+
+/// Looks after the chains of attached disks, as long as the server lives.
+pub(super) fn look_after(server: &Server) {
+    // Of this thread alone. Without it the rest goes on as well.
+    let _ = rustix::process::setpriority_process(None, 19);
+    let mut looks: BTreeMap<String, Look> = BTreeMap::new();
+    loop {
+        std::thread::sleep(PAUSE);
+        let disks = server.disks();
+        looks.retain(|name, _| disks.iter().any(|(n, _)| n == name));
+        for (name, disk) in disks {
+            let depth = disk.chain().depth();
+            if depth < STRETCH || server.leaving.load(SeqCst) {
+                continue;
+            }
+            let now = Instant::now();
+            let look = looks.entry(name.clone()).or_insert(Look {
+                depth: 0,
+                at: now,
+                wait: PAUSE,
+            });
+            if look.depth != depth {
+                (look.depth, look.at, look.wait) = (depth, now, PAUSE);
+            }
+            if now < look.at {
+                continue;
+            }
+            match server.join_idle(&name, &disk) {
+                Ok(true) => {}
+                Ok(false) => look.wait = (look.wait * 2).min(LONGEST),
+                Err(e) => {
+                    tracing::info!(disk = name, "layers were not joined: {e}");
+                    look.wait = LONGEST;
+                }
+            }
+            look.at = Instant::now() + look.wait;
+        }
+    }
+}
+
+impl Client {
+    /// Tells the daemon that files of layers were replaced; how many attached disks had others open.
+    pub fn rechain(&mut self) -> Result<u64> {
+        number(&self.ask_again(json!({"op": "rechain"}))?, "changed")
+    }
+    /// Seals the layer of an attached disk, if it holds anything or stands on a base.
+    pub fn seal(&mut self, disk: &str) -> Result<Object> {
+        let answer = self.ask(json!({"op": "seal", "disk": disk}))?;
+        object(&answer["object"])
+    }
+}

@@ -1,0 +1,232 @@
+//! Layers under disks in use: joined, flattened, removed in the middle, while a filesystem on them is written to.
+
+use crate::rig::*;
+use std::{fs, process::Command, thread, time::Duration};
+
+/// Writes a file after the other until it is ended.
+fn busy(w: &World, dir: &std::path::Path) -> i32 {
+    let script = "n=0; while :; do head -c 20000 /dev/urandom >busy.$((n % 20)); sync busy.$((n % 20)); n=$((n + 1)); sleep 0.02; done";
+    let mut command = Command::new("bash");
+    command.args(["-c", script]).current_dir(dir);
+    w.child(command)
+}
+
+fn clean(device: &str) {
+    tool("fsck", ["-n", "-f", device]);
+}
+
+#[test]
+fn squash_and_flatten_under_a_busy_filesystem() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    busy(&w, &m);
+    let keep = m.join("keep");
+    fs::create_dir(&keep).unwrap();
+    for n in 0..8 {
+        fs::write(keep.join(format!("f{n}")), noise(n, 300_000)).unwrap();
+        tool("sync", ["-f", s(&keep)]);
+        w.ok(["snapshot", &format!("d@s{n}")]);
+    }
+    let files = tree_digest(&keep);
+    let same = |what: &str| {
+        shell("echo 1 >/proc/sys/vm/drop_caches");
+        assert_eq!(tree_digest(&keep), files, "{what}");
+    };
+    for n in 0..7 {
+        w.ok(["rm", &format!("d@s{n}")]);
+    }
+    assert_eq!(w.json(["info", "d"])["depth"], 9);
+    let pretended = w.json(["squash", "d", "-n"]);
+    assert_eq!(
+        (&pretended["layers"], &pretended["dry_run"]),
+        (&8.into(), &true.into())
+    );
+    let done = w.json(["squash", "d"]);
+    assert_eq!(
+        (&done["depth_before"], &done["depth_after"]),
+        (&9.into(), &2.into())
+    );
+    assert_eq!(done["bytes"], done["copied"]);
+    assert!(done["freed"].as_u64().unwrap() > 0, "{done}");
+    assert_eq!(w.json(["info", "d"])["depth"], 2);
+    assert_eq!(w.json(["squash", "d"])["copied"], serde_json::Value::Null);
+    same("squashed");
+    // A successor opens what the names mean now.
+    kill_and_wait(w.pid("server_pid"));
+    same("squashed, and another server");
+    let flat = w.json(["flatten", "d"]);
+    assert_eq!(flat["depth_after"], 2);
+    assert!(
+        flat["base_id"].is_string() && flat["digest"].is_string(),
+        "{flat}"
+    );
+    same("flattened");
+    // The snapshot still needs the image.
+    w.fails_here(11, &["rm", "base"]);
+    w.ok(["rm", "d@s7"]);
+    w.ok(["rm", "base"]);
+    same("without the image");
+    assert_eq!(w.names(), ["d"]);
+    w.end_children();
+    w.ok(["detach", "d"]);
+    let device = w.ok(["attach", "d"]);
+    clean(&device);
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
+/// The daemon's own work: nobody asks for it.
+#[test]
+fn chains_stay_short_by_themselves() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    for n in 0..24 {
+        fs::write(m.join(format!("f{n}")), noise(n, 20_000)).unwrap();
+        w.ok(["snapshot", &format!("d@s{n}")]);
+        if n > 0 {
+            w.ok(["rm", &format!("d@s{}", n - 1)]);
+        }
+    }
+    let depth = || w.json(["info", "d"])["depth"].as_u64().unwrap();
+    eventually("the chain is short", || depth() <= 12);
+    for n in 0..24 {
+        let found = fs::read(m.join(format!("f{n}"))).unwrap();
+        assert!(found == noise(n, 20_000), "f{n}");
+    }
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
+/// Where the host's filesystem can share blocks, a squash moves none.
+#[test]
+fn on_xfs_blocks_are_shared() {
+    if !root() {
+        return;
+    }
+    let w = World::at("host/store");
+    let host = w.mkdir("host");
+    let disk = w.sparse("host.img", 400 << 20);
+    tool("mkfs.xfs", ["-q", "-m", "reflink=1", s(&disk)]);
+    tool("mount", ["-o", "loop", s(&disk), s(&host)]);
+    let used = || {
+        tool("sync", ["-f", s(&host)]);
+        let stat = rustix::fs::statvfs(&host).unwrap();
+        (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    };
+    w.import_ext4("base", 128);
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    for n in 0..3u64 {
+        let data = w.file("data", &noise(n, 20 << 20));
+        tool(
+            "dd",
+            [
+                &format!("if={}", s(&data)),
+                &format!("of={device}"),
+                "bs=1M",
+                &format!("seek={}", n * 10),
+                "oflag=direct",
+                "conv=fsync,notrunc",
+                "status=none",
+            ],
+        );
+        w.ok(["snapshot", &format!("d@s{n}")]);
+    }
+    let held = read_direct(device.as_ref(), 0, 64 << 20);
+    let before = used();
+    let done = w.json(["squash", "d"]);
+    assert_eq!(done["layers"], 3);
+    // The snapshots keep their layers, and yet the 40 MiB are not there twice.
+    let more = used().saturating_sub(before);
+    assert!(more < 10 << 20, "{more} bytes more");
+    shell("echo 1 >/proc/sys/vm/drop_caches");
+    assert!(read_direct(device.as_ref(), 0, 64 << 20) == held);
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
+/// Too little room is told before anything is written; an interrupt changes nothing, and what was copied is not copied again.
+#[test]
+fn no_room_and_interrupts() {
+    if !root() {
+        return;
+    }
+    let w = World::at("host/store");
+    let host = w.mkdir("host");
+    let disk = w.sparse("host.img", 220 << 20);
+    tool("mkfs.ext4", ["-qF", s(&disk)]);
+    tool("mount", ["-o", "loop", s(&disk), s(&host)]);
+    w.import_ext4("base", 100);
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    for n in 0..2u64 {
+        let data = w.file("data", &noise(n, 30 << 20));
+        tool(
+            "dd",
+            [
+                &format!("if={}", s(&data)),
+                &format!("of={device}"),
+                "bs=1M",
+                &format!("seek={}", n * 30),
+                "oflag=direct",
+                "conv=fsync,notrunc",
+                "status=none",
+            ],
+        );
+        w.ok(["snapshot", &format!("d@s{n}")]);
+    }
+    w.ok(["detach", "d"]);
+    let ballast = host.join("ballast");
+    tool("fallocate", ["-l", "110M", s(&ballast)]);
+    for command in ["squash", "flatten"] {
+        let told = w.fails(14, &[command, "d"]);
+        assert!(told.contains("needs up to"), "{told}");
+    }
+    fs::remove_file(&ballast).unwrap();
+    // Interrupted as soon as it has something.
+    let mut command = w.command(["squash", "d"]);
+    let child = command.spawn().unwrap();
+    let begun = || {
+        fs::read_dir(w.store.join("layers"))
+            .unwrap()
+            .flatten()
+            .any(|e| {
+                e.file_name().to_string_lossy().starts_with(".tmp-")
+                    && e.metadata().is_ok_and(|m| m.len() > 8 << 20)
+            })
+    };
+    while !begun() && w.json(["info", "d"])["depth"] == 3 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let pid = w.processes().into_iter().find(|p| {
+        fs::read_to_string(format!("/proc/{p}/cmdline")).is_ok_and(|c| c.contains("squash"))
+    });
+    if let Some(pid) = pid {
+        kill(pid, "INT");
+    }
+    let code = child.wait_with_output().unwrap().status.code();
+    // It may have been quicker.
+    assert!(matches!(code, Some(0 | 130)), "{code:?}");
+    let done = w.json(["squash", "d"]);
+    assert_eq!(w.json(["info", "d"])["depth"], 2);
+    if code == Some(130) {
+        assert!(done["copied"].as_u64() < done["bytes"].as_u64(), "{done}");
+    }
+    let device = w.ok(["attach", "d"]);
+    for n in 0..2u64 {
+        let at = (n * 30) << 20;
+        assert!(read_direct(device.as_ref(), at, 30 << 20) == noise(n, 30 << 20));
+    }
+    w.ok(["detach", "d"]);
+    w.finish();
+}
