@@ -36,7 +36,7 @@ impl Store {
                 match read_header(&*file).and_then(|header| prune::unlabel(&*file, &header)) {
                     Ok(()) => left.push(id),
                     // The name is gone all the same.
-                    Err(e) => tracing::debug!(layer = %id, "its label stays: {e}"),
+                    Err(e) => left_alone(id, e)?,
                 }
             }
         }
@@ -45,7 +45,7 @@ impl Store {
         }
         for id in left {
             if let Err(e) = self.reclaim(graph, id, false) {
-                tracing::debug!(layer = %id, "nothing is reclaimed: {e}");
+                left_alone(id, e)?;
             }
         }
         Ok(())
@@ -81,9 +81,7 @@ impl Store {
                     bytes += n;
                     shrunk.push(id);
                 }
-                Err(e) if e.of_resources() => return Err(e),
-                // Of damage `check` tells; on a full disk there is no room for another map.
-                Err(e) => tracing::debug!(layer = %id, "nothing is reclaimed: {e}"),
+                Err(e) => left_alone(id, e)?,
             }
         }
         Ok((bytes, shrunk))
@@ -176,4 +174,14 @@ impl Store {
             Ok(file) => Ok(file.lock(false).is_err_and(|e| e.kind() == Kind::Busy)),
         }
     }
+}
+
+/// A layer stays as it is, for a reason that is none to give up the rest: of damage `check` tells, and a full disk has no room for another
+/// map.
+fn left_alone(id: Id, e: Error) -> Result<()> {
+    if e.of_resources() || !matches!(e.kind(), Kind::Corrupt | Kind::NoSpace | Kind::Busy) {
+        return Err(e.context("not all space could be reclaimed").layer(id));
+    }
+    tracing::debug!(layer = %id, "nothing is reclaimed: {e}");
+    Ok(())
 }

@@ -221,7 +221,7 @@ impl Store {
     }
     /// Free bytes of the host filesystem for this user, where that can be known.
     pub(super) fn host_free(&self) -> Option<u64> {
-        let found = rustix::fs::statvfs(&self.path.join("layers")).ok()?;
+        let found = rustix::fs::statvfs(self.path.join("layers")).ok()?;
         let blocks = match rustix::process::geteuid().is_root() {
             true => found.f_bfree,
             false => found.f_bavail,
