@@ -3,8 +3,9 @@
 
 mod common;
 use common::{Rng, World, compare, noise, raw_file, side};
-use forkdisk::disk::Disk;
+use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::io::count::Counts;
+use forkdisk::store::history::Limits;
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -131,4 +132,47 @@ fn main() {
         ],
     );
     disk.close().expect("closed");
+
+    // Both overwrite; one of them keeps what it replaces.
+    let past = {
+        let mut world = world.borrow_mut();
+        drop(world.fork("base"));
+        let name = world.last();
+        let limits = Limits {
+            window: None,
+            bytes: Some(1 << 30),
+        };
+        world
+            .store
+            .set_history(std::slice::from_ref(&name), Some(limits))
+            .expect("noted");
+        let object = world.store.resolve(&name).expect("there");
+        world.store.open_cow(&object, true).expect("opened")
+    };
+    let disk = world.borrow_mut().fork("base");
+    for at in &again {
+        for disk in [&disk, &past] {
+            disk.write(&data, *at).expect("written");
+            disk.flush().expect("flushed");
+        }
+    }
+    let overwrite = |disk: &CowDisk| {
+        timed(|| {
+            for at in &again {
+                disk.write(&data, *at).expect("written");
+                disk.flush().expect("flushed");
+            }
+        })
+    };
+    compare(
+        "write 4 KiB and flush, overwritten, with and without a history",
+        11,
+        OPS as u64,
+        &mut [
+            side("without", || overwrite(&disk)),
+            side("with", || overwrite(&past)),
+        ],
+    );
+    disk.close().expect("closed");
+    past.close().expect("closed");
 }

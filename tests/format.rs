@@ -5,6 +5,7 @@ use forkdisk::error::Kind;
 use forkdisk::format::text::{MAX_RECORD, Record};
 use forkdisk::format::*;
 use forkdisk::io::{Access, Dir, EntryKind, sim::SimDisk};
+use forkdisk::store::history::Limits;
 use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::{BLOCK, BLOCK_SIZE, Id, Lba, MAX_DISK, MIN_DISK, REGION_BLOCKS, Slot};
 use proptest::prelude::*;
@@ -108,13 +109,22 @@ fn magic_strings_and_meanings() {
     for (title, magic) in [
         ("Sums header", SUMS_MAGIC),
         ("Header", HEADER_MAGIC),
-        ("Superblock", SUPER_MAGIC),
         ("Run header", RUN_MAGIC),
-        ("Commit record", COMMIT_MAGIC),
+        ("History segment", SEGMENT_MAGIC),
     ] {
         let magic = std::str::from_utf8(&magic).expect("ASCII");
         assert_eq!(meaning(title, "magic"), format!("`{magic}`"), "{title}");
     }
+    for (title, magic, with_history) in [
+        ("Superblock", SUPER_MAGIC, SUPER_HISTORY_MAGIC),
+        ("Commit record", COMMIT_MAGIC, COMMIT_HISTORY_MAGIC),
+    ] {
+        let text = |magic| String::from_utf8(Vec::from(magic)).expect("ASCII");
+        let (magic, other): (String, String) = (text(magic), text(with_history));
+        let expected = format!("`{magic}`; `{other}` where the layer keeps its history");
+        assert_eq!(meaning(title, "magic"), expected, "{title}");
+    }
+    assert!(meaning("Commit record", "undo").contains(&format!("`0x{NO_UNDO:08X}`")));
     assert_eq!(
         meaning("Superblock", "state"),
         format!(
@@ -236,6 +246,7 @@ fn limits_are_those_of_the_code() {
                 assert!(commit_slots(MAX_DIRTY) <= JOURNAL_SLOTS);
             }
             "runs in a layer" => assert_eq!(number(value), MAX_RUNS as u64),
+            "history segments" => assert_eq!(number(value), MAX_SEGMENTS as u64),
             "free extents kept" => assert_eq!(number(value), MAX_FREE_EXTENTS as u64),
             "name" => {
                 assert_eq!(number(value), MAX_NAME as u64);
@@ -249,7 +260,7 @@ fn limits_are_those_of_the_code() {
             other => panic!("the limit `{other}` is not checked by this test"),
         }
     }
-    assert_eq!(seen.len(), 8, "a limit is missing: {seen:?}");
+    assert_eq!(seen.len(), 9, "a limit is missing: {seen:?}");
 }
 
 /// The keys of the text records, as written by the store.
@@ -289,6 +300,13 @@ fn keys_of_the_records() {
         .snapshot("disk", "s", Some("why"))
         .expect("a snapshot");
     store.rename("disk@s", "disk@t").expect("a new name");
+    let history = Limits {
+        window: Some(600),
+        bytes: None,
+    };
+    store
+        .set_history(&["disk".to_string()], Some(history))
+        .expect("a history");
     let disk = store.resolve("disk").expect("a disk");
     drop(store.open_disk(&disk, true).expect("open"));
     struct Stop;
@@ -636,6 +654,65 @@ proptest! {
         let overlap = refused(&|e| { e.truncate(1); e.insert(0, zero(0, u32::MAX)) });
         prop_assert!(overlap);
         prop_assert!(refused(&|e| e[0].slot = U32::new(DATA_START - 1)));
+    }
+
+    #[test]
+    fn what_commits_replaced(layer in any_id(), first in 1u64..1 << 61, time: u64, counts in prop::collection::vec(0usize..30, 1..6), previous in (0u32..9, 0u32..9), flip in 1u8..) {
+        let undo = |n: usize| -> Vec<CommitEntry> {
+            let of = |i: usize| match i % 3 {
+                0 => CommitEntry::new(Lba(i as u32 * 10), 1, Pointer::Data { slot: Slot(DATA_START + i as u32), sum: 7 }),
+                1 => CommitEntry::new(Lba(i as u32 * 10), 10, Pointer::Zero),
+                _ => CommitEntry::new(Lba(i as u32 * 10), 3, Pointer::Absent),
+            };
+            (0..n).map(of).collect()
+        };
+        let steps: Vec<Step> = counts.iter().enumerate().map(|(i, &n)| Step {
+            sequence: first + i as u64,
+            time: time.wrapping_add(i as u64),
+            undo: undo(n),
+        }).collect();
+        // In the journal.
+        let entries = [CommitEntry::new(Lba(3), 1, Pointer::Zero)];
+        let mut bytes = Vec::new();
+        for undo in [Some(&steps[0].undo[..]), None] {
+            encode_commit_with_undo(&layer, (first, 5), time, &entries, undo, &mut bytes);
+            let record = decode_record(&bytes, &layer).expect("its own bytes");
+            prop_assert_eq!((record.header.sequence.get(), record.header.time.get()), (first, time));
+            prop_assert_eq!(record.entries.as_bytes(), entries.as_bytes());
+            prop_assert_eq!(record.undo.map(IntoBytes::as_bytes), undo.map(IntoBytes::as_bytes));
+            for at in 0..64 + (1 + undo.map_or(0, <[_]>::len)) * 12 {
+                bytes[at] ^= flip;
+                prop_assert!(decode_record(&bytes, &layer).is_none(), "byte {} ^ {}", at, flip);
+                bytes[at] ^= flip;
+            }
+        }
+        // In a segment.
+        let mut bytes = SegmentHeader::encode(&layer, &steps, previous);
+        let slots = SegmentHeader::slots_of(&steps);
+        prop_assert_eq!(bytes.len(), slots as usize * BLOCK_SIZE);
+        let header = SegmentHeader::decode(&bytes, &layer, slots).expect("its own bytes");
+        prop_assert_eq!((header.first.get(), header.last.get()), (first, first + steps.len() as u64 - 1));
+        prop_assert_eq!((header.previous.get(), header.previous_slots.get()), previous);
+        let back = header.steps(&bytes).expect("its own bytes");
+        prop_assert_eq!(back.len(), steps.len());
+        for (a, b) in back.iter().zip(&steps) {
+            prop_assert_eq!((a.sequence, a.time, a.undo.as_bytes()), (b.sequence, b.time, b.undo.as_bytes()));
+        }
+        let used = size_of::<SegmentHeader>() + header.len.get() as usize;
+        for at in 0..used {
+            bytes[at] ^= flip;
+            let found = SegmentHeader::decode(&bytes, &layer, slots).and_then(|h| h.steps(&bytes));
+            prop_assert!(found.is_none(), "byte {} ^ {}", at, flip);
+            bytes[at] ^= flip;
+        }
+        prop_assert!(SegmentHeader::decode(&bytes, &Id([1; 16]), slots).is_none() || layer == Id([1; 16]));
+        prop_assert!(header.steps(&bytes[..used - 1]).is_none() || header.len.get() == 0);
+        // A right CRC over what no writer writes.
+        let mut gap = steps.clone();
+        gap[0].sequence += 7;
+        let bytes = SegmentHeader::encode(&layer, &gap, previous);
+        let found = SegmentHeader::decode(&bytes, &layer, slots).and_then(|h| h.steps(&bytes));
+        prop_assert!(found.is_none() || steps.len() == 1);
     }
 
     #[test]

@@ -81,6 +81,7 @@ impl Check<'_> {
                 }
             }
         }
+        self.history(id, file, &sb, &mut used)?;
         let replay = if writable {
             Some(recover::replay(file, &sb, &runs)?)
         } else {

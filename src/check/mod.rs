@@ -5,6 +5,7 @@
 //! `check` and `scrub` change nothing (but that `scrub` adds the checksums of a base that has none).
 
 mod inside;
+mod past;
 pub mod repair;
 pub mod scrub;
 mod seen;

@@ -140,7 +140,7 @@ impl Pace {
     }
 }
 
-struct Scrub<'a> {
+pub(super) struct Scrub<'a> {
     check: Check<'a>,
     progress: &'a dyn Progress,
     pace: Pace,
@@ -296,7 +296,14 @@ impl Scrub<'_> {
                     .layers_dir()
                     .open(&layer_file(id), Access::Read)
                     .and_then(|file| recover::superblock(&*file, &header));
-                found.map_or(0, |f| f.superblock.data_blocks.get().saturating_mul(BLOCK))
+                found.map_or(0, |f| {
+                    let s = f.superblock;
+                    let held = s.history_blocks.get();
+                    s.data_blocks
+                        .get()
+                        .saturating_add(held)
+                        .saturating_mul(BLOCK)
+                })
             }
             Below::Base(id) => {
                 let ranges = store
@@ -355,10 +362,21 @@ impl Scrub<'_> {
         Error::new(Kind::Interrupted, what).hint(hint)
     }
     fn failed(&mut self, below: Below, e: &Error) {
-        self.check.failed(below, e);
+        self.told(|check| check.failed(below, e));
+    }
+    /// What `f` finds is told.
+    pub(super) fn told(&mut self, f: impl FnOnce(&mut Check<'_>)) {
+        f(&mut self.check);
         self.report
             .corruptions
             .append(&mut self.check.report.corruptions);
+    }
+    /// So many bytes were read that do not count as a place to go on from.
+    pub(super) fn read(&mut self, bytes: u64) -> Result<()> {
+        self.step(bytes, None)
+    }
+    pub(super) fn store(&self) -> &Store {
+        self.check.store
     }
     /// Tells of blocks that do not match, neighbours together.
     fn tell(&mut self, below: Below, mut bad: Vec<Bad>, file: &str) {
@@ -498,6 +516,9 @@ impl Scrub<'_> {
         }
         let at = keep.then_some(u64::from(next.0));
         self.data(id, &layer, &mut batch, &mut bad, sealed, at)?;
+        if layer.has_history() {
+            self.history(id, &layer)?;
+        }
         self.tell(below, bad, &format!("layers/{}", layer_file(id)));
         Ok(())
     }

@@ -4,14 +4,16 @@ use crate::{
     cli::{
         Outcome,
         context::Context,
+        history::{HistoryArg, TimeArg},
         names::Names,
         render::{json::ObjectDoc, size::SizeArg},
         resize::QuotaArgs,
         store::counted,
     },
     daemon::{Attached, Client},
-    error::{Error, Kind},
-    store::{Object, ObjectKind, RemovePlan},
+    error::{Error, Kind, Result},
+    store::{Object, ObjectKind, RemovePlan, Store},
+    sys::signals,
 };
 use clap::Args;
 use serde::Serialize;
@@ -38,6 +40,17 @@ pub(crate) struct Create {
     count: Option<u32>,
     #[command(flatten)]
     quota: QuotaArgs,
+    /// Keep its last flush points: so long, so many bytes, or both (10m, 2G, 10m,2G)
+    #[arg(long, value_name = "LENGTH")]
+    history: Option<HistoryArg>,
+    /// As REF, a disk with a history, was then: -90s, -2h, 2026-11-27T23:10:00Z, seconds since 1970, or #N
+    #[arg(
+        long,
+        value_name = "TIME",
+        allow_hyphen_values = true,
+        conflicts_with = "count"
+    )]
+    at: Option<TimeArg>,
 }
 
 #[derive(Serialize)]
@@ -79,12 +92,18 @@ impl Create {
             });
         }
         let made = match from.kind {
+            _ if self.at.is_some() => self.past(context, &store, &from, size)?,
             ObjectKind::Disk => match context.daemon_of(&store, &from.name)? {
                 Some((mut daemon, _)) => daemon.create(&names, &from.name, size, &quota)?,
                 None => store.create_with(&names, &from.name, size, &settings)?,
             },
             _ => store.create_with(&names, &self.from, size, &settings)?,
         };
+        if let Some(HistoryArg(Some(limits))) = self.history {
+            store
+                .set_history(&names, Some(limits))
+                .map_err(|e| e.context(format!("created {what}, but without a history")))?;
+        }
         if ui.json {
             // The layer of a disk was sealed for it, and the disk's name went on to another.
             let known = match from.kind {
@@ -101,6 +120,26 @@ impl Create {
         }
         ui.talk(format_args!("created {what} from {}", from.name));
         Ok(())
+    }
+}
+
+impl Create {
+    /// A fork of what the disk `from` was.
+    fn past(
+        &self,
+        context: &Context,
+        store: &Store,
+        from: &Object,
+        size: Option<u64>,
+    ) -> Result<Vec<Object>> {
+        let Some(at) = self.at else {
+            return Ok(Vec::new());
+        };
+        signals::catch();
+        let label = format!("copying {} as it was", from.name);
+        let progress = context.ui.progress(&label);
+        let made = store.create_at(&self.name, &from.name, at.at(), size, &*progress)?;
+        Ok(vec![made])
     }
 }
 

@@ -4,6 +4,7 @@ use crate::{
     cli::{
         Outcome,
         context::{Context, with_mounts},
+        history::when,
         names::Names,
         render::{
             json::{AttachedDoc, DamageDoc, ObjectDoc, UsageDoc, via_word},
@@ -13,7 +14,11 @@ use crate::{
     },
     daemon::Attached,
     error::{Error, Kind, Result},
-    store::{Found, LayerInfo, Object, ObjectKind, QuotaUse, Store, Usage},
+    store::{
+        Found, LayerInfo, Object, ObjectKind, QuotaUse, Store, Usage,
+        history::{HistoryReport, Point},
+    },
+    units::BLOCK,
 };
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -42,12 +47,16 @@ enum What {
     "Columns: name, kind, size, parent, created, message, id, device, mount, refer, excl, shared, used (host bytes of its own layer or \
         base), written (data in its own layer), depth, quota, quota_used.\n",
     "Of layers: id, state, size, alloc, private, parent, names.\n",
+    "Of a history: point, time, changed, held.\n",
     "Of attached: name, kind, size, device, file, mount, ro, via, count, id."
 ))]
 pub(crate) struct Ls {
     /// What to list [default: all names]
     #[arg(value_enum)]
     what: Option<What>,
+    /// List the points of the history of a disk
+    #[arg(long, value_name = "DISK", conflicts_with = "what")]
+    history: Option<String>,
     /// The columns, separated by commas
     #[arg(short = 'o', long, value_name = "COLUMNS", value_delimiter = ',')]
     output: Vec<String>,
@@ -102,6 +111,9 @@ fn number<R>(name: &'static str, cell: fn(&R, &Show<'_>) -> String) -> Column<R>
 impl Ls {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let store = context.open()?;
+        if let Some(disk) = &self.history {
+            return self.points(context, &store, disk);
+        }
         match self.what {
             Some(What::Layers) => self.layers(context, &store),
             Some(What::Attached) => self.attached(context, &store),
@@ -222,6 +234,32 @@ impl Ls {
             });
         }
         self.print(context, columns, &rows, false)
+    }
+
+    fn points(&self, context: &Context, store: &Store, disk: &str) -> Outcome {
+        let columns = self.choose(point_columns(), "point,time,changed,held")?;
+        let HistoryReport {
+            limits,
+            points,
+            bytes,
+        } = store.history(disk)?;
+        if context.ui.json {
+            return context.ui.document(HistoryDoc {
+                name: store.resolve(disk)?.name,
+                window: limits.and_then(|l| l.window),
+                limit: limits.and_then(|l| l.bytes),
+                history_bytes: bytes,
+                points: points.iter().map(PointDoc::new).collect(),
+            });
+        }
+        if points.is_empty() {
+            context.ui.talk(match limits {
+                Some(_) => format!("the history of {disk} begins when it is attached"),
+                None => format!("{disk} keeps no history: `forkdisk create --history 10m`"),
+            });
+            return Ok(());
+        }
+        self.print(context, columns, &points, false)
     }
 
     /// The columns of `-o`, or the usual ones.
@@ -362,6 +400,21 @@ fn layer_columns() -> Vec<Column<LayerRow>> {
     ]
 }
 
+fn point_columns() -> Vec<Column<Point>> {
+    vec![
+        number("point", |p, _| format!("#{}", p.number)),
+        words("time", |p, s| {
+            if s.exact {
+                (p.time / 1000).to_string()
+            } else {
+                when(p.time)
+            }
+        }),
+        number("changed", |p, s| s.size(p.changed * BLOCK)),
+        number("held", |p, s| s.size(p.held * BLOCK)),
+    ]
+}
+
 fn attached_columns() -> Vec<Column<(Attached, Vec<PathBuf>)>> {
     vec![
         words("name", |(a, _), _| a.name.clone()),
@@ -409,6 +462,38 @@ struct ListedDoc {
     usage: Option<UsageDoc>,
     quota: Option<u64>,
     quota_used: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct HistoryDoc {
+    name: String,
+    /// Seconds.
+    window: Option<u64>,
+    /// Bytes.
+    limit: Option<u64>,
+    history_bytes: u64,
+    points: Vec<PointDoc>,
+}
+
+#[derive(Serialize)]
+struct PointDoc {
+    point: u64,
+    time: u64,
+    time_ms: u64,
+    changed: u64,
+    held: u64,
+}
+
+impl PointDoc {
+    fn new(point: &Point) -> PointDoc {
+        PointDoc {
+            point: point.number,
+            time: point.time / 1000,
+            time_ms: point.time,
+            changed: point.changed * BLOCK,
+            held: point.held * BLOCK,
+        }
+    }
 }
 
 #[derive(Serialize)]

@@ -57,6 +57,7 @@ struct InfoDoc {
     refer: u64,
     exclusive: u64,
     shared: u64,
+    history_bytes: u64,
     attached: bool,
     device: Option<String>,
     file: Option<PathBuf>,
@@ -115,6 +116,7 @@ impl Info {
             refer: details.usage.refer,
             exclusive: details.usage.exclusive,
             shared: details.usage.shared,
+            history_bytes: store.history_space(&object)?.1,
             attached: attached.is_some(),
             device: attached.as_ref().and_then(|a| a.device.clone()),
             file: attached.as_ref().map(|a| a.file.clone()),
@@ -181,6 +183,13 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
         ("refer", exact(details.usage.refer)),
         ("exclusive", exact(details.usage.exclusive)),
         ("shared", exact(details.usage.shared)),
+        (
+            "history",
+            match document.history_bytes {
+                0 => String::new(),
+                bytes => exact(bytes),
+            },
+        ),
         ("base", names.show(details.base.id)),
         ("digest", details.base.digest.clone().unwrap_or_default()),
         ("base file", document.base_file.display().to_string()),
@@ -236,6 +245,8 @@ struct DuRowDoc {
     id: String,
     #[serde(flatten)]
     usage: UsageDoc,
+    /// Of `exclusive`: what a disk's history occupies.
+    history_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -273,6 +284,8 @@ impl Du {
             kind: object.word(),
             id: object.id.to_string(),
             usage: (*usage).into(),
+            // Who cannot tell has none that could be shown.
+            history_bytes: store.history_space(object).map_or(0, |known| known.1),
         };
         let rows: Vec<DuRowDoc> = known.iter().map(row).collect();
         let total = TotalDoc {

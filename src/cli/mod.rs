@@ -14,6 +14,7 @@ mod bench;
 mod context;
 mod daemon;
 mod disk;
+mod history;
 mod image;
 mod layers;
 mod list;
@@ -147,6 +148,7 @@ enum Command {
     Resize(resize::Resize),
     Squash(layers::Squash),
     Flatten(layers::Flatten),
+    Rewind(history::Rewind),
     Rename(disk::Rename),
     Rm(disk::Rm),
     Trim(trim::Trim),
@@ -256,6 +258,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Resize(c) => c.run(&context),
         Command::Squash(c) => c.run(&context),
         Command::Flatten(c) => c.run(&context),
+        Command::Rewind(c) => c.run(&context),
         Command::Rename(c) => c.run(&context),
         Command::Rm(c) => c.run(&context),
         Command::Trim(c) => c.run(&context),

@@ -3,9 +3,11 @@
 //! Every request holds `top` for reading while it runs; a seal takes it for writing, which quiesces the disk.
 
 mod change;
+mod rewind;
 mod stats;
 
 pub use change::{Halted, Quota, made_for_it};
+pub use rewind::MAX_REWIND;
 pub use stats::DiskStats;
 
 use super::ahead::Stream;
@@ -176,8 +178,11 @@ impl CowDisk {
         name: Option<&str>,
         next: impl FnOnce(Arc<dyn File>, Arc<SharedMemory>) -> Result<(Layer, Arc<Chain>)>,
     ) -> Result<()> {
-        // Most of the dirty data goes out while requests still run.
+        // Most of the dirty data goes out while requests still run; and the history, which ends here.
         self.flush()?;
+        if let Some(layer) = &self.top.read().layer {
+            layer.forget_history()?;
+        }
         let mut top = self.top.write();
         let Some(layer) = &top.layer else {
             return Err(read_only());
@@ -466,15 +471,20 @@ fn write_data(layer: &Layer, taken: &Taken, pointers: &[Pointer], data: &[u8]) -
     Ok(())
 }
 
-/// Does `f`, and once more if the host disk was full and the layer could give something back.
+/// Does `f`, and again if the host disk was full and the layer gave something back.
 fn with_room(layer: &Layer, f: impl Fn() -> Result<()>) -> Result<()> {
-    match f() {
-        Err(e) if e.kind() == Kind::NoSpace && !e.is_of_quota() => {
-            layer.make_room()?;
-            f()
-        }
-        other => other,
+    let mut done = f();
+    let mut more = true;
+    while more
+        && done
+            .as_ref()
+            .is_err_and(|e| e.kind() == Kind::NoSpace && !e.is_of_quota())
+    {
+        // Again and again only as long as there is a history that can go.
+        more = layer.make_room()?;
+        done = f();
     }
+    done
 }
 
 /// Is it all zeros? Real data fails at its first bytes.

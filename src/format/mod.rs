@@ -101,6 +101,9 @@ macro_rules! record {
     };
 }
 
+mod history;
+pub use history::*;
+
 record! {
     /// First slot of a layer file; written once.
     Header = "Header" {
@@ -165,7 +168,7 @@ record! {
 record! {
     /// The state of a layer at its last checkpoint. Two copies, in slots 1 and 2.
     Superblock = "Superblock" {
-        /// [`SUPER_MAGIC`].
+        /// [`SUPER_MAGIC`] or [`SUPER_HISTORY_MAGIC`].
         magic: [u8; 8],
         /// Grows by one with each change.
         sequence: U64,
@@ -214,7 +217,18 @@ record! {
         /// Bytes that were written to the layer's file; for people.
         host_written: U64,
         /// Zeros.
-        reserved3: [u8; 108],
+        /// First slot of the newest history segment, 0: there is none.
+        history_slot: U32,
+        /// Slots of that segment.
+        history_slots: U32,
+        /// The oldest commit of which the state can be shown.
+        history_oldest: U64,
+        /// When it was made: a label.
+        history_time: U64,
+        /// Slots that the history occupies.
+        history_blocks: U64,
+        /// Zeros.
+        reserved3: [u8; 76],
         /// CRC of the bytes before.
         crc: U32,
     }
@@ -285,7 +299,7 @@ record! {
 record! {
     /// Head of a commit record.
     CommitHeader = "Commit record" {
-        /// [`COMMIT_MAGIC`].
+        /// [`COMMIT_MAGIC`] or [`COMMIT_HISTORY_MAGIC`].
         magic: [u8; 8],
         /// One more than the commit before.
         sequence: U64,
@@ -297,22 +311,22 @@ record! {
         entries: U32,
         /// Slots the record occupies.
         slots: U32,
-        /// Zeros.
-        reserved: [u8; 8],
+        /// When it was made, in milliseconds since 1970: a label. 0 where the layer keeps no history.
+        time: U64,
         /// CRC of header (this field as 0) and entries.
         crc: U32,
-        /// 0.
-        reserved2: U32,
+        /// Number of undo entries, or [`NO_UNDO`]. 0 where the layer keeps no history.
+        undo: U32,
     }
 }
 record! {
-    /// One change of a commit.
+    /// One change of a commit, or what it replaced.
     CommitEntry = "Commit entry" {
         /// The block, or the first of several.
         lba: U32,
-        /// Its slot, or [`SLOT_ZERO`].
+        /// Its slot, or [`SLOT_ZERO`]; of what was replaced also [`SLOT_ABSENT`].
         slot: U32,
-        /// CRC of the block; for zero the number of blocks.
+        /// CRC of the block; for zero and absent the number of blocks.
         sum: U32,
     }
 }
@@ -393,6 +407,16 @@ pub const LAYOUTS: &[(&str, &[Field], usize)] = &[
         VolatileHeader::TITLE,
         VolatileHeader::FIELDS,
         size_of::<VolatileHeader>(),
+    ),
+    (
+        SegmentHeader::TITLE,
+        SegmentHeader::FIELDS,
+        size_of::<SegmentHeader>(),
+    ),
+    (
+        PointHeader::TITLE,
+        PointHeader::FIELDS,
+        size_of::<PointHeader>(),
     ),
 ];
 
@@ -613,7 +637,12 @@ impl Superblock {
             free_inline: [FreeExtent::new_zeroed(); INLINE_FREE],
             user_written: U64::new(0),
             host_written: U64::new(0),
-            reserved3: [0; 108],
+            history_slot: U32::new(0),
+            history_slots: U32::new(0),
+            history_oldest: U64::new(0),
+            history_time: U64::new(0),
+            history_blocks: U64::new(0),
+            reserved3: [0; 76],
             crc: U32::new(0),
         }
     }
@@ -638,7 +667,8 @@ impl Superblock {
     pub fn decode(bytes: &[u8], layer: &Id) -> Result<Superblock> {
         let s = Superblock::read_from_bytes(bytes)
             .map_err(|_| damaged("a superblock is not 4096 bytes"))?;
-        if s.magic != SUPER_MAGIC || !sealed_slot(bytes) {
+        let known = [SUPER_MAGIC, SUPER_HISTORY_MAGIC].contains(&s.magic);
+        if !known || !sealed_slot(bytes) {
             return Err(damaged("superblock: checksum mismatch"));
         }
         if s.layer != layer.0 {
@@ -684,6 +714,7 @@ impl Superblock {
             && field_name(&s.name, s.name_len).is_some()
             && runs_sound
             && runs_apart
+            && s.history_sound(within)
             && counts_sound
             && free_sound;
         if !sound {
@@ -701,26 +732,37 @@ pub fn encode_commit(
     entries: &[CommitEntry],
     out: &mut Vec<u8>,
 ) {
-    let slots = commit_slots(entries.len() as u64);
-    let mut header = CommitHeader {
-        magic: COMMIT_MAGIC,
-        sequence: U64::new(sequence),
-        generation: U64::new(generation),
-        layer: layer.0,
-        entries: U32::new(entries.len() as u32),
-        slots: U32::new(slots),
-        reserved: [0; 8],
-        crc: U32::new(0),
-        reserved2: U32::new(0),
-    };
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(header.as_bytes());
-    hasher.update(entries.as_bytes());
-    header.crc = U32::new(hasher.finalize());
-    out.clear();
-    out.extend_from_slice(header.as_bytes());
-    out.extend_from_slice(entries.as_bytes());
-    out.resize(slots as usize * BLOCK_SIZE, 0);
+    CommitHeader::new(layer, (sequence, generation), entries.len(), 0).encode(entries, &[], out);
+}
+
+impl CommitHeader {
+    /// A head without its sum, of a record of so many entries and undo entries; `numbers`: sequence and generation.
+    fn new(layer: &Id, numbers: (u64, u64), entries: usize, undo: usize) -> CommitHeader {
+        CommitHeader {
+            magic: COMMIT_MAGIC,
+            sequence: U64::new(numbers.0),
+            generation: U64::new(numbers.1),
+            layer: layer.0,
+            entries: U32::new(entries as u32),
+            slots: U32::new(commit_slots((entries + undo) as u64)),
+            time: U64::new(0),
+            crc: U32::new(0),
+            undo: U32::new(0),
+        }
+    }
+    /// The whole record.
+    fn encode(mut self, entries: &[CommitEntry], undo: &[CommitEntry], out: &mut Vec<u8>) {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(self.as_bytes());
+        hasher.update(entries.as_bytes());
+        hasher.update(undo.as_bytes());
+        self.crc = U32::new(hasher.finalize());
+        out.clear();
+        out.extend_from_slice(self.as_bytes());
+        out.extend_from_slice(entries.as_bytes());
+        out.extend_from_slice(undo.as_bytes());
+        out.resize(self.slots.get() as usize * BLOCK_SIZE, 0);
+    }
 }
 
 /// Slots that a record of `entries` entries occupies.
@@ -732,48 +774,32 @@ pub fn commit_slots(entries: u64) -> u32 {
 /// Decodes the record that begins at the start of `bytes` (which may go on behind it): header and
 /// entries, or `None` if there is no sound record of this layer.
 pub fn decode_commit<'a>(bytes: &'a [u8], layer: &Id) -> Option<(CommitHeader, &'a [CommitEntry])> {
-    let (header, rest) = CommitHeader::read_from_prefix(bytes).ok()?;
-    if header.magic != COMMIT_MAGIC || header.layer != layer.0 {
-        return None;
-    }
-    let count = header.entries.get();
-    if header.slots.get() != commit_slots(u64::from(count)) {
-        return None;
-    }
-    let body = rest.get(..count as usize * size_of::<CommitEntry>())?;
-    let mut plain = header;
-    plain.crc = U32::new(0);
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(plain.as_bytes());
-    hasher.update(body);
-    if hasher.finalize() != header.crc.get() {
-        return None;
-    }
-    let entries = <[CommitEntry]>::ref_from_bytes(body).ok()?;
-    // Rising, not overlapping, in range: whoever wrote it broke the format otherwise.
+    decode_record(bytes, layer).map(|record| (record.header, record.entries))
+}
+
+/// Are they rising, not overlapping, and in range? Only of what was replaced there may be something absent.
+fn entries_sound(entries: &[CommitEntry], undo: bool) -> bool {
     let mut next = 0u64;
-    for e in entries {
+    entries.iter().all(|e| {
         let lba = u64::from(e.lba.get());
-        let (len, sound) = match e.slot.get() {
-            SLOT_ABSENT => (0, false),
-            SLOT_ZERO => (u64::from(e.sum.get()), e.sum.get() > 0),
-            slot => (1, slot >= DATA_START),
+        let len = match e.slot.get() {
+            SLOT_ABSENT if !undo => 0,
+            SLOT_ZERO | SLOT_ABSENT => u64::from(e.sum.get()),
+            slot => u64::from(slot >= DATA_START),
         };
-        if !sound || lba < next || lba + len > 1 << 32 {
-            return None;
-        }
+        let sound = len > 0 && lba >= next && lba + len <= 1 << 32;
         next = lba + len;
-    }
-    Some((header, entries))
+        sound
+    })
 }
 
 impl CommitEntry {
-    /// `pointer` for `count` blocks from `lba` (`count` is 1 unless it is zero).
+    /// `pointer` for `count` blocks from `lba` (`count` is 1 for data).
     pub fn new(lba: Lba, count: u32, pointer: Pointer) -> CommitEntry {
         let (slot, sum) = match pointer {
             Pointer::Data { slot, sum } => (slot.0, sum),
             Pointer::Zero => (SLOT_ZERO, count),
-            Pointer::Absent => (SLOT_ABSENT, 0),
+            Pointer::Absent => (SLOT_ABSENT, count),
         };
         CommitEntry {
             lba: U32::new(lba.0),
@@ -786,6 +812,7 @@ impl CommitEntry {
         let lba = Lba(self.lba.get());
         match self.slot.get() {
             SLOT_ZERO => (lba, self.sum.get(), Pointer::Zero),
+            SLOT_ABSENT => (lba, self.sum.get(), Pointer::Absent),
             slot => (
                 lba,
                 1,

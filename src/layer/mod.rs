@@ -4,6 +4,7 @@
 //! Neither knows what lies below: an absent block is the chain's business.
 
 mod early;
+pub mod history;
 pub mod prune;
 pub mod quiesce;
 pub mod recover;
@@ -18,10 +19,11 @@ pub use writable::{Layer, LayerStats};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, Header, Pointer, RunRef, STATE_CLEAN, STATE_SEALED, STATE_WRITABLE, Superblock,
+    self, Header, Pointer, RunRef, STATE_CLEAN, STATE_SEALED, STATE_WRITABLE, Step, Superblock,
 };
 use crate::io::{File, Mapping};
 use crate::map::run::Run;
+use crate::map::undo::Undo;
 use crate::map::{Memtable, RegionMap};
 use crate::units::{BLOCK_SIZE, Id, Lba, Region, Slot};
 use std::sync::Arc;
@@ -159,6 +161,12 @@ pub struct ReadLayer {
     file: Arc<dyn File>,
     runs: Vec<Arc<MappedRun>>,
     journal: Memtable,
+    /// What the commits of the journal replaced, as far as it is known.
+    steps: Vec<Step>,
+    /// The last commit of the journal of which that is not known.
+    cut: Option<(u64, u64)>,
+    /// It shows a point of its history: what it said then of the blocks that changed since.
+    past: Option<Undo>,
     data_blocks: u64,
     zero_blocks: u64,
 }
@@ -171,26 +179,26 @@ impl ReadLayer {
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
         let runs = open_runs(&*file, &id, superblock.run_refs())?;
-        let (journal, data_blocks, zero_blocks) = if State::of(&superblock) == State::Writable {
-            let replay = recover::replay(&*file, &superblock, &runs)?;
-            (replay.memtable, replay.data_blocks, replay.zero_blocks)
-        } else {
-            (
-                Memtable::new(),
-                superblock.data_blocks.get(),
-                superblock.zero_blocks.get(),
-            )
-        };
-        Ok(ReadLayer {
+        let mut layer = ReadLayer {
             id,
             header,
+            data_blocks: superblock.data_blocks.get(),
+            zero_blocks: superblock.zero_blocks.get(),
             superblock,
             file,
             runs,
-            journal,
-            data_blocks,
-            zero_blocks,
-        })
+            journal: Memtable::new(),
+            steps: Vec::new(),
+            cut: None,
+            past: None,
+        };
+        if layer.state() == State::Writable {
+            let replay = recover::replay(&*layer.file, &layer.superblock, &layer.runs)?;
+            layer.journal = replay.memtable;
+            (layer.steps, layer.cut) = (replay.steps, replay.cut);
+            (layer.data_blocks, layer.zero_blocks) = (replay.data_blocks, replay.zero_blocks);
+        }
+        Ok(layer)
     }
     /// Its id.
     pub fn id(&self) -> Id {
@@ -227,14 +235,14 @@ impl ReadLayer {
     /// What the layer says of a region.
     pub fn region(&self, region: Region) -> Result<RegionMap> {
         let tag = |e: Error| e.layer(self.id).path(self.file.path());
-        if self.journal.is_empty() {
-            return region_of(&self.runs, region).map_err(tag);
-        }
         let mut map = self.journal.region(region).unwrap_or_default();
         map.underlay(&region_of(&self.runs, region).map_err(tag)?);
-        Ok(map)
+        match &self.past {
+            Some(undo) => Ok(self.before(undo, region, map)),
+            None => Ok(map),
+        }
     }
-    /// The whole block map in order, from region `from` on.
+    /// The whole block map in order, from region `from` on: as it is now, also where the layer shows a point of its history.
     pub fn items(&self, from: Region) -> impl Iterator<Item = Result<crate::map::Item>> + '_ {
         let mut sources: Vec<crate::map::Items<'_>> = vec![self.journal.items_in(from, u32::MAX)];
         sources.extend(self.runs.iter().map(|r| r.items(from)));

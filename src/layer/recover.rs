@@ -5,10 +5,11 @@
 use super::{MappedRun, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, Pointer, Superblock, decode_commit,
+    self, CommitEntry, CommitRecord, Header, JOURNAL_SLOTS, JOURNAL_START, Pointer, Step,
+    Superblock, decode_commit, decode_record,
 };
 use crate::io::File;
-use crate::map::{Item, Memtable, RegionMap, merge};
+use crate::map::{Item, Memtable, RegionMap, WORDS, merge, undo};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -145,6 +146,14 @@ pub struct Replay {
     pub head: u32,
     /// Entries of the last commit.
     pub last: Vec<CommitEntry>,
+    /// Journal slots of the last commit.
+    pub last_slots: u32,
+    /// What the commits replaced, the oldest first, as far as they say so.
+    pub steps: Vec<Step>,
+    /// Sequence and time of the last commit that does not say what it replaced: nothing before it can be shown.
+    pub cut: Option<(u64, u64)>,
+    /// Where what changes replace is noted, if it is.
+    undo: Option<Vec<CommitEntry>>,
     /// A last commit that was dropped because its data is not whole: its sequence.
     pub dropped: Option<u64>,
     /// Number of commits found.
@@ -186,14 +195,15 @@ pub fn replay_after(
     let generation = superblock.generation.get();
     let mut expected = superblock.next_commit.get();
     let mut at = 0usize;
-    let mut records: Vec<&[CommitEntry]> = Vec::new();
+    let mut records: Vec<CommitRecord<'_>> = Vec::new();
     while let Some(rest) = journal.get(at..).filter(|r| !r.is_empty()) {
-        match decode_commit(rest, &id) {
-            Some((h, entries))
-                if h.sequence.get() == expected && h.generation.get() == generation =>
+        match decode_record(rest, &id) {
+            Some(record)
+                if record.header.sequence.get() == expected
+                    && record.header.generation.get() == generation =>
             {
-                records.push(entries);
-                at += h.slots.get() as usize * BLOCK_SIZE;
+                at += record.header.slots.get() as usize * BLOCK_SIZE;
+                records.push(record);
                 expected += 1;
             }
             _ => break,
@@ -220,11 +230,11 @@ pub fn replay_after(
     let mut head = (at / BLOCK_SIZE) as u32;
     if after == After::Crash
         && let Some(last) = records.last()
-        && !data_whole(file, last)?
+        && !data_whole(file, last.entries)?
     {
         expected -= 1;
         dropped = Some(expected);
-        head -= format::commit_slots(last.len() as u64);
+        head -= last.header.slots.get();
         records.pop();
     }
     let mut replay = Replay {
@@ -235,7 +245,13 @@ pub fn replay_after(
         changes: Vec::new(),
         last_changes: 0,
         head,
-        last: records.last().map_or(Vec::new(), |last| last.to_vec()),
+        last: records
+            .last()
+            .map_or(Vec::new(), |last| last.entries.to_vec()),
+        last_slots: records.last().map_or(0, |last| last.header.slots.get()),
+        steps: Vec::new(),
+        cut: None,
+        undo: None,
         dropped,
         commits: records.len() as u64,
     };
@@ -245,7 +261,18 @@ pub fn replay_after(
     };
     for record in records {
         replay.last_changes = replay.changes.len();
-        for entry in record {
+        let (sequence, time) = (record.header.sequence.get(), record.header.time.get());
+        if let Some(undo) = record.undo {
+            replay.apply_undoable(record.entries, undo);
+            replay.steps.push(Step {
+                sequence,
+                time,
+                undo: undo.to_vec(),
+            });
+            continue;
+        }
+        replay.cut = Some((sequence, time));
+        for entry in record.entries {
             replay
                 .apply(entry, &mut below)
                 .map_err(|e| e.layer(id).path(file.path()))?;
@@ -281,12 +308,12 @@ impl Below<'_> {
 }
 
 impl Replay {
-    /// Applies changes that are in no commit, on top of those that are; returns them.
+    /// Applies changes that are in no commit, on top of those that are; returns them, and what they replace.
     pub fn unflushed(
         &mut self,
         entries: impl Iterator<Item = CommitEntry>,
         runs: &[Arc<MappedRun>],
-    ) -> Result<Memtable> {
+    ) -> Result<(Memtable, Vec<CommitEntry>)> {
         let mut found = Memtable::new();
         for entry in entries {
             let (lba, count, pointer) = entry.get();
@@ -296,10 +323,32 @@ impl Replay {
             runs,
             regions: HashMap::new(),
         };
+        self.undo = Some(Vec::new());
         for entry in found.entries() {
             self.apply(&entry, &mut below)?;
         }
-        Ok(found)
+        Ok((found, self.undo.take().unwrap_or_default()))
+    }
+    /// Applies a commit that says what it replaced: nothing needs to be looked up, and what it replaced is held.
+    fn apply_undoable(&mut self, entries: &[CommitEntry], undo: &[CommitEntry]) {
+        for entry in undo {
+            let (_, count, pointer) = entry.get();
+            self.forget(pointer, count.into());
+        }
+        for entry in entries {
+            let (lba, count, pointer) = entry.get();
+            self.count(Pointer::Absent, pointer, count.into());
+            if let Pointer::Data { slot, .. } = pointer {
+                self.changes.push(Change::Used(slot));
+            }
+            self.memtable.apply(lba, count, pointer);
+        }
+    }
+    /// Notes what is about to be replaced.
+    fn note(&mut self, lba: Lba, count: u32, old: Pointer) {
+        if let Some(list) = &mut self.undo {
+            undo::push(list, lba, count, old);
+        }
     }
     /// What the changes, and the runs below them, say of a block.
     fn pointer(&self, lba: Lba, below: &mut Below<'_>) -> Result<Pointer> {
@@ -314,6 +363,7 @@ impl Replay {
         let (lba, count, pointer) = entry.get();
         if count == 1 {
             let old = self.pointer(lba, below)?;
+            self.note(lba, 1, old);
             self.count(old, pointer, 1);
             if let Pointer::Data { slot, .. } = old {
                 self.changes.push(Change::Freed(slot));
@@ -339,12 +389,14 @@ impl Replay {
             let known = self.memtable.region(region);
             // Whole regions that nothing knows: only to be counted.
             if known.is_none() && !below.may_touch(region.0, region.0 + 1) {
+                self.note(first, n as u32, Pointer::Absent);
                 self.count(Pointer::Absent, pointer, n);
             } else {
                 let mut map = known.unwrap_or_default();
                 map.underlay(below.region(region)?);
                 for index in first.index()..first.index() + n as usize {
                     let old = map.get(index);
+                    self.note(region.lba(index), 1, old);
                     self.count(old, pointer, 1);
                     if let Pointer::Data { slot, .. } = old {
                         self.changes.push(Change::Freed(slot));
@@ -359,6 +411,12 @@ impl Replay {
     /// Counts what becomes of whole regions, up to all of the largest disk: only those that something knows are looked at.
     fn zero_regions(&mut self, region: Region, regions: u32, below: &Below<'_>) -> Result<()> {
         let end = region.0 + regions;
+        let (mut noted, mut next) = (self.undo.take(), region.0);
+        let note = |noted: &mut Option<Vec<CommitEntry>>, from, to, pointer| {
+            if let Some(list) = noted {
+                undo::push_regions(list, from, to, pointer);
+            }
+        };
         let mut sources = vec![self.memtable.items_in(region, end)];
         let runs = below.runs.iter().filter(|r| r.may_touch(region.0, end));
         sources.extend(runs.map(|r| r.items(region)));
@@ -368,11 +426,17 @@ impl Replay {
             if item.start() >= end {
                 break;
             }
+            note(&mut noted, next, item.start(), Pointer::Absent);
+            next = item.end().min(end);
             match item {
                 Item::Zeros(..) => {
-                    zeros += u64::from(item.end().min(end) - item.start()) * REGION_BLOCKS as u64;
+                    note(&mut noted, item.start(), next, Pointer::Zero);
+                    zeros += u64::from(next - item.start()) * REGION_BLOCKS as u64;
                 }
-                Item::Region(_, map) => {
+                Item::Region(region, map) => {
+                    if let Some(list) = &mut noted {
+                        undo::push_map(list, region, &map, &[0; WORDS]);
+                    }
                     let counts = map.counts();
                     data += counts.0;
                     zeros += counts.1;
@@ -383,17 +447,22 @@ impl Replay {
                 }
             }
         }
+        note(&mut noted, next, end, Pointer::Absent);
+        self.undo = noted;
         let all = u64::from(regions) * REGION_BLOCKS as u64;
         self.data_blocks = self.data_blocks.saturating_sub(data);
         self.zero_blocks = self.zero_blocks.saturating_sub(zeros) + all;
         Ok(())
     }
-    fn count(&mut self, old: Pointer, new: Pointer, blocks: u64) {
+    fn forget(&mut self, old: Pointer, blocks: u64) {
         match old {
             Pointer::Data { .. } => self.data_blocks = self.data_blocks.saturating_sub(blocks),
             Pointer::Zero => self.zero_blocks = self.zero_blocks.saturating_sub(blocks),
             Pointer::Absent => {}
         }
+    }
+    fn count(&mut self, old: Pointer, new: Pointer, blocks: u64) {
+        self.forget(old, blocks);
         match new {
             Pointer::Data { .. } => self.data_blocks += blocks,
             Pointer::Zero => self.zero_blocks += blocks,

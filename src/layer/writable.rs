@@ -11,15 +11,18 @@
 //! of a commit. The latter is in `commit.rs`.
 
 mod commit;
+mod history;
 mod host;
 mod limit;
 mod resume;
 mod stats;
+mod zero;
 
 pub(super) use commit::read_free_list;
 pub use stats::LayerStats;
 
 use super::early::{Early, Errand};
+use super::history::Keep;
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::space::{Extents, FreeSet, SPARE, Space};
@@ -32,7 +35,7 @@ use crate::format::{
     CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY, Pointer, Superblock, commit_slots,
 };
 use crate::io::{Dir, File};
-use crate::map::{Memtable, Ranges, RegionMap, WORDS};
+use crate::map::{Memtable, Ranges, RegionMap, WORDS, undo};
 use crate::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst,
 };
@@ -40,6 +43,7 @@ use crate::sync::{Condvar, Mutex, RwLock};
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use commit::use_slot;
+use history::History;
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
@@ -89,6 +93,8 @@ struct Log {
 struct Counted {
     /// Slots of earlier commits that these entries replace.
     freed: Vec<(u32, u32)>,
+    /// What the entries replace, if it is noted: the first word on a block counts.
+    undo: Option<Vec<CommitEntry>>,
     data_delta: i64,
     zero_delta: i64,
     /// Journal entries that were reserved for what is in `entries`.
@@ -115,6 +121,7 @@ struct Commit {
     zero_blocks: i64,
     /// Newest epoch that is in a commit.
     epoch: u64,
+    history: History,
     buffer: Vec<u8>,
 }
 
@@ -192,6 +199,8 @@ pub struct Layer {
     can_punch: AtomicBool,
     /// See [`Layer::rest_on`].
     unsettled: Arc<Unsettled>,
+    /// What commits replace is noted.
+    keeps: AtomicBool,
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -220,18 +229,23 @@ struct Beginning {
     space: Space,
     log: VolatileLog,
     volatile: Arc<SharedMemory>,
+    history: History,
 }
 
 impl Layer {
     /// Opens a layer for writing, recovering it if it was not closed cleanly. The caller has locked the file. A sealed layer is
     /// refused with [`Kind::ReadOnly`].
     pub fn open(file: Arc<dyn File>) -> Result<Layer> {
-        Layer::open_on(file, volatile::private()?)
+        Layer::open_on(file, volatile::private()?, None)
     }
 
     /// [`Layer::open`] with [`volatile::LEN`] bytes of memory for the volatile log, from which [`Layer::resume`] can go on. What stood there is
-    /// forgotten.
-    pub fn open_on(file: Arc<dyn File>, memory: Arc<SharedMemory>) -> Result<Layer> {
+    /// forgotten. It keeps its history as `keep` says; without, what was kept goes.
+    pub fn open_on(
+        file: Arc<dyn File>,
+        memory: Arc<SharedMemory>,
+        keep: Option<Keep>,
+    ) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
         volatile::clear(&memory);
@@ -255,6 +269,7 @@ impl Layer {
         let mut memtable = Memtable::new();
         let mut next_commit = superblock.next_commit.get();
         let (mut data, mut zero) = (superblock.data_blocks.get(), superblock.zero_blocks.get());
+        let (mut steps, mut cut) = (Vec::new(), None);
         if state == State::Writable {
             let replay = recover::replay(&*file, &superblock, &runs)?;
             for change in &replay.changes {
@@ -269,7 +284,9 @@ impl Layer {
             memtable = replay.memtable;
             next_commit = replay.next_commit;
             (data, zero) = (replay.data_blocks, replay.zero_blocks);
+            (steps, cut) = (replay.steps, replay.cut);
         }
+        let history = History::found(keep, &*file, &superblock, steps, cut)?;
         let mut space = Space::new(high);
         for (start, len) in free.iter() {
             space.cold.insert(start, len);
@@ -293,6 +310,7 @@ impl Layer {
                 space,
                 log: VolatileLog::new(memory.clone(), &id, generation, next_commit),
                 volatile: memory,
+                history,
             },
         );
         layer.begin(state, found.second_differs)?;
@@ -301,6 +319,7 @@ impl Layer {
 
     fn assemble(file: Arc<dyn File>, header: Header, b: Beginning) -> Layer {
         let host = Arc::new(Written::new(file, &b.superblock));
+        let keeps = b.history.keep.is_some();
         Layer {
             id: Id(header.layer),
             header,
@@ -318,7 +337,10 @@ impl Layer {
             logged: AtomicU64::new(b.log.count()),
             log: Mutex::new(Log {
                 entries: b.log,
-                counted: Counted::default(),
+                counted: Counted {
+                    undo: keeps.then(Vec::new),
+                    ..Counted::default()
+                },
             }),
             volatile: b.volatile,
             space: Mutex::new(b.space),
@@ -335,6 +357,7 @@ impl Layer {
                 data_blocks: b.data as i64,
                 zero_blocks: b.zero as i64,
                 epoch: 0,
+                history: b.history,
                 buffer: Vec::new(),
                 superblock: b.superblock,
             }),
@@ -353,6 +376,7 @@ impl Layer {
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             unsettled: Arc::default(),
+            keeps: AtomicBool::new(keeps),
             file: host.clone(),
             host,
         }
@@ -553,14 +577,14 @@ impl Layer {
 
     /// Reserves journal space for `changes` map changes, and takes `slots` slots.
     pub fn take(&self, changes: u64, slots: u32) -> Result<Taken> {
-        self.take_for(changes, slots, changes)
+        // A change can cut a zero range of the same epoch in two: two entries each, and what they replace.
+        let each = if self.keeps_history() { 4 } else { 2 };
+        self.take_for(changes * each, slots, changes)
     }
 
-    /// [`Layer::take`] for `changes` map changes that may be logged as `logged` entries.
-    fn take_for(&self, changes: u64, slots: u32, logged: u64) -> Result<Taken> {
+    /// [`Layer::take`] for changes that need so many `entries` in a commit record, and may be logged as `logged`.
+    fn take_for(&self, entries: u64, slots: u32, logged: u64) -> Result<Taken> {
         self.check_poison()?;
-        // A change can cut a zero range of the same epoch in two: two entries each.
-        let entries = changes * 2;
         let mut tries = 0;
         // Counted before it reserves: whoever comes later sees it.
         self.writers.fetch_add(1, SeqCst);
@@ -766,6 +790,9 @@ impl Layer {
         let (word, bit) = (index / 64, 1u64 << (index % 64));
         let old_is_dirty = resident.dirty[word] & bit != 0;
         resident.dirty[word] |= bit;
+        if let Some(list) = log.counted.undo.as_mut().filter(|_| !old_is_dirty) {
+            undo::push(list, region.lba(index), 1, old);
+        }
         self.replaced(old, old_is_dirty, &mut log.counted, reusable);
         self.count(&mut log.counted, old, -1);
         self.count(&mut log.counted, pointer, 1);
@@ -813,118 +840,6 @@ impl Layer {
         }
     }
 
-    /// Makes `count` whole blocks from `lba` zero.
-    pub fn zero(&self, lba: Lba, count: u64) -> Result<()> {
-        let end = u64::from(lba.0) + count;
-        let mut at = u64::from(lba.0);
-        while at < end {
-            let first = Lba(at as u32);
-            let whole = if first.index() == 0 {
-                (end - at) / REGION_BLOCKS as u64
-            } else {
-                0
-            };
-            if whole > 0 {
-                // At most 4 GiB at a time: bounds the list of freed slots.
-                let regions = whole.min(2048) as u32;
-                self.zero_regions(first.region(), regions)?;
-                at += u64::from(regions) * REGION_BLOCKS as u64;
-            } else {
-                let n = ((REGION_BLOCKS - first.index()) as u64).min(end - at) as usize;
-                self.zero_part(first, n)?;
-                at += n as u64;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeroes some blocks of one region.
-    fn zero_part(&self, lba: Lba, n: usize) -> Result<()> {
-        let taken = self.take(n as u64, 0)?;
-        self.publish(lba, &[Pointer::Zero; REGION_BLOCKS][..n], taken)
-    }
-
-    fn zero_regions(&self, region: Region, regions: u32) -> Result<()> {
-        let end = region.0 + regions;
-        // Damage is met before anything is changed: the whole range is zeroed or nothing of it.
-        let runs = self.runs.read().clone();
-        let mut in_runs = Ranges::default();
-        for run in runs.iter().filter(|r| r.may_touch(region.0, end)) {
-            for item in run.items(region) {
-                let item = item.map_err(|e| e.layer(self.id).path(self.file.path()))?;
-                if item.start() >= end {
-                    break;
-                }
-                in_runs.insert(item.start(), item.end(), 0);
-            }
-        }
-        let taken = self.take_for(1, 0, u64::from(regions))?;
-        let mut reusable = Extents::default();
-        let done = {
-            let _gate = self.gate.read();
-            let epoch = self.epoch.load(SeqCst);
-            let done = (region.0..end).try_for_each(|r| {
-                // A checkpoint may have put new runs in place meanwhile: then their word counts, roughly.
-                let known = || {
-                    let now = self.runs.read();
-                    if Arc::ptr_eq(&now, &runs) {
-                        in_runs.get(r).is_some()
-                    } else {
-                        now.iter().any(|run| run.may_touch(r, r + 1))
-                    }
-                };
-                self.zero_region(Region(r), &known, epoch, &mut reusable)
-            });
-            self.log.lock().counted.reserved += taken.entries;
-            self.expected.fetch_sub(taken.logged, SeqCst);
-            self.writers.fetch_sub(1, SeqCst);
-            done
-        };
-        self.retire(reusable);
-        done
-    }
-
-    /// Zeroes a whole region, of which runs may know something. The gate is held.
-    fn zero_region(
-        &self,
-        region: Region,
-        in_runs: &dyn Fn() -> bool,
-        epoch: u64,
-        reusable: &mut Extents,
-    ) -> Result<()> {
-        let all = REGION_BLOCKS as i64;
-        let r = region.0;
-        let mut table = self.shard(region).write();
-        // The runs last: a checkpoint installs its run before it forgets the zeroed ranges that are in it.
-        let known = table.contains_key(&r) || self.zeroed.read().get(r).is_some() || in_runs();
-        if known {
-            let resident = self.resident(&mut table, region)?;
-            let fresh = resident.changed == epoch;
-            let mut log = self.log.lock();
-            let (data, zeros) = resident.map.counts();
-            for (index, pointer) in resident.map.iter() {
-                let dirty = fresh && resident.dirty[index / 64] >> (index % 64) & 1 == 1;
-                self.replaced(pointer, dirty, &mut log.counted, reusable);
-            }
-            log.counted.data_delta -= data as i64;
-            log.counted.zero_delta += all - zeros as i64;
-            self.data_blocks.fetch_sub(data as i64, SeqCst);
-            self.zero_blocks.fetch_add(all - zeros as i64, SeqCst);
-        }
-        {
-            let mut log = self.log.lock();
-            if !known {
-                self.count(&mut log.counted, Pointer::Zero, all);
-            }
-            let entry = CommitEntry::new(region.first(), REGION_BLOCKS as u32, Pointer::Zero);
-            self.append(&mut log, entry);
-        }
-        // From here on the range in `zeroed` stands for the region: it takes no memory of its own.
-        self.zeroed.write().insert(r, r + 1, epoch);
-        table.remove(&r);
-        Ok(())
-    }
-
     /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a
     /// full host disk the layer stays as recovery can take it up; nothing is lost.
     pub fn close(&self, state: State, name: Option<&str>) -> Result<()> {
@@ -932,7 +847,10 @@ impl Layer {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         self.check_poison()?;
-        if c.head > 0 {
+        if state == State::Sealed {
+            c.history.keep = None;
+        }
+        if c.head > 0 || state == State::Sealed && c.superblock.has_history() {
             self.checkpoint(c, State::Writable)?;
         }
         // Copy 2 of that checkpoint, before anything it could be needed for is destroyed.

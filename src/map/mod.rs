@@ -11,6 +11,7 @@
 mod memtable;
 mod merge;
 pub mod run;
+pub mod undo;
 
 pub use memtable::{Memtable, Ranges};
 pub use merge::merge;

@@ -135,12 +135,17 @@ impl Store {
     }
     /// State, counts and size of a layer file that others may be writing.
     pub(super) fn layer_counts(&self, id: Id) -> Result<(State, (u64, u64), u64)> {
+        let layer = self.layer_now(id)?;
+        Ok((layer.state(), layer.counts(), layer.size()))
+    }
+    /// A layer as of its last commit, whoever is writing it.
+    pub(super) fn layer_now(&self, id: Id) -> Result<ReadLayer> {
         // A checkpoint of its writer may come in between; then what was read makes no sense, and is read again.
         let mut tries = 0;
         loop {
             let file = self.layers.open(&layer_file(id), Access::Read)?;
             match ReadLayer::open(file) {
-                Ok(layer) => return Ok((layer.state(), layer.counts(), layer.size())),
+                Ok(layer) => return Ok(layer),
                 Err(e) if tries >= 20 => return Err(e),
                 Err(_) => tries += 1,
             }

@@ -10,6 +10,7 @@
 
 mod flatten;
 mod graph;
+pub mod history;
 mod import;
 mod look;
 mod many;
@@ -107,6 +108,8 @@ pub struct Store {
     path: PathBuf,
     id: Id,
     env: Env,
+    /// Milliseconds since 1970: labels for people.
+    clock: Arc<dyn Fn() -> u64 + Send + Sync>,
     root: Arc<dyn Dir>,
     names: Arc<dyn Dir>,
     layers: Arc<dyn Dir>,
@@ -156,7 +159,12 @@ impl Store {
             _ if path.metadata().is_ok_and(|m| !m.is_dir()) => no_directory(path),
             _ => e,
         })?;
-        let store = Store::open_on(Arc::new(dir), path, Env::os())?;
+        let mut store = Store::open_on(Arc::new(dir), path, Env::os())?;
+        store.clock = Arc::new(|| {
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0, |d| d.as_millis() as u64)
+        });
         if let Some(mode) = private::open_to_others(path) {
             let path = path.display();
             tracing::warn!(
@@ -275,6 +283,10 @@ impl Store {
         Ok(Store {
             path: path.to_path_buf(),
             id,
+            clock: {
+                let now = env.now.clone();
+                Arc::new(move || now() * 1000)
+            },
             env,
             names: sub("names")?,
             layers: sub("layers")?,
@@ -661,7 +673,7 @@ impl Store {
             drop(file);
             return self.open_cow_on(&object, memory);
         }
-        let layer = Layer::resume(file, memory)
+        let layer = Layer::resume(file, memory, self.keep_of(name)?)
             .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
         // The one that died may not have come to that.
         self.note_opened(name);
@@ -693,7 +705,7 @@ impl Store {
             let fresh = self.put_layer_on_top(object)?;
             return self.open_top(&self.object_of(&object.name, fresh)?, memory);
         }
-        let layer = Layer::open_on(file, memory)
+        let layer = Layer::open_on(file, memory, self.keep_of(&object.name)?)
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();

@@ -181,7 +181,7 @@ impl Store {
         Ok(made)
     }
     /// Writes the header of a new layer, not durable yet.
-    fn new_layer(
+    pub(super) fn new_layer(
         &self,
         parent: Below,
         rank: u32,
@@ -355,7 +355,7 @@ impl Store {
         let done = running.seal(prepared.label.as_deref(), |sealed, memory| {
             sealed_at = true;
             self.install(&prepared)?;
-            self.layer_above(sealed, &prepared, memory)
+            self.layer_above(&source.name, sealed, &prepared, memory)
         });
         match &done {
             Ok(()) => self.note_opened(&source.name),
@@ -465,7 +465,7 @@ pub(super) fn object_target(object: &Object) -> Below {
     }
 }
 
-fn taken(name: &str) -> Error {
+pub(super) fn taken(name: &str) -> Error {
     Error::new(Kind::Exists, format!("`{name}` exists already"))
         .hint("choose another name, or `forkdisk rm` the old one")
 }
@@ -480,7 +480,7 @@ fn reserve_superblock(file: &dyn File) -> Result<()> {
     }
 }
 
-fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
+pub(super) fn disk_size(source: &Object, size: Option<u64>) -> Result<u64> {
     let Some(size) = size else {
         return Ok(source.size);
     };

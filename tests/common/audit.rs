@@ -4,6 +4,7 @@
 use forkdisk::format::{FreeExtent, Header, Superblock};
 use forkdisk::io::sim::SimDisk;
 use forkdisk::io::{Access, Dir};
+use forkdisk::layer::history::segments;
 use forkdisk::layer::{ReadLayer, State};
 use forkdisk::map::Item;
 use forkdisk::units::{Id, Region};
@@ -53,6 +54,28 @@ fn audit(layer: &ReadLayer, story: &str) {
     for extent in free_list(layer, superblock) {
         own(extent.slot.get(), extent.slots.get(), "free");
     }
+    let past = segments(&**layer.file(), superblock).expect("a history");
+    assert!(past.broken.is_none(), "{story}: {:?}", past.broken);
+    for segment in &past.segments {
+        own(segment.slot, segment.slots, "the history's");
+    }
+    let mut held = 0;
+    let walked = layer.each_step(0, |step| {
+        held += step.slots().count() as u64;
+        step.slots().for_each(|slot| own(slot, 1, "held"));
+        Ok(())
+    });
+    walked.unwrap_or_else(|e| panic!("{story}: {e:?}"));
+    held += past
+        .segments
+        .iter()
+        .map(|s| u64::from(s.slots))
+        .sum::<u64>();
+    assert_eq!(
+        held,
+        superblock.history_blocks.get(),
+        "{story}: what is held"
+    );
     let (mut data, mut zeros) = (0, 0);
     for item in layer.items(Region(0)) {
         match item.unwrap_or_else(|e| panic!("{story}: {e:?}")) {

@@ -19,6 +19,7 @@ use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Error, Kind, Result};
 use forkdisk::format::Header;
 use forkdisk::io::sim::{Policy, SimDisk, Verb};
+use forkdisk::store::history::{At, Limits};
 use forkdisk::store::{Below, Env, ImportMode, ImportSource, ObjectKind, Quiet, Store};
 use forkdisk::units::Id;
 use std::collections::{BTreeMap, BTreeSet};
@@ -122,6 +123,8 @@ pub struct World {
     pub alone: bool,
     /// The filesystem takes no more changes: only a power cut ends that.
     pub stopped: bool,
+    /// What disks that keep a history held when a flush was acknowledged: by layer, and number of the point.
+    pub points: BTreeMap<(Id, u64), Arc<Vec<u8>>>,
     open: BTreeMap<String, Arc<CowDisk>>,
     made: u64,
 }
@@ -163,6 +166,17 @@ impl World {
         let mut world = World::on(sim, seed, blocks * 4096, BTreeMap::new(), frozen, 0)
             .expect("a store that opens");
         world.run(&Op::Fork { from: 0 }).expect("the first disk");
+        // Every third history: its first disk keeps its own, all of it or as much as room is left for.
+        if seed.is_multiple_of(3) {
+            let window = seed.is_multiple_of(2).then_some(1_000_000);
+            let bytes = window.is_none().then_some(24 * 4096);
+            let first: Vec<String> = world.disks.keys().cloned().collect();
+            let limits = Limits { window, bytes };
+            world
+                .store
+                .set_history(&first, Some(limits))
+                .expect("a history");
+        }
         world
     }
     /// The store on `sim`, all disks closed.
@@ -188,6 +202,7 @@ impl World {
             doubt: false,
             alone: false,
             stopped: false,
+            points: BTreeMap::new(),
             open: BTreeMap::new(),
             made,
         })
@@ -197,7 +212,7 @@ impl World {
         self.close_all().expect("close");
         let sim = self.sim.crash_with(Policy::AllDone);
         sim.reseed(seed);
-        World::on(
+        let mut copy = World::on(
             sim,
             seed,
             self.size,
@@ -205,7 +220,9 @@ impl World {
             self.frozen.clone(),
             self.made + 1000,
         )
-        .expect("a store that opens")
+        .expect("a store that opens");
+        copy.points = self.points.clone();
+        copy
     }
     fn pick_disk(&self, n: usize) -> Option<String> {
         let names: Vec<&String> = self.disks.keys().collect();
@@ -231,8 +248,35 @@ impl World {
         model.attempted.push(Attempt::of(model.now.clone()));
     }
     fn flushed(&mut self, name: &str) {
-        let model = self.model(name);
-        model.acknowledge(model.now.clone());
+        let now = self.model(name).now.clone();
+        self.acknowledged(name, now);
+    }
+    fn acknowledged(&mut self, name: &str, contents: Arc<Vec<u8>>) {
+        if let Some(point) = self.open.get(name).and_then(|disk| disk.point()) {
+            self.points.insert(point, contents.clone());
+        }
+        self.model(name).acknowledge(contents);
+    }
+    /// Each point of a history is what was acknowledged then. All disks are closed.
+    fn look_back(&mut self, story: &str) {
+        for name in self.disks.keys() {
+            let object = self.store.resolve(name).expect("a disk of the model");
+            let history = self.store.history(name);
+            let history =
+                history.unwrap_or_else(|e| panic!("{story}: the history of {name}: {e:?}"));
+            for point in &history.points {
+                let number = point.number;
+                let Some(contents) = self.points.get(&(object.id, number)) else {
+                    continue;
+                };
+                let story = format!("{story}: point {number}");
+                let past = self.store.open_at(name, At::Number(number));
+                let past = past.unwrap_or_else(|e| panic!("{story}: {e:?}"));
+                with_all(&*past, |found| same(&story, name, found, contents))
+                    .unwrap_or_else(|e| panic!("{story}: read {name}: {e:?}"));
+                self.reached.note("a point of a history");
+            }
+        }
     }
     /// Closes a disk: a flush at the least.
     fn close(&mut self, name: &str) -> Result<()> {
@@ -396,7 +440,7 @@ impl World {
             now[at as usize..at as usize + data.len()].copy_from_slice(&data);
         }
         done?;
-        model.acknowledge(acknowledged);
+        self.acknowledged(disk, acknowledged);
         if !missed {
             self.reached.note("writes in the middle of a flush");
         }
@@ -695,6 +739,7 @@ impl World {
             BTreeMap::new(),
             self.made + 100,
         )?;
+        world.points = self.points.clone();
         let found = world.store.survey()?;
         // Also of names that may be there or not: if one is there, so is what it refers to.
         assert!(found.damaged.is_empty(), "{story}: {:?}", found.damaged);
@@ -817,6 +862,7 @@ impl World {
                 .unwrap_or_else(|e| panic!("{story}: {e:?}"));
         }
         world.close_all().unwrap_or_else(works);
+        world.look_back(story);
         world.compare_in(story);
         world.close_all().unwrap_or_else(works);
         world

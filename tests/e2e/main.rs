@@ -15,6 +15,7 @@ mod figures;
 mod files;
 mod flow;
 mod full;
+mod history;
 mod import;
 mod layers;
 mod live;

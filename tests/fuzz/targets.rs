@@ -152,6 +152,22 @@ fn commit(data: &[u8]) {
             }
             assert!(table.items().all(|i| i.is_ok()));
         }
+        // The same bytes as a record with undo entries.
+        record[..8].copy_from_slice(&format::COMMIT_HISTORY_MAGIC);
+        let undo = entries / 2;
+        record[40..44].copy_from_slice(&(entries - undo).to_le_bytes());
+        record[60..64].copy_from_slice(&undo.to_le_bytes());
+        record[56..60].fill(0);
+        let sum = format::crc(&record[..head + entries as usize * 12]);
+        record[56..60].copy_from_slice(&sum.to_le_bytes());
+        if let Some(record) = format::decode_record(&record, &Id(id)) {
+            let undo = record.undo.unwrap_or_default();
+            let mut known = forkdisk::map::undo::Undo::default();
+            undo.iter().for_each(|e| known.add(e));
+            let ordered = forkdisk::map::undo::in_order(undo.to_vec());
+            let blocks: u64 = ordered.iter().map(|e| u64::from(e.get().1)).sum();
+            assert_eq!(known.blocks(), blocks);
+        }
     }
 }
 
@@ -473,6 +489,13 @@ fn template() -> SimDisk {
             .expect("import");
         for (name, from) in [("d", "image"), ("u", "d@s")] {
             store.create(&[name.into()], from, None).expect("fork");
+            let limits = forkdisk::store::history::Limits {
+                window: Some(1000),
+                bytes: None,
+            };
+            store
+                .set_history(&[name.into()], Some(limits))
+                .expect("a history");
             let disk = disk(&store, name).expect("open");
             for n in 0..3u8 {
                 disk.write(&[n + 1; 5000], u64::from(n) * 4096)
@@ -565,9 +588,21 @@ fn patch(sim: &SimDisk, path: &str, input: &mut Input<'_>, at_most: usize, seal:
 fn seal_slot(n: usize, slot: &mut [u8]) {
     if n < 3 && slot.len() == SLOT {
         seal(slot);
-    } else if n < 1024 && slot.len() == SLOT && slot[..8] == format::COMMIT_MAGIC {
-        let entries = u32::from_le_bytes([slot[40], slot[41], slot[42], slot[43]]);
-        if let Some(end) = (entries as usize).checked_mul(12).map(|n| n + 64)
+    } else if n < 1024
+        && slot.len() == SLOT
+        && [format::COMMIT_MAGIC, format::COMMIT_HISTORY_MAGIC]
+            .iter()
+            .any(|m| slot[..8] == *m)
+    {
+        let number =
+            |at: usize| u32::from_le_bytes([slot[at], slot[at + 1], slot[at + 2], slot[at + 3]]);
+        let undo = match number(60) {
+            format::NO_UNDO => 0,
+            n if slot[..8] == format::COMMIT_HISTORY_MAGIC => n,
+            _ => 0,
+        };
+        let entries = number(40) as usize + undo as usize;
+        if let Some(end) = entries.checked_mul(12).map(|n| n + 64)
             && end <= SLOT
         {
             slot[56..60].fill(0);
@@ -602,6 +637,9 @@ fn layer(data: &[u8]) {
         for region in [0, 1, 5000] {
             let _ = read.region(Region(region));
         }
+        for point in read.points().unwrap_or_default() {
+            let _ = read.undone_to(point.number);
+        }
         let mut blocks = 0;
         for item in read.items(Region(0)) {
             let Ok(Item::Region(region, map)) = item else {
@@ -621,7 +659,13 @@ fn layer(data: &[u8]) {
             }
         }
     }
-    let Ok(layer) = Layer::open(file(Access::Write)) else {
+    let keep = (how & 8 != 0).then(|| forkdisk::layer::history::Keep {
+        window: Some(1000),
+        bytes: None,
+        clock: Arc::new(|| 1_700_000_000_000),
+    });
+    let memory = forkdisk::layer::volatile::private().expect("memory");
+    let Ok(layer) = Layer::open_on(file(Access::Write), memory, keep) else {
         return;
     };
     let data = [0x5A; SLOT];

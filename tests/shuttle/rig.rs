@@ -157,14 +157,14 @@ impl World {
     }
     /// The disk whose own layer is `n`, as of the death of the process that had it: also what was not flushed is there.
     pub fn resume(&self, n: u32, memory: Arc<SharedMemory>) -> CowDisk {
-        let layer = Layer::resume(self.file(n, Access::Write), memory)
+        let layer = Layer::resume(self.file(n, Access::Write), memory, None)
             .unwrap_or_else(|e| panic!("layer {n}: {e:?}"));
         CowDisk::writable(layer, self.chain(n - 1, &Budget::new(1 << 20)))
     }
     /// A new disk with one layer, whose volatile log outlives it.
     pub fn disk_on(&self, memory: Arc<SharedMemory>) -> CowDisk {
         self.create(1);
-        let layer = Layer::open_on(self.file(1, Access::Write), memory).expect("a layer");
+        let layer = Layer::open_on(self.file(1, Access::Write), memory, None).expect("a layer");
         CowDisk::writable(layer, self.chain(0, &Budget::new(1 << 20)))
     }
     pub fn read_layer(&self, n: u32) -> Arc<ReadLayer> {

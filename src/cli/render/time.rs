@@ -13,6 +13,62 @@ pub fn now() -> u64 {
         .map_or(0, |d| d.as_secs())
 }
 
+/// Milliseconds since 1970, now.
+pub fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Reads a time as RFC 3339 writes it: `2026-11-03T14:05:59Z`, `2026-11-03 15:05:59.5+01:00`. Milliseconds since 1970; without a
+/// fraction the last one of that second.
+pub fn parse_rfc3339(text: &str) -> Option<u64> {
+    let number = |at: usize, len: usize| -> Option<u64> {
+        let digits = text.get(at..at + len)?;
+        let plain = digits.bytes().all(|b| b.is_ascii_digit());
+        digits.parse().ok().filter(|_| plain)
+    };
+    let sign = |at: usize, signs: &str| text.get(at..at + 1).filter(|c| signs.contains(c));
+    sign(4, "-").and(sign(7, "-")).and(sign(10, "Tt "))?;
+    sign(13, ":").and(sign(16, ":"))?;
+    let (year, month, day) = (number(0, 4)?, number(5, 2)?, number(8, 2)?);
+    let (hour, minute, second) = (number(11, 2)?, number(14, 2)?, number(17, 2)?);
+    if hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    // The day is found as it is shown, so that there is one calendar only.
+    let from = (year.checked_sub(1970)? * 365).saturating_sub(1);
+    let days = (from..from + 1000).find(|&d| civil(d) == (year, month, day))?;
+    let mut rest = text.get(19..)?;
+    let mut ms = 999;
+    if let Some(fraction) = rest.strip_prefix('.') {
+        let end = fraction.find(|c: char| !c.is_ascii_digit())?;
+        let digits: String = fraction[..end]
+            .chars()
+            .chain("000".chars())
+            .take(3)
+            .collect();
+        ms = digits.parse().ok().filter(|_| end > 0)?;
+        rest = &fraction[end..];
+    }
+    let local = (days * DAY + hour * HOUR + minute * MINUTE + second) as i64;
+    let offset = match rest {
+        "Z" | "z" => 0,
+        _ => {
+            let at = text.len().checked_sub(6)?;
+            sign(at + 3, ":").filter(|_| rest.len() == 6)?;
+            let (hours, minutes) = (number(at + 1, 2)?, number(at + 4, 2)?);
+            let seconds = (hours * HOUR + minutes * MINUTE) as i64;
+            match sign(at, "+-")? {
+                "-" => -seconds,
+                _ => seconds,
+            }
+        }
+    };
+    let utc = u64::try_from(local - offset).ok()?;
+    Some(utc * 1000 + ms)
+}
+
 /// `then` as seen from `now`: `just now`, `2 min ago`, `3 h ago`, `5 days ago`, and the date from a
 /// month on (or where a clock was wrong).
 pub fn ago(then: u64, now: u64) -> String {

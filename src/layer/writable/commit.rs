@@ -7,13 +7,13 @@ use super::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef,
-    Superblock, commit_slots, encode_commit,
+    self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef, Step,
+    Superblock, commit_slots, encode_commit, encode_commit_with_undo,
 };
 use crate::io::File;
 use crate::layer::volatile::{self, Syncing};
 use crate::map::run::{Builder, Run, max_len};
-use crate::map::{Items, Memtable, merge};
+use crate::map::{Items, Memtable, merge, undo};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{REGION_BLOCKS, Region, Slot, blocks};
 use std::sync::Arc;
@@ -72,7 +72,11 @@ impl Layer {
             let _gate = self.gate.write();
             let epoch = self.epoch.fetch_add(1, SeqCst);
             let mut log = self.log.lock();
-            let counted = std::mem::take(&mut log.counted);
+            let next = Counted {
+                undo: self.keeps_history().then(Vec::new),
+                ..Counted::default()
+            };
+            let counted = std::mem::replace(&mut log.counted, next);
             // An area that holds nothing stays open.
             let closed = (log.entries.count() > 0).then(|| {
                 let generation = c.superblock.generation.get();
@@ -132,11 +136,16 @@ impl Layer {
         &self,
         c: &mut Commit,
         changes: &Memtable,
-        counted: Counted,
+        mut counted: Counted,
         epoch: u64,
     ) -> Result<()> {
         let entries = changes.entries();
-        let slots = commit_slots(entries.len() as u64);
+        let undo = counted.undo.take().filter(|_| c.history.keep.is_some());
+        // Where the place that was reserved does not suffice (others zeroed the same regions), the history begins anew.
+        let undo = undo
+            .map(undo::in_order)
+            .filter(|undo| (entries.len() + undo.len()) as u64 <= counted.reserved);
+        let slots = commit_slots((entries.len() + undo.as_ref().map_or(0, Vec::len)) as u64);
         debug_assert!(
             c.head + slots <= JOURNAL_SLOTS,
             "the journal space was reserved"
@@ -155,7 +164,19 @@ impl Layer {
             self.syncs.fetch_add(1, Relaxed);
         }
         let generation = c.superblock.generation.get();
-        encode_commit(&self.id, c.next_commit, generation, &entries, &mut c.buffer);
+        let numbers = (c.next_commit, generation);
+        let time = c.history.keep.as_ref().map(|keep| (keep.clock)());
+        match time {
+            None => encode_commit(&self.id, numbers.0, generation, &entries, &mut c.buffer),
+            Some(time) => encode_commit_with_undo(
+                &self.id,
+                numbers,
+                time,
+                &entries,
+                undo.as_deref(),
+                &mut c.buffer,
+            ),
+        }
         self.file
             .write_at(&c.buffer, Slot(JOURNAL_START + c.head).at())
             .map_err(|e| self.poison(e))?;
@@ -172,6 +193,19 @@ impl Layer {
             if let Pointer::Data { slot, .. } = pointer {
                 use_slot(&mut c.free, &mut c.high, slot.0);
             }
+        }
+        match (undo, time) {
+            (Some(undo), Some(time)) => {
+                // What it replaced is held.
+                counted.freed.clear();
+                c.history.push(Step {
+                    sequence: numbers.0,
+                    time,
+                    undo,
+                });
+            }
+            (_, Some(time)) => c.history.cut(numbers.0, time),
+            _ => {}
         }
         for &(start, len) in &counted.freed {
             c.free.insert(start, len);
@@ -226,15 +260,23 @@ impl Layer {
                 new_extent = Some(extent);
             }
         }
+        let undo = |e: Error| {
+            if let Some((start, len)) = new_extent {
+                self.space.lock().hot.insert(start, len);
+            }
+            e
+        };
+        let history = self.turn_history(c).map_err(undo)?;
         let mut next = c.superblock;
         // What is free once this superblock counts.
         let mut free = c.free.clone();
         let mut high = c.high;
-        if let Some((start, len)) = new_extent {
+        for (start, len) in new_extent.into_iter().chain(history.own) {
             for slot in start..start + len {
                 use_slot(&mut free, &mut high, slot);
             }
         }
+        replaced.extend(&history.freed);
         let old_list = (next.free_slot.get(), next.free_slots.get());
         if old_list.0 != 0 {
             replaced.push(old_list);
@@ -242,16 +284,16 @@ impl Layer {
         for &(start, len) in &replaced {
             free.insert(start, len);
         }
-        let mut forgotten = c.forgotten + free.limit();
-        let undo = |e: Error| {
-            if let Some((start, len)) = new_extent {
-                self.space.lock().hot.insert(start, len);
-            }
-            e
-        };
+        let mut forgotten = c.forgotten + history.lost + free.limit();
         let list = self
             .write_free_list(&mut next, &mut free, &mut high, &mut forgotten)
-            .map_err(undo)?;
+            .map_err(|e| {
+                if let Some((start, len)) = history.own {
+                    self.space.lock().hot.insert(start, len);
+                }
+                undo(e)
+            })?;
+        history.describe(&mut next, c.history.keep.is_some());
         next.sequence = U64::new(next.sequence.get() + 1);
         next.state = U32::new(state.number());
         next.next_commit = U64::new(c.next_commit);
@@ -266,7 +308,8 @@ impl Layer {
         }
         self.host.note(&mut next);
         // The new run, and copy 2 of the last change, before copy 1 is touched. Where neither was written there is nothing to wait for.
-        let wrote = new_extent.is_some() || list.is_some() || c.second_pending;
+        let wrote =
+            new_extent.is_some() || history.own.is_some() || list.is_some() || c.second_pending;
         if wrote {
             self.sync(c)?;
         }
@@ -285,6 +328,7 @@ impl Layer {
         c.free = free;
         c.high = high;
         c.forgotten = forgotten;
+        history.done(&mut c.history);
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);

@@ -209,6 +209,7 @@ impl Layer {
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
         self.punch_inherited()?;
+        self.expire()?;
         if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
             // All of the file; what is clean costs nothing.
             self.file.start_writeback(0, self.file.len()?);
@@ -231,14 +232,18 @@ impl Layer {
     }
 
     /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
-    /// counts only once they are committed.
-    pub fn make_room(&self) -> Result<()> {
+    /// counts only once they are committed. Of its history a part goes; says whether there was any, so that it is worth another try.
+    pub fn make_room(&self) -> Result<bool> {
         self.punch_inherited()?;
         self.flush()?;
         match self.checkpoint_now() {
             Err(e) if e.kind() == Kind::NoSpace => {}
             other => other?,
         }
+        let yielded = match self.yield_history() {
+            Err(e) if e.kind() == Kind::NoSpace => false,
+            other => other?,
+        };
         {
             // Nobody writes to the journal meanwhile.
             let mut commit = self.commit.lock();
@@ -254,6 +259,7 @@ impl Layer {
                 space.journal_reserved = keep;
             }
         }
-        self.give_to_host(SPARE, SPARE)
+        self.give_to_host(SPARE, SPARE)?;
+        Ok(yielded)
     }
 }

@@ -4,10 +4,11 @@
 //! at any point, the next one finds the same.
 
 use super::commit::{read_free_list, use_slot};
-use super::{Beginning, Counted, Layer, Opened, Resident, SHARDS, State};
+use super::{Beginning, Counted, History, Layer, Opened, Resident, SHARDS, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, CommitEntry, JOURNAL_SLOTS, JOURNAL_START, Pointer, commit_slots};
 use crate::io::File;
+use crate::layer::history::Keep;
 use crate::layer::recover::{self, After, Change, Replay};
 use crate::layer::space::Space;
 use crate::layer::volatile::{self, Area, Found, Syncing, VolatileLog};
@@ -26,7 +27,11 @@ impl Layer {
     /// Opens a layer that the process which died had open with [`Layer::open_on`] and the same memory: also what was not flushed is there. The
     /// caller has locked the file; every thread of the dead process is gone. [`Kind::Poisoned`] if what it had acknowledged cannot be
     /// shown to be all there.
-    pub fn resume(file: Arc<dyn File>, memory: Arc<SharedMemory>) -> Result<Layer> {
+    pub fn resume(
+        file: Arc<dyn File>,
+        memory: Arc<SharedMemory>,
+        keep: Option<Keep>,
+    ) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
         let lost = |what: String| {
@@ -37,7 +42,7 @@ impl Layer {
         };
         let (generation, areas, syncing, durable) = match volatile::find(&memory, &id)? {
             // It had not come far enough to accept anything.
-            Found::Nothing => return Layer::open_on(file, memory),
+            Found::Nothing => return Layer::open_on(file, memory, keep),
             Found::Log {
                 generation,
                 areas,
@@ -49,7 +54,7 @@ impl Layer {
         let superblock = found.superblock;
         if State::of(&superblock) != State::Writable || superblock.generation.get() != generation {
             if areas.iter().all(|a| a.entries.is_empty()) {
-                return Layer::open_on(file, memory);
+                return Layer::open_on(file, memory, keep);
             }
             return Err(lost(
                 "un-flushed changes belong to another state of the layer".into(),
@@ -87,7 +92,12 @@ impl Layer {
                 .map_err(|what| lost(format!("the volatile log cannot be right: {what}")))?;
         }
         let entries = left.iter().flat_map(|a| a.entries.iter().copied());
-        let fresh = replay.unflushed(entries, &runs)?;
+        let (fresh, undo) = replay.unflushed(entries, &runs)?;
+        // Whoever did not keep a history goes on without: its superblock does not allow for one.
+        let keep = keep.filter(|_| superblock.has_history());
+        let undo = keep.is_some().then_some(undo);
+        let steps = std::mem::take(&mut replay.steps);
+        let history = History::found(keep, &*file, &superblock, steps, replay.cut)?;
         if syncing != Syncing::No {
             rewrite(&*file, &replay, replay.next_commit - 1 > durable, &fresh)?;
         }
@@ -96,7 +106,8 @@ impl Layer {
         let mut counted = Counted {
             data_delta: replay.data_blocks as i64 - data as i64,
             zero_delta: replay.zero_blocks as i64 - zero as i64,
-            reserved: fresh.entries().len() as u64,
+            reserved: (fresh.entries().len() + undo.as_ref().map_or(0, Vec::len)) as u64,
+            undo,
             ..Counted::default()
         };
         for change in &replay.changes[known..] {
@@ -147,6 +158,7 @@ impl Layer {
                 space,
                 log,
                 volatile: memory,
+                history,
             },
         );
         let owed = owed.into_iter().map(|slot| (slot, 1)).collect();
@@ -276,10 +288,7 @@ fn rewrite(file: &dyn File, replay: &Replay, last: bool, fresh: &Memtable) -> Re
             .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush")
     };
     let (record, entries) = match last {
-        true => (
-            commit_slots(replay.last.len() as u64).min(replay.head),
-            &replay.last[..],
-        ),
+        true => (replay.last_slots.min(replay.head), &replay.last[..]),
         false => (0, &[][..]),
     };
     let mut slots: BTreeMap<u32, Option<(Lba, u32)>> = (replay.head - record..replay.head)

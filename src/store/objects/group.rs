@@ -167,7 +167,7 @@ impl Store {
             let (Writer::Running(halted), Some((file, memory))) = (part.writer, file) else {
                 continue;
             };
-            let (layer, chain) = self.layer_above(file, &part.prepared, memory)?;
+            let (layer, chain) = self.layer_above(&part.disk, file, &part.prepared, memory)?;
             halted.go_on(layer, chain);
             self.note_opened(&part.disk);
         }
@@ -178,6 +178,7 @@ impl Store {
     /// What goes on above a layer that was just sealed: the layer that was prepared, and the chain below it.
     pub(super) fn layer_above(
         &self,
+        disk: &str,
         sealed: Arc<dyn File>,
         prepared: &Prepared,
         memory: Arc<SharedMemory>,
@@ -191,7 +192,7 @@ impl Store {
         let next = layer_file(prepared.next);
         let file = self.layers.open(&next, Access::Write)?;
         file.lock(true)?;
-        let layer = Layer::open_on(file, memory)?;
+        let layer = Layer::open_on(file, memory, self.keep_of(disk)?)?;
         Ok((layer, self.chain(Below::Layer(sealed.id()))?))
     }
 }

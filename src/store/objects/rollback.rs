@@ -50,9 +50,9 @@ impl Store {
                 .layers
                 .open(&layer_file(prepared.next), Access::Write)?;
             file.lock(true)?;
-            Ok((file, halted.volatile()?))
+            Ok((file, halted.volatile()?, self.keep_of(disk)?))
         })();
-        let (file, memory) = match ready {
+        let (file, memory, keep) = match ready {
             Ok(ready) => ready,
             Err(e) => {
                 self.abandon(&prepared);
@@ -65,7 +65,7 @@ impl Store {
             }
             return Err(e);
         }
-        match Layer::open_on(file, memory) {
+        match Layer::open_on(file, memory, keep) {
             Ok(layer) => halted.go_on(layer, chain),
             Err(e) => {
                 // Its name says otherwise already.

@@ -1,0 +1,397 @@
+//! Keeping the history of a layer: what a commit replaced stays, until it is too old or too much (FORMAT.md, "History").
+//!
+//! Always true:
+//! - what a commit of the history replaced is neither free nor punched before a durable superblock says that its history begins later;
+//! - the commits that can be undone follow each other without a gap, up to the last one: those of the segments, then those of the journal;
+//! - nobody needs the history to find what the disk shows now: where there is no room for it, it goes.
+
+use super::{Commit, HOT_SLOTS, Layer, State};
+use crate::error::{Kind, Result};
+use crate::format::{CommitEntry, MAX_SEGMENTS, Pointer, SegmentHeader, Step, Superblock};
+use crate::io::File;
+use crate::layer::history::{Keep, Segment, read_segment, segments};
+use crate::map::{RegionMap, WORDS, undo};
+use crate::sync::atomic::Ordering::SeqCst;
+use crate::units::{BLOCK, Id, REGION_BLOCKS, Region, Slot};
+use std::collections::VecDeque;
+use zerocopy::little_endian::{U32, U64};
+
+/// Expired blocks that are worth a checkpoint of their own: 16 MiB.
+const WORTH: u64 = 4096;
+/// Into how many segments the housekeeping divides a window or a budget at least: what goes, goes by segments.
+const PARTS: u64 = 8;
+/// Regions with pointers of their own that a discard zeroes under one reservation: each may replace 512 blocks.
+pub(super) const KNOWN_REGIONS: u32 = 64;
+
+/// What a layer keeps of its past.
+#[derive(Default)]
+pub(super) struct History {
+    /// How much to keep; `None`: nothing.
+    pub keep: Option<Keep>,
+    /// Number and time of the oldest point. What the commits up to it replaced is free once a superblock says so.
+    oldest: (u64, u64),
+    segments: VecDeque<Segment>,
+    /// The commits of the journal.
+    journal: Vec<Step>,
+    /// Slots of replaced blocks that all of them hold.
+    held: u64,
+    /// Slots of which nobody can say any more whether they are held: a segment was damaged.
+    lost: u64,
+}
+
+/// The history as the next superblock will describe it.
+pub(super) struct Turn {
+    oldest: (u64, u64),
+    segments: VecDeque<Segment>,
+    held: u64,
+    /// The new segment.
+    pub own: Option<(u32, u32)>,
+    /// What is free once that superblock counts.
+    pub freed: Vec<(u32, u32)>,
+    /// What is lost with a damaged segment.
+    pub lost: u64,
+}
+
+impl History {
+    /// The history of a layer that is opened: what the superblock names, and what the commits of the journal replaced.
+    pub fn found(
+        keep: Option<Keep>,
+        file: &dyn File,
+        superblock: &Superblock,
+        journal: Vec<Step>,
+        cut: Option<(u64, u64)>,
+    ) -> Result<History> {
+        let mut history = History {
+            journal,
+            ..History::default()
+        };
+        let last = superblock.next_commit.get().saturating_sub(1);
+        if superblock.has_history() {
+            let chain = segments(file, superblock)?;
+            history.segments = chain.segments;
+            history.oldest = (
+                superblock.history_oldest.get(),
+                superblock.history_time.get(),
+            );
+            if let Some(e) = chain.broken {
+                tracing::warn!(layer = %Id(superblock.layer), "a part of the history is lost: {e}");
+                let known = history.occupied();
+                history.lost = superblock.history_blocks.get().saturating_sub(known);
+                history.oldest = history
+                    .segments
+                    .front()
+                    .map_or((last, 0), |s| (s.commits.0 - 1, 0));
+            }
+        } else {
+            history.oldest = (last, keep.as_ref().map_or(0, |k| (k.clock)()));
+        }
+        history.held = history.segments.iter().map(|s| s.blocks).sum();
+        history.held += history
+            .journal
+            .iter()
+            .map(|s| s.slots().count() as u64)
+            .sum::<u64>();
+        if let Some(cut) = cut {
+            history.oldest = history.oldest.max(cut);
+        }
+        history.keep = keep;
+        Ok(history)
+    }
+    /// Slots of the segments and of what they hold.
+    fn occupied(&self) -> u64 {
+        let of = |s: &Segment| s.blocks + u64::from(s.slots);
+        self.segments.iter().map(of).sum()
+    }
+    /// Slots that it occupies.
+    pub fn slots(&self) -> u64 {
+        self.held
+            + self
+                .segments
+                .iter()
+                .map(|s| u64::from(s.slots))
+                .sum::<u64>()
+    }
+    /// A commit was made that can be undone.
+    pub fn push(&mut self, step: Step) {
+        self.held += step.slots().count() as u64;
+        self.journal.push(step);
+    }
+    /// A commit was made that cannot be undone: the history begins with it.
+    pub fn cut(&mut self, number: u64, time: u64) {
+        self.oldest = (number, time);
+    }
+    /// What goes one after the other, the oldest first: its last commit, the time of that, the slots it holds.
+    fn parts(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        let segments = self
+            .segments
+            .iter()
+            .map(|s| (s.commits.1, s.last_time, s.blocks));
+        let of = |s: &Step| (s.sequence, s.time, s.slots().count() as u64);
+        segments.chain(self.journal.iter().map(of))
+    }
+    /// The oldest point that is to stay, and how many slots are held behind it.
+    fn expired(&self, keep: &Keep) -> ((u64, u64), u64) {
+        let since = keep
+            .window
+            .map(|window| (keep.clock)().saturating_sub(window));
+        let room = keep.bytes.map_or(u64::MAX, |bytes| bytes / BLOCK);
+        let mut oldest = self.oldest;
+        let mut held = self.slots();
+        let mut freed = 0;
+        let mut left = self.segments.len();
+        for (number, time, slots) in self.parts() {
+            let gone = number <= self.oldest.0;
+            let old = since.is_some_and(|since| time <= since);
+            if !gone && !old && held <= room && left < MAX_SEGMENTS {
+                break;
+            }
+            if !gone {
+                oldest = (number, time);
+            }
+            held = held.saturating_sub(slots);
+            freed += slots;
+            left = left.saturating_sub(1);
+        }
+        (oldest, freed)
+    }
+    /// Is a checkpoint worth it: has enough expired, or is so much in the journal that it should become a segment?
+    fn due(&self) -> bool {
+        let Some(keep) = &self.keep else {
+            return false;
+        };
+        if self.slots() == 0 {
+            return false;
+        }
+        let (_, freed) = self.expired(keep);
+        let in_journal = || {
+            self.journal
+                .iter()
+                .map(|s| s.slots().count() as u64)
+                .sum::<u64>()
+        };
+        let much = keep.bytes.is_some_and(|bytes| {
+            self.slots() > bytes / BLOCK || in_journal() > (bytes / BLOCK / PARTS).max(1)
+        });
+        let age = |window: u64| {
+            let first = self.journal.first().map_or(u64::MAX, |s| s.time);
+            (keep.clock)().saturating_sub(first) > window / PARTS && in_journal() >= WORTH
+        };
+        freed >= WORTH.max(self.held / PARTS) || much || keep.window.is_some_and(age)
+    }
+}
+
+/// Sorted, neighbours together.
+fn extents(mut slots: Vec<u32>) -> Vec<(u32, u32)> {
+    slots.sort_unstable();
+    let mut extents: Vec<(u32, u32)> = Vec::new();
+    for slot in slots {
+        match extents.last_mut() {
+            Some((start, len)) if *start + *len == slot => *len += 1,
+            _ => extents.push((slot, 1)),
+        }
+    }
+    extents
+}
+
+impl Layer {
+    /// Does it keep its history?
+    pub fn keeps_history(&self) -> bool {
+        self.keeps.load(SeqCst)
+    }
+    /// The number of its last durable commit.
+    pub fn point(&self) -> u64 {
+        self.commit.lock().next_commit.saturating_sub(1)
+    }
+    /// Slots that its history occupies.
+    pub fn history_slots(&self) -> u64 {
+        self.commit.lock().history.slots()
+    }
+    /// Keeps so much of its past from now on; `None`: nothing, and what was kept goes.
+    pub fn set_keep(&self, keep: Option<Keep>) -> Result<()> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        let on = keep.is_some();
+        if on && commit.history.keep.is_none() {
+            let now = keep.as_ref().map_or(0, |k| (k.clock)());
+            commit.history.oldest = (commit.next_commit.saturating_sub(1), now);
+        }
+        let before = std::mem::replace(&mut commit.history.keep, keep);
+        // Before the first commit that tells what it replaced: whoever does not know such commits must not open the layer.
+        if let Err(e) = self.checkpoint(&mut commit, State::Writable) {
+            commit.history.keep = before;
+            return Err(e);
+        }
+        self.keeps.store(on, SeqCst);
+        Ok(())
+    }
+    /// Gives up what is kept of the past: the history begins anew at the last commit.
+    pub fn forget_history(&self) -> Result<()> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        let c = &mut *commit;
+        if c.history.slots() == 0 {
+            return Ok(());
+        }
+        let now = c.history.keep.as_ref().map_or(0, |k| (k.clock)());
+        c.history.oldest = (c.next_commit.saturating_sub(1), now);
+        self.checkpoint(c, State::Writable)?;
+        drop(commit);
+        self.give_to_host(HOT_SLOTS, HOT_SLOTS)
+    }
+    /// The host disk is full: the older half of the history goes, or the little that is left; says whether there was any.
+    pub(super) fn yield_history(&self) -> Result<bool> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        let c = &mut *commit;
+        let held = c.history.slots();
+        if held == 0 {
+            return Ok(false);
+        }
+        let mut given = 0;
+        let mut oldest = c.history.oldest;
+        for (number, time, slots) in c.history.parts() {
+            if given > held / 2 && held - given >= WORTH {
+                break;
+            }
+            oldest = oldest.max((number, time));
+            given += slots;
+        }
+        tracing::warn!(layer = %self.id, "the host disk is full: {} bytes of the history go", given * BLOCK);
+        c.history.oldest = oldest;
+        self.checkpoint(c, State::Writable)?;
+        Ok(true)
+    }
+    /// Lets go of what is too old or too much, if that is worth a checkpoint.
+    pub(super) fn expire(&self) -> Result<()> {
+        if !self.keeps.load(SeqCst) {
+            return Ok(());
+        }
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        if !commit.history.due() {
+            return Ok(());
+        }
+        match self.checkpoint(&mut commit, State::Writable) {
+            Err(e) if e.kind() == Kind::NoSpace => Ok(()),
+            other => other,
+        }
+    }
+
+    /// What the next superblock will say of the history: writes what stays of the journal's as a segment, which is not durable yet.
+    /// Where there is no room for that, the history goes.
+    pub(super) fn turn_history(&self, c: &Commit) -> Result<Turn> {
+        let h = &c.history;
+        let last = c.next_commit.saturating_sub(1);
+        let (mut oldest, now) = match &h.keep {
+            Some(keep) => (h.expired(keep).0, (keep.clock)()),
+            None => ((last, 0), 0),
+        };
+        let stays = h.journal.iter().filter(|s| s.sequence > oldest.0);
+        let steps: Vec<Step> = stays.cloned().collect();
+        let previous = h.segments.back().filter(|s| s.commits.1 > oldest.0);
+        let previous = previous.map_or((0, 0), |s| (s.slot, s.slots));
+        let mut own = None;
+        if !steps.is_empty() {
+            match self.write_segment(&steps, previous) {
+                Ok(segment) => own = Some(segment),
+                Err(e) if e.kind() == Kind::NoSpace => {
+                    tracing::warn!(layer = %self.id, "there is no room for the history, it begins anew: {e}");
+                    oldest = (last, now);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        let mut turn = Turn {
+            oldest,
+            segments: h.segments.clone(),
+            held: 0,
+            own: own.as_ref().map(|s| (s.slot, s.slots)),
+            freed: Vec::new(),
+            lost: h.lost,
+        };
+        let mut freed: Vec<u32> = Vec::new();
+        while let Some(gone) = turn.segments.pop_front_if(|s| s.commits.1 <= oldest.0) {
+            freed.extend(gone.slot..gone.slot + gone.slots);
+            match read_segment(&*self.file, &self.id, &gone) {
+                Ok(steps) => freed.extend(steps.iter().flat_map(Step::slots)),
+                Err(e) => {
+                    tracing::warn!(layer = %self.id, "{} bytes stay allocated: {e}", gone.blocks * BLOCK);
+                    turn.lost += gone.blocks;
+                }
+            }
+        }
+        let gone = h.journal.iter().filter(|s| s.sequence <= oldest.0);
+        freed.extend(gone.flat_map(Step::slots));
+        turn.segments.extend(own);
+        turn.held = turn.segments.iter().map(|s| s.blocks).sum();
+        turn.freed = extents(freed);
+        Ok(turn)
+    }
+    fn write_segment(&self, steps: &[Step], previous: (u32, u32)) -> Result<Segment> {
+        let slots = SegmentHeader::slots_of(steps);
+        let start = {
+            let mut space = self.space.lock();
+            space.settle(&self.quiesce);
+            space.contiguous(slots)?.0
+        };
+        let bytes = SegmentHeader::encode(&self.id, steps, previous);
+        if let Err(e) = self.file.write_at(&bytes, Slot(start).at()) {
+            self.unused(start, slots);
+            return Err(e);
+        }
+        let ends = |step: Option<&Step>| step.map_or((0, 0), |s| (s.sequence, s.time));
+        let (first, last) = (ends(steps.first()), ends(steps.last()));
+        Ok(Segment {
+            slot: start,
+            slots,
+            commits: (first.0, last.0),
+            first_time: first.1,
+            last_time: last.1,
+            blocks: steps.iter().map(|s| s.slots().count() as u64).sum(),
+        })
+    }
+}
+
+impl Turn {
+    /// Says so in the superblock.
+    pub fn describe(&self, superblock: &mut Superblock, kept: bool) {
+        let newest = self.segments.back().map_or((0, 0), |s| (s.slot, s.slots));
+        let own: u64 = self.segments.iter().map(|s| u64::from(s.slots)).sum();
+        let (oldest, blocks) = match kept {
+            true => (self.oldest, self.held + own),
+            false => ((0, 0), 0),
+        };
+        superblock.set_history(kept);
+        superblock.history_slot = U32::new(newest.0);
+        superblock.history_slots = U32::new(newest.1);
+        superblock.history_oldest = U64::new(oldest.0);
+        superblock.history_time = U64::new(oldest.1);
+        superblock.history_blocks = U64::new(blocks);
+    }
+    /// The superblock is durable: it is so.
+    pub fn done(self, history: &mut History) {
+        *history = History {
+            keep: history.keep.take(),
+            oldest: self.oldest,
+            segments: self.segments,
+            journal: Vec::new(),
+            held: self.held,
+            lost: 0,
+        };
+    }
+}
+
+/// What the blocks of a region that becomes zero were, if that is noted: those whose bit is not set in `noted`.
+pub(super) fn note_region(
+    list: &mut Option<Vec<CommitEntry>>,
+    region: Region,
+    map: Option<(&RegionMap, &[u64; WORDS])>,
+) {
+    let Some(list) = list else {
+        return;
+    };
+    match map {
+        Some((map, noted)) => undo::push_map(list, region, map, noted),
+        None => undo::push(list, region.first(), REGION_BLOCKS as u32, Pointer::Absent),
+    }
+}

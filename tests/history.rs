@@ -1,0 +1,593 @@
+//! The history of a disk: random work beside a plain model that remembers every flush; every point that is kept is what was flushed then,
+//! whatever came between: checkpoints, clean and unclean ends, the death of the process, expiry, a full host disk.
+#![allow(missing_docs, reason = "a test")]
+
+mod common;
+use common::{Rng, audit, base_image, read_all};
+use forkdisk::disk::{CowDisk, Disk};
+use forkdisk::error::Kind;
+use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::layer::volatile;
+use forkdisk::store::history::{At, Limits};
+use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::sys::shared::SharedMemory;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const B: u64 = 4096;
+
+/// A store with one disk, `d`, which keeps its history, and what it held at each flush.
+struct World {
+    sim: SimDisk,
+    store: Store,
+    clock: Arc<AtomicU64>,
+    seed: u64,
+    lives: u64,
+    size: u64,
+    disk: Option<Arc<CowDisk>>,
+    memory: Arc<SharedMemory>,
+    now: Vec<u8>,
+    flushed: Vec<u8>,
+    points: BTreeMap<u64, Vec<u8>>,
+}
+
+fn env(seed: u64, lives: u64, clock: &Arc<AtomicU64>) -> Env {
+    let ids = common::env(Rng(seed ^ lives << 40).next());
+    let clock = clock.clone();
+    Env {
+        now: Arc::new(move || clock.load(Ordering::SeqCst)),
+        ..ids
+    }
+}
+
+fn limits(window: Option<u64>, bytes: Option<u64>) -> Limits {
+    Limits { window, bytes }
+}
+
+impl World {
+    fn new(seed: u64, blocks: u64, limits: Limits) -> World {
+        let size = blocks * B;
+        let clock = Arc::new(AtomicU64::new(1_700_000_000));
+        let sim = SimDisk::new(seed);
+        let path = Path::new("/sim");
+        let store = Store::init_on(sim.root(), path, env(seed, 0, &clock)).expect("a store");
+        let mut image = base_image(size as usize - 1000);
+        let source = ImportSource::Reader(&mut &image[..]);
+        store
+            .import(source, "image", ImportMode::Copy, &Quiet)
+            .expect("import");
+        image.resize(size as usize, 0);
+        let name = ["d".to_string()];
+        store.create(&name, "image", None).expect("a disk");
+        store.set_history(&name, Some(limits)).expect("a history");
+        let mut world = World {
+            sim,
+            store,
+            clock,
+            seed,
+            lives: 0,
+            size,
+            disk: None,
+            memory: volatile::private().expect("memory"),
+            now: image.clone(),
+            flushed: image,
+            points: BTreeMap::new(),
+        };
+        world.open();
+        world
+    }
+    fn open(&mut self) -> Arc<CowDisk> {
+        if self.disk.is_none() {
+            let object = self.store.resolve("d").expect("d");
+            let disk = self
+                .store
+                .open_cow_on(&object, self.memory.clone())
+                .expect("open");
+            self.points
+                .insert(disk.point().expect("writable").1, self.flushed.clone());
+            self.disk = Some(disk);
+        }
+        self.disk.clone().expect("just opened")
+    }
+    fn close(&mut self) {
+        if let Some(disk) = self.disk.take() {
+            disk.close().expect("close");
+            // The last flush before the clean end.
+            self.points
+                .insert(disk.point().expect("writable").1, self.now.clone());
+            self.flushed = self.now.clone();
+        }
+    }
+    fn write(&mut self, at: u64, data: &[u8]) {
+        self.open().write(data, at).expect("write");
+        self.now[at as usize..at as usize + data.len()].copy_from_slice(data);
+    }
+    fn discard(&mut self, at: u64, len: u64) {
+        self.open().discard(at, len).expect("discard");
+        self.now[at as usize..(at + len) as usize].fill(0);
+    }
+    fn flush(&mut self) -> u64 {
+        let disk = self.open();
+        disk.flush().expect("flush");
+        self.flushed = self.now.clone();
+        let number = disk.point().expect("writable").1;
+        self.points.insert(number, self.now.clone());
+        number
+    }
+    /// The store on what is left of the disk.
+    fn again(&mut self, sim: SimDisk) {
+        self.disk = None;
+        self.sim = sim;
+        self.lives += 1;
+        let env = env(self.seed, self.lives, &self.clock);
+        self.store = Store::open_on(self.sim.root(), Path::new("/sim"), env).expect("a store");
+    }
+    fn power_cut(&mut self, policy: Policy) {
+        self.again(self.sim.crash_with(policy));
+        self.now = self.flushed.clone();
+    }
+    /// The process dies; the next one takes over.
+    fn death(&mut self) {
+        self.open();
+        self.again(self.sim.kill());
+        self.disk = Some(
+            self.store
+                .resume_cow("d", self.memory.clone())
+                .expect("taken over"),
+        );
+    }
+    fn number(&self) -> Vec<u64> {
+        let history = self.store.history("d").expect("a history");
+        history.points.iter().map(|p| p.number).collect()
+    }
+    /// Every point that is kept is what was flushed then; by itself, and in a fork.
+    fn look_back(&mut self, rng: &mut Rng) -> Vec<u64> {
+        self.close();
+        let kept = self.number();
+        for (i, &number) in kept.iter().enumerate() {
+            // A flush that the disk began by itself is a point, too.
+            let Some(expected) = self.points.get(&number) else {
+                continue;
+            };
+            let past = self
+                .store
+                .open_at("d", At::Number(number))
+                .expect("a point");
+            same(&read_all(&*past).expect("read"), expected, number);
+            if i == 0 || rng.below(6) == 0 {
+                let name = format!("f{}-{number}", self.lives);
+                let made = self
+                    .store
+                    .create_at(&name, "d", At::Number(number), None, &Quiet);
+                let fork = self
+                    .store
+                    .open_disk(&made.expect("a fork"), false)
+                    .expect("open");
+                same(&read_all(&*fork).expect("read"), expected, number);
+                drop(fork);
+                let plan = self.store.plan_removal(&[name], false).expect("a plan");
+                self.store.remove(&plan).expect("removed");
+            }
+            self.lives += 1;
+        }
+        audit::layers(&self.sim, "history");
+        kept
+    }
+    fn rewind(&mut self, number: u64) -> bool {
+        self.close();
+        let done = self
+            .store
+            .rewind("d", At::Number(number), &Quiet)
+            .expect("rewind");
+        let Some(expected) = self.points.get(&number).cloned() else {
+            return false;
+        };
+        (self.now, self.flushed) = (expected.clone(), expected);
+        let found = read_all(&*self.open()).expect("read");
+        same(&found, &self.now, number);
+        done.undoable
+    }
+    fn step(&mut self, rng: &mut Rng) {
+        let at = rng.below(self.size);
+        match rng.below(64) {
+            0..=25 => {
+                let at = if rng.below(3) == 0 {
+                    at
+                } else {
+                    rng.below(8).min(self.size / B - 1) * B
+                };
+                let len = [4096, 4096, 8192, 700, 30_000][rng.below(5) as usize];
+                let data = common::data(rng.next(), u64::min(len, self.size - at));
+                self.write(at, &data);
+            }
+            26..=31 => self.discard(at, (1 + rng.below(20_000)).min(self.size - at)),
+            32 => self.discard(0, self.size),
+            33..=50 => drop(self.flush()),
+            51..=53 => self.open().checkpoint().expect("checkpoint"),
+            54..=56 => self.open().maintain().expect("maintain"),
+            57 => self.close(),
+            58 => {
+                self.flush();
+                self.power_cut(Policy::AllDropped);
+            }
+            59 => {
+                self.flush();
+                self.power_cut(Policy::Random(rng.next()));
+            }
+            60..=61 => self.death(),
+            62 => drop(self.look_back(rng)),
+            _ => {
+                self.close();
+                let kept = self.number();
+                let number = kept[rng.below(kept.len() as u64) as usize];
+                if self.points.contains_key(&number) {
+                    self.rewind(number);
+                }
+            }
+        }
+        self.clock.fetch_add(rng.below(20), Ordering::SeqCst);
+    }
+}
+
+fn same(found: &[u8], expected: &[u8], number: u64) {
+    let unlike = found
+        .chunks(B as usize)
+        .zip(expected.chunks(B as usize))
+        .position(|(a, b)| a != b);
+    assert_eq!(unlike, None, "point {number}: the first block that differs");
+    assert_eq!(found.len(), expected.len());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn every_point_is_what_was_flushed(
+        seed in any::<u64>(),
+        blocks in prop_oneof![Just(3u64), Just(40), Just(1100)],
+        kept in prop_oneof![Just((Some(1_000_000), None)), Just((Some(200), None)), Just((None, Some(30 * B)))],
+        len in 20usize..150,
+    ) {
+        let mut world = World::new(seed, blocks, limits(kept.0, kept.1));
+        let mut rng = Rng(seed);
+        for _ in 0..len {
+            world.step(&mut rng);
+        }
+        world.look_back(&mut rng);
+    }
+}
+
+/// With room for it, nothing of the history is missing: not a single flush, over many checkpoints and both kinds of ends.
+#[test]
+fn nothing_is_left_out() {
+    let mut world = World::new(5, 40, limits(Some(1_000_000), None));
+    let mut numbers = vec![0];
+    for i in 1..60u64 {
+        world.write(i % 9 * B, &common::data(i | 1 << 20, B));
+        numbers.push(world.flush());
+        match i % 12 {
+            3 => world.open().checkpoint().expect("checkpoint"),
+            6 => world.close(),
+            9 => world.power_cut(Policy::AllDropped),
+            11 => world.death(),
+            _ => {}
+        }
+    }
+    assert_eq!(numbers, (0..60).collect::<Vec<_>>());
+    assert_eq!(world.look_back(&mut Rng(5)), numbers);
+    // There and back again: what was undone is a point as any other.
+    assert!(world.rewind(17));
+    world.points.insert(60, world.now.clone());
+    assert!(world.rewind(59));
+    world.points.insert(61, world.now.clone());
+    assert_eq!(world.look_back(&mut Rng(6)).len(), 62);
+}
+
+/// A time means the last flush before it, also if the clock went back; what is too old goes, and its space with it.
+#[test]
+fn a_window_moves_on() {
+    let mut world = World::new(1, 40, limits(Some(100), None));
+    let start = world.clock.load(Ordering::SeqCst);
+    for i in 0..30u64 {
+        world.clock.store(start + 10 * i, Ordering::SeqCst);
+        world.write(i % 3 * B, &common::data(i | 1 << 20, B));
+        world.flush();
+    }
+    world.close();
+    world.open();
+    world.close();
+    let history = world.store.history("d").expect("a history");
+    // The last one before the window is what the disk was when the window began.
+    assert_eq!(history.points[0].number, 20);
+    assert_eq!(history.points[0].time, (start + 190) * 1000);
+    assert_eq!(history.points.len(), 11);
+    let at = |seconds: u64| {
+        let time = At::Time((start + seconds) * 1000);
+        world.store.look_back("d", time).map(|r| r.point.number)
+    };
+    assert_eq!(at(189).expect_err("too old").kind(), Kind::NotFound);
+    assert_eq!(at(190).expect("the oldest"), 20);
+    assert_eq!(at(255).expect("between two"), 26);
+    assert_eq!(at(9999).expect("the last"), 30);
+    // Ten replaced blocks and the segment of their commits.
+    assert_eq!(history.bytes, 11 * B);
+    audit::layers(&world.sim, "window");
+}
+
+/// A budget is kept to, by the housekeeping alone.
+#[test]
+fn a_budget_is_kept() {
+    let mut world = World::new(2, 40, limits(None, Some(20 * B)));
+    for i in 0..200u64 {
+        world.write(i % 5 * B, &common::data(i | 1 << 20, B));
+        world.flush();
+        world.open().maintain().expect("maintain");
+        let held = world.open().history_bytes();
+        assert!(held <= 22 * B, "{held} bytes are held");
+    }
+    let kept = world.look_back(&mut Rng(2));
+    assert!((8..=20).contains(&kept.len()), "{kept:?}");
+}
+
+/// On a full host disk the history goes before a writer is refused.
+#[test]
+fn a_full_disk_takes_the_history() {
+    let mut world = World::new(3, 40, limits(Some(1_000_000), None));
+    for i in 0..64u64 {
+        world.write(i % 20 * B, &common::data(i | 1 << 20, B));
+        world.flush();
+    }
+    let held = world.open().history_bytes();
+    assert!(held >= 40 * B);
+    world.sim.set_capacity(Some(world.sim.used() + 2 * B));
+    for i in 0..400u64 {
+        world.write(i % 20 * B, &common::data(i | 1 << 21, B));
+        if i % 5 == 0 {
+            world.flush();
+        }
+    }
+    let found = read_all(&*world.open()).expect("read");
+    assert_eq!(found, world.now);
+    world.sim.set_capacity(None);
+    world.look_back(&mut Rng(3));
+}
+
+/// Too much for one commit goes back as well, and to where nothing was written nothing is copied.
+#[test]
+fn a_large_rewind_needs_no_commit_of_its_size() {
+    let blocks = 70_000;
+    let mut world = World::new(4, 40, limits(Some(1_000_000), None));
+    let name = ["large".to_string()];
+    world
+        .store
+        .create(&name, "image", Some(blocks * B))
+        .expect("a disk");
+    world
+        .store
+        .set_history(&name, Some(limits(Some(1000), None)))
+        .expect("a history");
+    let open = |w: &World| {
+        w.store
+            .open_cow(&w.store.resolve("large").expect("large"), true)
+            .expect("open")
+    };
+    let disk = open(&world);
+    disk.write(&[7; 4096], 3 * B).expect("write");
+    disk.flush().expect("flush");
+    let number = disk.point().expect("writable").1;
+    disk.discard(0, blocks * B).expect("discard");
+    disk.flush().expect("flush");
+    disk.close().expect("close");
+    drop(disk);
+    let done = world
+        .store
+        .rewind("large", At::Number(number), &Quiet)
+        .expect("rewind");
+    assert_eq!((done.undoable, done.blocks), (false, blocks));
+    let disk = open(&world);
+    assert_eq!(disk.private_blocks(), (1, 0));
+    let mut block = [0; 4096];
+    disk.read(&mut block, 3 * B).expect("read");
+    assert_eq!(block, [7; 4096]);
+    disk.read(&mut block, 5 * B).expect("read");
+    assert_eq!(block[..], world.now[5 * B as usize..6 * B as usize]);
+    disk.close().expect("close");
+    drop(disk);
+    assert_eq!(
+        world
+            .store
+            .history("large")
+            .expect("a history")
+            .points
+            .len(),
+        1
+    );
+    world.close();
+    audit::layers(&world.sim, "large");
+}
+
+/// A snapshot ends the history, and its space is free; the disk goes on with a new one. Without the setting nothing is kept.
+#[test]
+fn a_snapshot_begins_anew() {
+    let mut world = World::new(6, 40, limits(Some(1000), None));
+    for i in 0..10u64 {
+        world.write(0, &common::data(i | 1 << 20, B));
+        world.flush();
+    }
+    let running = world.open();
+    world
+        .store
+        .snapshot_running(&running, "d", "s", None)
+        .expect("a snapshot");
+    world.points.clear();
+    world.points.insert(0, world.now.clone());
+    world.write(B, &[9; 4096]);
+    world.flush();
+    assert_eq!(world.look_back(&mut Rng(6)), [0, 1]);
+    let name = ["d".to_string()];
+    world.store.set_history(&name, None).expect("none");
+    world.open();
+    world.close();
+    assert!(world.number().is_empty());
+    let error = world
+        .store
+        .rewind("d", At::Number(0), &Quiet)
+        .expect_err("no history");
+    assert_eq!(error.kind(), Kind::NotFound);
+    audit::layers(&world.sim, "snapshot");
+}
+
+/// Switched on and off while the disk is in use.
+#[test]
+fn a_setting_counts_at_once() {
+    let mut world = World::new(7, 40, limits(Some(1000), None));
+    world.write(0, &[1; 4096]);
+    world.flush();
+    let running = world.open();
+    world.write(B, &[2; 4096]);
+    world
+        .store
+        .set_history_running(&running, "d", None)
+        .expect("off");
+    world.flush();
+    assert_eq!(running.history_bytes(), 0);
+    world.write(B, &[3; 4096]);
+    world
+        .store
+        .set_history_running(&running, "d", Some(limits(None, Some(1 << 30))))
+        .expect("on");
+    let first = world.flush();
+    world.write(B, &[4; 4096]);
+    let second = world.flush();
+    drop(running);
+    assert_eq!(world.look_back(&mut Rng(7)), [first, second]);
+}
+
+/// A damaged block of the past is an error that names it; the other points, and the present, are not affected.
+#[test]
+fn damage_of_the_past_stays_there() {
+    let mut world = World::new(8, 40, limits(Some(1_000_000), None));
+    let mut numbers = vec![];
+    for i in 0..4u64 {
+        world.write(5 * B, &common::data(i | 1 << 20, B));
+        numbers.push(world.flush());
+    }
+    world.close();
+    let object = world.store.resolve("d").expect("d");
+    let file = world
+        .store
+        .layers_dir()
+        .open(&format!("{}.layer", object.id), forkdisk::io::Access::Write)
+        .expect("the layer");
+    let layer = forkdisk::layer::ReadLayer::open(file.clone()).expect("a layer");
+    let mut slots = Vec::new();
+    let each = layer.each_step(0, |step| {
+        slots.extend(step.slots().map(|slot| (step.sequence, slot)));
+        Ok(())
+    });
+    each.expect("the history");
+    drop(layer);
+    // What point 2 shows: replaced by commit 3.
+    let (_, slot) = slots.iter().find(|s| s.0 == numbers[2]).expect("a block");
+    file.write_at(&[0xEE; 100], u64::from(*slot) * B + 50)
+        .expect("rot");
+    drop(file);
+    let damaged = numbers[1];
+    let past = world
+        .store
+        .open_at("d", At::Number(damaged))
+        .expect("a point");
+    let error = read_all(&*past).expect_err("damage");
+    assert_eq!(
+        (error.kind(), error.block_lba().map(|l| l.0)),
+        (Kind::Corrupt, Some(5))
+    );
+    drop(past);
+    let error = world
+        .store
+        .rewind("d", At::Number(damaged), &Quiet)
+        .expect_err("damage");
+    assert_eq!(error.kind(), Kind::Corrupt);
+    assert!(
+        error.to_string().contains(&format!("point #{damaged}")),
+        "{error}"
+    );
+    for number in numbers.iter().filter(|n| **n != damaged) {
+        let past = world
+            .store
+            .open_at("d", At::Number(*number))
+            .expect("a point");
+        same(
+            &read_all(&*past).expect("read"),
+            &world.points[number],
+            *number,
+        );
+    }
+    let found = read_all(&*world.open()).expect("read");
+    same(&found, &world.flushed, 0);
+    world.close();
+    let options = forkdisk::check::scrub::Options::default();
+    let report = forkdisk::check::scrub(&world.store, None, options, &Quiet).expect("scrub");
+    assert_eq!(report.corruptions.len(), 1, "{report:?}");
+    assert!(report.corruptions[0].message.contains("history"));
+    assert!(report.corruptions[0].affected.is_empty());
+    let report = forkdisk::check::check(&world.store, None, &Quiet).expect("check");
+    assert!(
+        report.corruptions.is_empty() && report.leaks.is_empty(),
+        "{report:?}"
+    );
+}
+
+/// A damaged segment takes with it what leads through it, and no more.
+#[test]
+fn a_damaged_segment_hides_what_is_older() {
+    let mut world = World::new(9, 40, limits(Some(1_000_000), None));
+    for i in 0..12u64 {
+        world.write(i % 4 * B, &common::data(i | 1 << 20, B));
+        world.flush();
+        if i % 4 == 3 {
+            world.open().checkpoint().expect("checkpoint");
+        }
+    }
+    world.close();
+    let object = world.store.resolve("d").expect("d");
+    let file = world
+        .store
+        .layers_dir()
+        .open(&format!("{}.layer", object.id), forkdisk::io::Access::Write)
+        .expect("the layer");
+    let layer = forkdisk::layer::ReadLayer::open(file.clone()).expect("a layer");
+    let chain = forkdisk::layer::history::segments(&*file, layer.superblock()).expect("segments");
+    assert_eq!(chain.segments.len(), 3);
+    drop(layer);
+    let at = u64::from(chain.segments[1].slot) * B;
+    file.write_at(&[0xEE; 8], at + 120).expect("rot");
+    drop(file);
+    assert_eq!(world.number(), (8..=12).collect::<Vec<_>>());
+    let report = forkdisk::check::check(&world.store, None, &Quiet).expect("check");
+    assert_eq!(report.corruptions.len(), 1, "{report:?}");
+    for number in 8..=12 {
+        let past = world
+            .store
+            .open_at("d", At::Number(number))
+            .expect("a point");
+        same(
+            &read_all(&*past).expect("read"),
+            &world.points[&number],
+            number,
+        );
+    }
+    // It lets go of the rest without them.
+    world.store.set_history(&["d".into()], None).expect("none");
+    let found = read_all(&*world.open()).expect("read");
+    same(&found, &world.flushed, 0);
+    world.close();
+    let report = forkdisk::check::check(&world.store, None, &Quiet).expect("check");
+    // What it held cannot be found any more, but by a repair.
+    assert!(
+        report.corruptions.is_empty() && report.leaks.len() == 1,
+        "{report:?}"
+    );
+}
