@@ -122,10 +122,8 @@ impl History {
     }
     /// What goes one after the other, the oldest first: its last commit, the time of that, the slots it holds.
     fn parts(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        let segments = self
-            .segments
-            .iter()
-            .map(|s| (s.commits.1, s.last_time, s.blocks));
+        let whole = |s: &Segment| (s.commits.1, s.last_time, s.blocks + u64::from(s.slots));
+        let segments = self.segments.iter().map(whole);
         let of = |s: &Step| (s.sequence, s.time, s.slots().count() as u64);
         segments.chain(self.journal.iter().map(of))
     }
