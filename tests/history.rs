@@ -6,6 +6,7 @@ mod common;
 use common::{Rng, audit, base_image, read_all};
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
+use forkdisk::io::count::Counting;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::layer::volatile;
 use forkdisk::store::history::{At, Limits};
@@ -232,6 +233,11 @@ impl World {
     }
 }
 
+/// Nothing that is zeros.
+fn noise(i: u64, len: u64) -> Vec<u8> {
+    common::data(7 * i + 1, len)
+}
+
 fn same(found: &[u8], expected: &[u8], number: u64) {
     let unlike = found
         .chunks(B as usize)
@@ -265,7 +271,7 @@ fn nothing_is_left_out() {
     let mut world = World::new(5, 40, limits(Some(1_000_000), None));
     let mut numbers = vec![0];
     for i in 1..60u64 {
-        world.write(i % 9 * B, &common::data(i | 1 << 20, B));
+        world.write(i % 9 * B, &noise(i, B));
         numbers.push(world.flush());
         match i % 12 {
             3 => world.open().checkpoint().expect("checkpoint"),
@@ -292,7 +298,7 @@ fn a_window_moves_on() {
     let start = world.clock.load(Ordering::SeqCst);
     for i in 0..30u64 {
         world.clock.store(start + 10 * i, Ordering::SeqCst);
-        world.write(i % 3 * B, &common::data(i | 1 << 20, B));
+        world.write(i % 3 * B, &noise(i, B));
         world.flush();
     }
     world.close();
@@ -321,7 +327,7 @@ fn a_window_moves_on() {
 fn a_budget_is_kept() {
     let mut world = World::new(2, 40, limits(None, Some(20 * B)));
     for i in 0..200u64 {
-        world.write(i % 5 * B, &common::data(i | 1 << 20, B));
+        world.write(i % 5 * B, &noise(i, B));
         world.flush();
         world.open().maintain().expect("maintain");
         let held = world.open().history_bytes();
@@ -336,14 +342,14 @@ fn a_budget_is_kept() {
 fn a_full_disk_takes_the_history() {
     let mut world = World::new(3, 40, limits(Some(1_000_000), None));
     for i in 0..64u64 {
-        world.write(i % 20 * B, &common::data(i | 1 << 20, B));
+        world.write(i % 20 * B, &noise(i, B));
         world.flush();
     }
     let held = world.open().history_bytes();
     assert!(held >= 40 * B);
     world.sim.set_capacity(Some(world.sim.used() + 2 * B));
     for i in 0..400u64 {
-        world.write(i % 20 * B, &common::data(i | 1 << 21, B));
+        world.write(i % 20 * B, &noise(i + 100, B));
         if i % 5 == 0 {
             world.flush();
         }
@@ -408,12 +414,35 @@ fn a_large_rewind_needs_no_commit_of_its_size() {
     audit::layers(&world.sim, "large");
 }
 
+/// With a history a flush is still one write and one sync.
+#[test]
+fn a_flush_costs_no_more() {
+    let world = World::new(10, 40, limits(Some(1000), None));
+    let counting = Counting::new(world.sim.root());
+    let clock = world.clock.clone();
+    drop(world.disk);
+    let env = env(10, 99, &clock);
+    let store =
+        Store::open_on(Arc::new(counting.clone()), Path::new("/sim"), env).expect("a store");
+    let disk = store
+        .open_cow(&store.resolve("d").expect("d"), true)
+        .expect("open");
+    for i in 0..3 {
+        disk.write(&noise(i, 20 * B), 0).expect("write");
+        let before = counting.counts();
+        disk.flush().expect("flush");
+        let cost = counting.counts() - before;
+        assert_eq!((cost.writes, cost.syncs), (1, 1));
+    }
+    assert_eq!(disk.history_bytes(), 40 * B);
+}
+
 /// A snapshot ends the history, and its space is free; the disk goes on with a new one. Without the setting nothing is kept.
 #[test]
 fn a_snapshot_begins_anew() {
     let mut world = World::new(6, 40, limits(Some(1000), None));
     for i in 0..10u64 {
-        world.write(0, &common::data(i | 1 << 20, B));
+        world.write(0, &noise(i, B));
         world.flush();
     }
     let running = world.open();
@@ -421,6 +450,7 @@ fn a_snapshot_begins_anew() {
         .store
         .snapshot_running(&running, "d", "s", None)
         .expect("a snapshot");
+    drop(running);
     world.points.clear();
     world.points.insert(0, world.now.clone());
     world.write(B, &[9; 4096]);
@@ -471,7 +501,7 @@ fn damage_of_the_past_stays_there() {
     let mut world = World::new(8, 40, limits(Some(1_000_000), None));
     let mut numbers = vec![];
     for i in 0..4u64 {
-        world.write(5 * B, &common::data(i | 1 << 20, B));
+        world.write(5 * B, &noise(i, B));
         numbers.push(world.flush());
     }
     world.close();
@@ -545,7 +575,7 @@ fn damage_of_the_past_stays_there() {
 fn a_damaged_segment_hides_what_is_older() {
     let mut world = World::new(9, 40, limits(Some(1_000_000), None));
     for i in 0..12u64 {
-        world.write(i % 4 * B, &common::data(i | 1 << 20, B));
+        world.write(i % 4 * B, &noise(i, B));
         world.flush();
         if i % 4 == 3 {
             world.open().checkpoint().expect("checkpoint");

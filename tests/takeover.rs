@@ -15,8 +15,10 @@ use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
 use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
 use forkdisk::layer::volatile;
+use forkdisk::store::history::{At, Limits};
 use forkdisk::store::{ImportMode, ImportSource, Quiet, Store};
 use forkdisk::sys::shared::SharedMemory;
+use forkdisk::units::Id;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -61,6 +63,8 @@ struct Open {
     now: Vec<u8>,
     /// What a power cut may leave: the last acknowledged flush, and what later commits that nobody acknowledged may hold.
     durable: Vec<Vec<u8>>,
+    /// What it held at acknowledged flushes: by layer, and number of the point of its history.
+    points: BTreeMap<(Id, u64), Vec<u8>>,
 }
 
 struct World {
@@ -124,6 +128,14 @@ impl World {
         for name in ["a", "b"] {
             let store = world.store.as_ref().unwrap();
             store.create(&[name.to_string()], "image", None).unwrap();
+            if name == "b" {
+                // All of its history, or as much as room is left for.
+                let limits = Limits {
+                    window: seed.is_multiple_of(2).then_some(1_000_000),
+                    bytes: (!seed.is_multiple_of(2)).then_some(20 * BLOCK as u64),
+                };
+                store.set_history(&["b".into()], Some(limits)).unwrap();
+            }
             world.attach(name, "image");
         }
         world
@@ -140,6 +152,7 @@ impl World {
             given_up: false,
             durable: vec![now.clone()],
             now,
+            points: BTreeMap::new(),
         };
         self.disks.insert(name.to_string(), open);
     }
@@ -198,6 +211,9 @@ impl World {
                 open.durable.push(open.now.clone());
                 disk.flush().unwrap();
                 open.durable = vec![open.now.clone()];
+                if let Some(point) = disk.point().filter(|_| name == "b") {
+                    open.points.insert(point, open.now.clone());
+                }
             }
             Op::Checkpoint => disk.checkpoint().unwrap(),
             Op::Maintain => disk.maintain().unwrap(),
@@ -358,6 +374,21 @@ impl World {
                     .map(|d| differ(d, &found))
                     .collect::<Vec<_>>()
             );
+            drop(disk);
+            let id = store.resolve(name).unwrap().id;
+            let history = store.history(name).unwrap();
+            let known = |p: &u64| open.points.contains_key(&(id, *p));
+            let points = history.points.iter().map(|p| p.number).filter(known);
+            for number in points.step_by(3) {
+                let past = store.open_at(name, At::Number(number)).unwrap();
+                let mut found = vec![0; self.size as usize];
+                past.read(&mut found, 0).unwrap();
+                let unlike = differ(&open.points[&(id, number)], &found);
+                assert_eq!(
+                    unlike, None,
+                    "{story}: {policy:?}: point {number} of {name}"
+                );
+            }
         }
         for (name, contents) in &self.frozen {
             if name == "image" || store.resolve(name).is_ok() {

@@ -252,13 +252,17 @@ impl World {
         self.acknowledged(name, now);
     }
     fn acknowledged(&mut self, name: &str, contents: Arc<Vec<u8>>) {
-        if let Some(point) = self.open.get(name).and_then(|disk| disk.point()) {
+        let open = self.open.get(name).cloned();
+        if let Some(point) = open.as_ref().and_then(|disk| disk.point()) {
             self.points.insert(point, contents.clone());
+        }
+        if open.is_some_and(|disk| disk.history_bytes() > 0) {
+            self.reached.note("history kept");
         }
         self.model(name).acknowledge(contents);
     }
     /// Each point of a history is what was acknowledged then. All disks are closed.
-    fn look_back(&mut self, story: &str) {
+    fn look_back(&self, story: &str) {
         for name in self.disks.keys() {
             let object = self.store.resolve(name).expect("a disk of the model");
             let history = self.store.history(name);
@@ -274,7 +278,6 @@ impl World {
                 let past = past.unwrap_or_else(|e| panic!("{story}: {e:?}"));
                 with_all(&*past, |found| same(&story, name, found, contents))
                     .unwrap_or_else(|e| panic!("{story}: read {name}: {e:?}"));
-                self.reached.note("a point of a history");
             }
         }
     }

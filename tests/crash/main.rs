@@ -276,6 +276,7 @@ fn every_cut_leaves_what_was_acknowledged_or_attempted() {
         "blocks that nobody sees given back",
         "import",
         "gc",
+        "history kept",
     ] {
         let times = figures.times_reached(what);
         assert!(times >= 3, "`{what}` is reached only {times} times");
