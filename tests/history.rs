@@ -317,8 +317,12 @@ fn a_window_moves_on() {
     assert_eq!(at(190).expect("the oldest"), 20);
     assert_eq!(at(255).expect("between two"), 26);
     assert_eq!(at(9999).expect("the last"), 30);
+    // What is there can be gone back to, also if it is too old by now; only opening it lets go of it.
+    world.clock.fetch_add(10_000, Ordering::SeqCst);
     // Ten replaced blocks and the segment of their commits.
     assert_eq!(history.bytes, 11 * B);
+    assert!(world.rewind(20));
+    assert_eq!(world.number(), [30, 31]);
     audit::layers(&world.sim, "window");
 }
 

@@ -57,6 +57,10 @@ struct InfoDoc {
     refer: u64,
     exclusive: u64,
     shared: u64,
+    /// Seconds.
+    history_window: Option<u64>,
+    /// Bytes.
+    history_limit: Option<u64>,
     history_bytes: u64,
     attached: bool,
     device: Option<String>,
@@ -84,6 +88,7 @@ impl Info {
         let (attached, mounts) = of_this.next().unzip();
         let mounts = mounts.unwrap_or_default();
         let quota = context.quota_of(&store, &object, attached.is_some());
+        let (limits, history_bytes) = store.history_space(&object)?;
         let base = &details.base;
         let link = |below: &Below| LinkDoc {
             kind: match below {
@@ -116,7 +121,9 @@ impl Info {
             refer: details.usage.refer,
             exclusive: details.usage.exclusive,
             shared: details.usage.shared,
-            history_bytes: store.history_space(&object)?.1,
+            history_window: limits.and_then(|l| l.window),
+            history_limit: limits.and_then(|l| l.bytes),
+            history_bytes,
             attached: attached.is_some(),
             device: attached.as_ref().and_then(|a| a.device.clone()),
             file: attached.as_ref().map(|a| a.file.clone()),

@@ -505,7 +505,7 @@ impl Disk for CowDisk {
         self.size.load(SeqCst)
     }
     fn allocated(&self) -> u64 {
-        self.private_blocks().0 * BLOCK
+        self.private_blocks().0 * BLOCK + self.history_bytes()
     }
     fn read_only(&self) -> bool {
         self.top.read().layer.is_none()

@@ -213,7 +213,7 @@ impl ReadLayer {
         Ok(points)
     }
     /// The layer as it was at point `number`, for reading blocks.
-    pub fn as_of(mut self, number: u64) -> Result<ReadLayer> {
+    pub fn at_point(mut self, number: u64) -> Result<ReadLayer> {
         self.past = Some(self.undone_to(number)?);
         Ok(self)
     }

@@ -201,6 +201,8 @@ pub struct Layer {
     unsettled: Arc<Unsettled>,
     /// What commits replace is noted.
     keeps: AtomicBool,
+    /// Slots of the history.
+    past: AtomicU64,
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -319,7 +321,7 @@ impl Layer {
 
     fn assemble(file: Arc<dyn File>, header: Header, b: Beginning) -> Layer {
         let host = Arc::new(Written::new(file, &b.superblock));
-        let keeps = b.history.keep.is_some();
+        let (keeps, past) = (b.history.keep.is_some(), b.history.slots());
         Layer {
             id: Id(header.layer),
             header,
@@ -377,6 +379,7 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             unsettled: Arc::default(),
             keeps: AtomicBool::new(keeps),
+            past: AtomicU64::new(past),
             file: host.clone(),
             host,
         }

@@ -243,7 +243,7 @@ impl Store {
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
         let (layer, point) = self.past_of(&object, file, at)?;
         let below = self.chain(parent_of(layer.header()))?;
-        let mut layers = vec![Arc::new(layer.as_of(point.number)?)];
+        let mut layers = vec![Arc::new(layer.at_point(point.number)?)];
         layers.extend(below.layers().iter().cloned());
         let chain = Chain::new(layers, below.base().clone(), self.budget.clone());
         Ok(Arc::new(CowDisk::read_only(Arc::new(chain))))
@@ -315,10 +315,10 @@ impl Store {
         point: Point,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let (layer, chain) = self.open_top(object, volatile::private()?)?;
+        // Whatever is too old or too much, goes when the disk is opened the next time: the point must not.
+        let keep = self.keep(Limits::default());
+        let (layer, chain) = self.open_top_keeping(object, volatile::private()?, Some(keep))?;
         let past = ReadLayer::open(layer.file().clone())?;
-        // Opening let go of what is too old.
-        choose(&past.points()?, At::Number(point.number))?;
         let undo = past.undone_to(point.number)?;
         let total = undo.blocks() * BLOCK;
         let disk = CowDisk::writable(layer, chain);

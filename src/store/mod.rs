@@ -42,6 +42,7 @@ use crate::format::text::Record;
 use crate::format::{Header, MAX_DEPTH, VERSION};
 use crate::io::os::OsDir;
 use crate::io::{Access, Dir, EntryKind, File};
+use crate::layer::history::Keep;
 use crate::layer::{Layer, ReadLayer, read_header, volatile};
 use crate::sync::Mutex;
 use crate::sys::private;
@@ -683,6 +684,15 @@ impl Store {
     /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
     /// completed by a new layer on top. The names lock is held.
     fn open_top(&self, object: &Object, memory: Arc<SharedMemory>) -> Result<(Layer, Arc<Chain>)> {
+        self.open_top_keeping(object, memory, self.keep_of(&object.name)?)
+    }
+    /// [`Store::open_top`] of a disk that keeps so much of its past.
+    fn open_top_keeping(
+        &self,
+        object: &Object,
+        memory: Arc<SharedMemory>,
+        keep: Option<Keep>,
+    ) -> Result<(Layer, Arc<Chain>)> {
         let file = self.open_exclusive(object)?;
         let header = read_header(&*file)?;
         let sealed = || -> Result<bool> {
@@ -703,9 +713,10 @@ impl Store {
                 "a snapshot was interrupted; the disk goes on in a new layer"
             );
             let fresh = self.put_layer_on_top(object)?;
-            return self.open_top(&self.object_of(&object.name, fresh)?, memory);
+            let object = self.object_of(&object.name, fresh)?;
+            return self.open_top_keeping(&object, memory, keep);
         }
-        let layer = Layer::open_on(file, memory, self.keep_of(&object.name)?)
+        let layer = Layer::open_on(file, memory, keep)
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();

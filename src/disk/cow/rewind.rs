@@ -38,7 +38,8 @@ impl CowDisk {
         let mut done = 0;
         let mut first = 0;
         let mut piece: Vec<u8> = Vec::with_capacity(PIECE * BLOCK_SIZE);
-        for (start, end, pointer) in undo.iter() {
+        // What lies past the end of the disk is nobody's.
+        for (start, end, pointer) in undo.within(0, layer.size() / BLOCK) {
             if pointer == Pointer::Zero {
                 layer.zero(Lba(start as u32), end - start)?;
                 done += end - start;

@@ -207,6 +207,7 @@ impl Layer {
             (_, Some(time)) => c.history.cut(numbers.0, time),
             _ => {}
         }
+        self.past.store(c.history.slots(), SeqCst);
         for &(start, len) in &counted.freed {
             c.free.insert(start, len);
         }
@@ -329,6 +330,7 @@ impl Layer {
         c.high = high;
         c.forgotten = forgotten;
         history.done(&mut c.history);
+        self.past.store(c.history.slots(), SeqCst);
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);

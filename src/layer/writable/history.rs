@@ -35,6 +35,8 @@ pub(super) struct History {
     journal: Vec<Step>,
     /// Slots of replaced blocks that all of them hold.
     held: u64,
+    /// Slots of the segments.
+    own: u64,
     /// Slots of which nobody can say any more whether they are held: a segment was damaged.
     lost: u64,
 }
@@ -75,7 +77,8 @@ impl History {
             );
             if let Some(e) = chain.broken {
                 tracing::warn!(layer = %Id(superblock.layer), "a part of the history is lost: {e}");
-                let known = history.occupied();
+                let of = |s: &Segment| s.blocks + u64::from(s.slots);
+                let known: u64 = history.segments.iter().map(of).sum();
                 history.lost = superblock.history_blocks.get().saturating_sub(known);
                 history.oldest = history
                     .segments
@@ -86,6 +89,7 @@ impl History {
             history.oldest = (last, keep.as_ref().map_or(0, |k| (k.clock)()));
         }
         history.held = history.segments.iter().map(|s| s.blocks).sum();
+        history.own = own_slots(&history.segments);
         history.held += history
             .journal
             .iter()
@@ -96,11 +100,6 @@ impl History {
         }
         history.keep = keep;
         Ok(history)
-    }
-    /// Slots of the segments and of what they hold.
-    fn occupied(&self) -> u64 {
-        let of = |s: &Segment| s.blocks + u64::from(s.slots);
-        self.segments.iter().map(of).sum()
     }
     /// Slots that it occupies.
     pub fn slots(&self) -> u64 {
@@ -178,6 +177,10 @@ impl History {
     }
 }
 
+fn own_slots(segments: &VecDeque<Segment>) -> u64 {
+    segments.iter().map(|s| u64::from(s.slots)).sum()
+}
+
 /// Sorted, neighbours together.
 fn extents(mut slots: Vec<u32>) -> Vec<(u32, u32)> {
     slots.sort_unstable();
@@ -202,7 +205,7 @@ impl Layer {
     }
     /// Slots that its history occupies.
     pub fn history_slots(&self) -> u64 {
-        self.commit.lock().history.slots()
+        self.past.load(SeqCst)
     }
     /// Keeps so much of its past from now on; `None`: nothing, and what was kept goes.
     pub fn set_keep(&self, keep: Option<Keep>) -> Result<()> {
@@ -354,9 +357,8 @@ impl Turn {
     /// Says so in the superblock.
     pub fn describe(&self, superblock: &mut Superblock, kept: bool) {
         let newest = self.segments.back().map_or((0, 0), |s| (s.slot, s.slots));
-        let own: u64 = self.segments.iter().map(|s| u64::from(s.slots)).sum();
         let (oldest, blocks) = match kept {
-            true => (self.oldest, self.held + own),
+            true => (self.oldest, self.held + own_slots(&self.segments)),
             false => ((0, 0), 0),
         };
         superblock.set_history(kept);
@@ -371,6 +373,7 @@ impl Turn {
         *history = History {
             keep: history.keep.take(),
             oldest: self.oldest,
+            own: own_slots(&self.segments),
             segments: self.segments,
             journal: Vec::new(),
             held: self.held,
