@@ -105,6 +105,8 @@ fn a_thousand_layers_and_no_more() {
         }
     }
     assert_eq!(block(&*disk, 8)[0], 1);
+    disk.close().expect("close");
+    drop(disk);
     let deep = store
         .resolve(&format!("d@s{}", MAX_DEPTH - 1))
         .expect("the deepest snapshot");
