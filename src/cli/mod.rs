@@ -11,6 +11,7 @@
 
 mod attach;
 mod bench;
+mod commit;
 mod context;
 mod daemon;
 mod disk;
@@ -149,6 +150,7 @@ enum Command {
     Squash(layers::Squash),
     Flatten(layers::Flatten),
     Rewind(history::Rewind),
+    Commit(commit::Commit),
     Rename(disk::Rename),
     Rm(disk::Rm),
     Trim(trim::Trim),
@@ -259,6 +261,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Squash(c) => c.run(&context),
         Command::Flatten(c) => c.run(&context),
         Command::Rewind(c) => c.run(&context),
+        Command::Commit(c) => c.run(&context),
         Command::Rename(c) => c.run(&context),
         Command::Rm(c) => c.run(&context),
         Command::Trim(c) => c.run(&context),

@@ -2,8 +2,9 @@
 
 use super::changes::quota_change;
 use super::entry::Phase;
-use super::protocol::{self, number, object_json, text};
+use super::protocol::{self, below_json, number, object_json, text};
 use super::server::{End, Server, not_attached};
+use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering::SeqCst;
@@ -80,6 +81,25 @@ impl Server {
             op
             @ ("rollback" | "resize" | "quota" | "used" | "rename" | "snapshots" | "waiting") => {
                 self.change(op, request)
+            }
+            "commit" => {
+                let (disk, name) = (text(request, "disk")?, text(request, "name")?);
+                let running = self.running(disk)?;
+                let message = request.get("message").and_then(Value::as_str);
+                let object = self.store.commit_running(&running, disk, name, message)?;
+                self.refresh(disk);
+                Ok(json!({"object": object_json(&object)}))
+            }
+            "flush" => {
+                self.running(text(request, "disk")?)?.flush()?;
+                Ok(json!({}))
+            }
+            "settle" => {
+                let disk = text(request, "disk")?;
+                let running = self.running(disk)?;
+                let below = self.store.settle_running(&running, disk)?;
+                self.refresh(disk);
+                Ok(json!({"state": below_json(below)}))
             }
             "create" => {
                 let from = text(request, "from")?;

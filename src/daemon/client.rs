@@ -6,13 +6,13 @@ pub use changes::Waiting;
 
 use super::changes::quota_json;
 use super::protocol::{
-    self, attached, attached_json, number, object, receive, send, success, text,
+    self, attached, attached_json, below, number, object, receive, send, success, text,
 };
 use super::{AttachRequest, Attached, SOCKET, Via, handover, keeper};
 use crate::attach::{self, LoopAttachment, LoopOptions};
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::session::Transport;
-use crate::store::{Object, QuotaChange, Store};
+use crate::store::{Below, Object, QuotaChange, Store};
 use crate::sys::loopdev::DetachOptions;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -323,6 +323,22 @@ impl Client {
         let answer =
             self.ask(json!({"op": "snapshot", "disk": disk, "name": name, "message": message}))?;
         object(&answer["object"])
+    }
+    /// Publishes the state of an attached disk as an image.
+    pub fn commit(&mut self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+        let answer =
+            self.ask(json!({"op": "commit", "disk": disk, "name": name, "message": message}))?;
+        object(&answer["object"])
+    }
+    /// Makes all that was written to an attached disk durable.
+    pub fn flush(&mut self, disk: &str) -> Result<()> {
+        self.ask_again(json!({"op": "flush", "disk": disk}))
+            .map(drop)
+    }
+    /// What an attached disk shows now, as a state that stays.
+    pub fn settle(&mut self, disk: &str) -> Result<Below> {
+        let answer = self.ask_again(json!({"op": "settle", "disk": disk}))?;
+        below(&answer["state"])
     }
     /// Makes disks from an attached disk.
     pub fn create(

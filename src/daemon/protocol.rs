@@ -152,16 +152,27 @@ pub fn attached(value: &Value) -> Result<Attached> {
     })
 }
 
+/// A base or layer as JSON.
+pub fn below_json(below: Below) -> Value {
+    let word = match below {
+        Below::Base(_) => "base",
+        Below::Layer(_) => "layer",
+    };
+    json!({"kind": word, "id": below.id().to_string()})
+}
+
+/// The inverse of [`below_json`].
+pub fn below(value: &Value) -> Result<Below> {
+    let id = id_of(text(value, "id")?)?;
+    Ok(match text(value, "kind")? {
+        "base" => Below::Base(id),
+        _ => Below::Layer(id),
+    })
+}
+
 /// An object as JSON.
 pub fn object_json(o: &Object) -> Value {
-    let parent = o.parent.map(|p| {
-        let word = if matches!(p, Below::Base(_)) {
-            "base"
-        } else {
-            "layer"
-        };
-        json!({"kind": word, "id": p.id().to_string()})
-    });
+    let parent = o.parent.map(below_json);
     json!({
         "name": o.name, "kind": o.kind.word(), "id": o.id.to_string(), "size": o.size, "parent": parent,
         "created": o.created, "message": o.message,
@@ -172,14 +183,7 @@ pub fn object_json(o: &Object) -> Value {
 pub fn object(value: &Value) -> Result<Object> {
     let parent = match value.get("parent").filter(|p| !p.is_null()) {
         None => None,
-        Some(p) => {
-            let id = id_of(text(p, "id")?)?;
-            Some(if text(p, "kind")? == "base" {
-                Below::Base(id)
-            } else {
-                Below::Layer(id)
-            })
-        }
+        Some(parent) => Some(below(parent)?),
     };
     Ok(Object {
         name: text(value, "name")?.to_string(),

@@ -8,6 +8,7 @@
 //!
 //! Works on any [`Dir`], the simulated disk included. It reads no clock and draws no randomness but through [`Env`].
 
+mod commit;
 mod flatten;
 mod graph;
 pub mod history;

@@ -5,6 +5,7 @@ mod rollback;
 
 pub use group::Member;
 
+use super::commit::Kept;
 use super::names::{
     self, Extra, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage,
 };
@@ -213,8 +214,9 @@ impl Store {
     pub fn snapshot(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
         let _lock = self.lock(true)?;
         let source = self.snapshot_source(disk, name, message)?;
-        self.seal_at_rest(&source, Some((name, message)))?;
-        self.object(&format!("{disk}@{name}"))
+        let kept = Kept::snapshot(disk, name, message);
+        self.seal_at_rest(&source, Some(&kept))?;
+        self.object(&kept.name)
     }
     /// Snapshots an attached disk that `running` is: requests wait while its layer is sealed and a new one is put on top.
     pub fn snapshot_running(
@@ -226,8 +228,9 @@ impl Store {
     ) -> Result<Object> {
         let _lock = self.lock(true)?;
         let source = self.snapshot_source(disk, name, message)?;
-        self.seal_running(&source, running, Some((name, message)))?;
-        self.object(&format!("{disk}@{name}"))
+        let kept = Kept::snapshot(disk, name, message);
+        self.seal_running(&source, running, Some(&kept))?;
+        self.object(&kept.name)
     }
     fn snapshot_source(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
         check_part(disk)?;
@@ -248,7 +251,7 @@ impl Store {
         Ok(source)
     }
     /// What a seal needs beside the layer itself, durable: the layer that will be above it, and the names as they will be.
-    fn prepare(&self, source: &Object, snapshot: Option<(&str, Option<&str>)>) -> Result<Prepared> {
+    fn prepare(&self, source: &Object, kept: Option<&Kept<'_>>) -> Result<Prepared> {
         let (_, size, _) = self.layer_head(source.id)?;
         let rank = self.rank_over(Below::Layer(source.id), &source.name)?;
         let now = (self.env.now)();
@@ -273,14 +276,13 @@ impl Store {
                 staged.push((temporary, name));
                 Ok::<_, Error>(())
             };
-            if let Some((name, message)) = snapshot {
-                let full = format!("{}@{name}", source.name);
+            if let Some(kept) = kept {
                 put(
-                    full,
-                    ObjectKind::Snapshot,
+                    kept.name.clone(),
+                    kept.kind,
                     parent,
                     now,
-                    message.map(String::from),
+                    kept.message.map(String::from),
                     Extra::default(),
                 )?;
             }
@@ -299,7 +301,7 @@ impl Store {
             unsynced.iter().try_for_each(|file| file.sync())?;
             self.layers.sync()
         })();
-        let label = snapshot.map(|(name, _)| format!("{}@{name}", source.name));
+        let label = kept.map(|kept| kept.name.clone());
         let prepared = Prepared {
             next,
             staged,
@@ -327,15 +329,11 @@ impl Store {
         self.names.sync()
     }
     /// Seals the layer of a disk at rest and puts a new one on top. Returns the sealed layer.
-    pub(super) fn seal_at_rest(
-        &self,
-        source: &Object,
-        snapshot: Option<(&str, Option<&str>)>,
-    ) -> Result<Id> {
+    pub(super) fn seal_at_rest(&self, source: &Object, kept: Option<&Kept<'_>>) -> Result<Id> {
         // An interrupted snapshot may have left it sealed: then it is completed first, and sealed anew.
         let (layer, _) = self.open_top(source, volatile::private()?)?;
         let source = self.object(&source.name)?;
-        let prepared = self.prepare(&source, snapshot)?;
+        let prepared = self.prepare(&source, kept)?;
         if let Err(e) = layer.close(State::Sealed, prepared.label.as_deref()) {
             self.abandon(&prepared);
             return Err(e);
@@ -347,10 +345,10 @@ impl Store {
         &self,
         source: &Object,
         running: &CowDisk,
-        snapshot: Option<(&str, Option<&str>)>,
+        kept: Option<&Kept<'_>>,
     ) -> Result<()> {
         must_be(running, source)?;
-        let prepared = self.prepare(source, snapshot)?;
+        let prepared = self.prepare(source, kept)?;
         let mut sealed_at = false;
         let done = running.seal(prepared.label.as_deref(), |sealed, memory| {
             sealed_at = true;

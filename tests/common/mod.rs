@@ -303,6 +303,7 @@ impl World {
             | Op::Checkpoint { disk }
             | Op::Maintain { disk }
             | Op::Snapshot { disk }
+            | Op::Commit { disk }
             | Op::Reopen { disk }
             | Op::Rollback { disk, .. }
             | Op::Resize { disk, .. }
@@ -359,6 +360,7 @@ impl World {
             }
             Op::Maintain { .. } => self.opened(&disk)?.maintain()?,
             Op::Snapshot { .. } => self.snapshot(&disk)?,
+            Op::Commit { .. } => self.commit(&disk)?,
             Op::Fork { from } => self.fork(*from, 1)?,
             Op::Forks { from } => self.fork(*from, 3)?,
             Op::Reopen { .. } => {
@@ -407,6 +409,42 @@ impl World {
         self.model(disk).earlier = None;
         self.under_way.making.retain(|m| m.0 != full);
         self.frozen.insert(full, now);
+        self.certain_names();
+        Ok(())
+    }
+    fn commit(&mut self, disk: &str) -> Result<()> {
+        self.made += 1;
+        let image = format!("c{}", self.made);
+        let now = self.model(disk).now.clone();
+        self.under_way
+            .making
+            .push((image.clone(), false, now.clone()));
+        self.begin_flush(disk);
+        match self.open.get(disk).cloned() {
+            Some(open) => {
+                // Of a disk that has nothing of its own the parent gets the name, if that is a layer.
+                let alone = open.private_blocks() == (0, 0);
+                let on_layer = matches!(
+                    self.store.resolve(disk)?.parent,
+                    Some(forkdisk::store::Below::Layer(_))
+                );
+                self.store
+                    .commit_running(&open, disk, &image, Some("a message"))?;
+                if !(alone && on_layer) {
+                    self.flushed(disk);
+                    self.model(disk).earlier = None;
+                    self.reached.note("commit of an open disk");
+                }
+            }
+            None => {
+                self.store.commit(disk, &image, None)?;
+                self.flushed(disk);
+                self.model(disk).earlier = None;
+                self.reached.note("commit of a disk at rest");
+            }
+        }
+        self.under_way.making.retain(|m| m.0 != image);
+        self.frozen.insert(image, now);
         self.certain_names();
         Ok(())
     }

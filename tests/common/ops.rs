@@ -36,6 +36,10 @@ pub enum Op {
     Snapshot {
         disk: usize,
     },
+    /// The disk's own layer becomes an image.
+    Commit {
+        disk: usize,
+    },
     /// From anything that has a name.
     Fork {
         from: usize,
@@ -104,6 +108,7 @@ impl fmt::Display for Op {
             Op::Checkpoint { disk } => write!(f, "checkpoint {disk}"),
             Op::Maintain { disk } => write!(f, "maintain {disk}"),
             Op::Snapshot { disk } => write!(f, "snapshot {disk}"),
+            Op::Commit { disk } => write!(f, "commit {disk}"),
             Op::Fork { from } => write!(f, "fork {from}"),
             Op::Forks { from } => write!(f, "forks {from}"),
             Op::Reopen { disk } => write!(f, "reopen {disk}"),
@@ -162,6 +167,9 @@ impl FromStr for Op {
                 disk: next()? as usize,
             },
             "snapshot" => Op::Snapshot {
+                disk: next()? as usize,
+            },
+            "commit" => Op::Commit {
                 disk: next()? as usize,
             },
             "fork" => Op::Fork {
@@ -253,6 +261,10 @@ impl Op {
             Op::Checkpoint { .. } => found.push(Op::Checkpoint { disk: 0 }),
             Op::Maintain { .. } => found.push(Op::Maintain { disk: 0 }),
             Op::Snapshot { .. } => found.push(Op::Snapshot { disk: 0 }),
+            Op::Commit { disk } => {
+                found.push(Op::Snapshot { disk });
+                found.push(Op::Commit { disk: 0 });
+            }
             Op::Forks { from } => {
                 found.push(Op::Fork { from: 0 });
                 found.push(Op::Fork { from });
@@ -327,7 +339,8 @@ pub fn random_op(rng: &mut Rng, size: u64, heavy: bool) -> Op {
         72..=74 => Op::Checkpoint { disk },
         75..=76 => Op::Maintain { disk },
         77..=79 => Op::Reopen { disk },
-        80..=87 => Op::Snapshot { disk },
+        80..=85 => Op::Snapshot { disk },
+        86..=87 => Op::Commit { disk },
         88..=92 => Op::Fork {
             from: rng.below(8) as usize,
         },

@@ -251,6 +251,7 @@ fn every_cut_leaves_what_was_acknowledged_or_attempted() {
     for what in [
         "several disks open",
         "snapshot of an open disk",
+        "commit of an open disk",
         "fork of an open disk",
         "fork of what is at rest",
         "fork of a snapshot",

@@ -3,7 +3,7 @@
 //! Always true: of the attached ones none accepts a request between the moment at which the first is sealed and the one at which the last goes on. So
 //! whatever one disk had acknowledged before another was asked for something is in the one snapshot if that is in the other.
 
-use super::{Prepared, State, must_be};
+use super::{Kept, Prepared, State, must_be};
 use crate::disk::CowDisk;
 use crate::disk::cow::Halted;
 use crate::error::{Error, Kind, Result};
@@ -85,7 +85,7 @@ impl Store {
                     (self.object(m.disk)?, Some(layer))
                 }
             };
-            match self.prepare(&source, Some((m.name, message))) {
+            match self.prepare(&source, Some(&Kept::snapshot(m.disk, m.name, message))) {
                 Ok(made) => prepared.push((made, layer)),
                 Err(e) => {
                     layer.iter().for_each(close_again);
