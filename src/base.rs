@@ -94,8 +94,8 @@ impl Base {
         &self.file
     }
     /// The CRC that block `lba` must have, where sums are known.
-    fn sum(&self, lba: u64) -> Option<u32> {
-        let at = lba as usize * 4;
+    pub fn sum(&self, lba: Lba) -> Option<u32> {
+        let at = lba.0 as usize * 4;
         let raw = self.sums.get()?.get(at..at + 4)?;
         Some(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]) ^ ZERO_SUM)
     }
@@ -118,7 +118,7 @@ impl Base {
             for (i, block) in buf[..whole].chunks_exact(BLOCK_SIZE).enumerate() {
                 let block_lba = u64::from(lba.0) + i as u64;
                 if self
-                    .sum(block_lba)
+                    .sum(Lba(block_lba as u32))
                     .is_some_and(|sum| sum != format::crc(block))
                 {
                     return Err(Error::new(

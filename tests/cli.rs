@@ -110,6 +110,10 @@ fn usage_errors_exit_with_2_and_a_hint() {
         &["resize", "web", "10GB"],
         &["resize", "web", "--quota", "much"],
         &["resize", "web", "--quota", "1G", "--on-full", "hope"],
+        &["commit", "web"],
+        &["export", "web", "out", "-O", "raw", "--since", "web@a"],
+        &["diff"],
+        &["diff", "a", "b", "c"],
         &["check", "web", "--repair"],
         &["scrub", "--rate", "fast"],
         &["scrub", "a", "b"],
@@ -153,6 +157,9 @@ fn a_missing_store_exits_with_10() {
         &["ls"][..],
         &["tree"],
         &["info", "x"],
+        &["diff", "x"],
+        &["commit", "x", "y"],
+        &["export", "x", "y", "-O", "stream"],
         &["create", "a", "--from", "b"],
         &["attach", "x"],
         &["rm", "x"],
@@ -181,7 +188,6 @@ fn a_missing_store_exits_with_10() {
 fn what_is_not_built_yet_says_so() {
     for args in [
         &["--json", "export", "x", "y", "-O", "qcow2"][..],
-        &["--json", "export", "x", "y", "-O", "stream"],
         &["--json", "attach", "x", "--via", "nbd"],
     ] {
         let output = forkdisk(args);

@@ -2,11 +2,12 @@
 #![allow(missing_docs, reason = "a test")]
 
 use forkdisk::error::Kind;
+use forkdisk::format::stream::*;
 use forkdisk::format::text::{MAX_RECORD, Record};
 use forkdisk::format::*;
 use forkdisk::io::{Access, Dir, EntryKind, sim::SimDisk};
 use forkdisk::store::history::Limits;
-use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Effort, Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::{BLOCK, BLOCK_SIZE, Id, Lba, MAX_DISK, MIN_DISK, REGION_BLOCKS, Slot};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -111,6 +112,8 @@ fn magic_strings_and_meanings() {
         ("Header", HEADER_MAGIC),
         ("Run header", RUN_MAGIC),
         ("History segment", SEGMENT_MAGIC),
+        ("Stream header", STREAM_MAGIC),
+        ("Stream trailer", TRAILER_MAGIC),
     ] {
         let magic = std::str::from_utf8(&magic).expect("ASCII");
         assert_eq!(meaning(title, "magic"), format!("`{magic}`"), "{title}");
@@ -156,6 +159,18 @@ fn magic_strings_and_meanings() {
         format!("up to {INLINE_FREE} extents of the free list")
     );
     assert_eq!(
+        meaning("Stream header", "kind"),
+        format!("{STREAM_FULL} everything, {STREAM_SINCE} a difference")
+    );
+    assert_eq!(
+        meaning("Stream header", "version"),
+        format!("{STREAM_VERSION}; a larger one is refused")
+    );
+    assert_eq!(
+        meaning("Stream record", "kind"),
+        format!("{RECORD_DATA} data, {RECORD_ZERO} zero")
+    );
+    assert_eq!(
         meaning("Directory entry", "count"),
         format!("pointers in the body, 0 to {REGION_BLOCKS}")
     );
@@ -179,6 +194,7 @@ fn numbers_in_the_text() {
         format!("A record of more than {} KiB is refused", MAX_RECORD / 1024),
         format!("A name is 1 to {MAX_NAME} bytes"),
         format!("A *slot* is {BLOCK_SIZE} bytes"),
+        format!("into records of {MAX_DATA} bytes"),
         format!("*region* {REGION_BLOCKS} neighbouring blocks"),
         format!("entries of the group, 1 to {GROUP_REGIONS}"),
         format!("# The on-disk format, version {VERSION}\n"),
@@ -299,6 +315,9 @@ fn keys_of_the_records() {
     store
         .snapshot("disk", "s", Some("why"))
         .expect("a snapshot");
+    let snapshot = store.resolve("disk@s").expect("a snapshot");
+    let digest = store.digest(&snapshot, Effort::ANY, &Quiet);
+    assert!(digest.expect("computed").is_some());
     store.rename("disk@s", "disk@t").expect("a new name");
     let history = Limits {
         window: Some(600),

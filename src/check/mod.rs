@@ -347,7 +347,7 @@ fn leftovers(store: &Store) -> Result<Vec<String>> {
             }
             let running = match prefix {
                 "bases/" => store.import_running(&name),
-                "layers/" => store.rewrite_running(&name),
+                "layers/" => store.rewrite_running(&name) || store.layer_import_running(&name),
                 _ => false,
             };
             if !running {

@@ -431,8 +431,8 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
         Action::Leftover(path) => {
             let removed = match path.split_once('/') {
                 Some(("names", name)) => store.names_dir().remove(name),
-                Some(("bases", name)) => remove_import(&**store.bases_dir(), name),
                 Some(("layers", name)) => store.layers_dir().remove(name),
+                Some(("bases", name)) => remove_import(&**store.bases_dir(), name),
                 _ => store.root().remove(path),
             };
             match removed {

@@ -1,10 +1,12 @@
 //! Images in and out: `import`, `export`.
 
 use crate::{
-    cli::{Outcome, Stop, context::Context, names::Names, render::json::ObjectDoc},
-    convert::{self, raw},
+    cli::{
+        Outcome, Stop, context::Context, names::Names, render::json::ObjectDoc, states::settled,
+    },
+    convert::{self, raw, stream},
     error::{Error, Kind, Result},
-    store::{ImportMode, ImportSource, Object, ObjectKind, Store},
+    store::{Effort, ImportMode, ImportSource, Object, ObjectKind, Store},
     sys::signals,
 };
 use clap::{Args, ValueEnum, ValueHint};
@@ -12,15 +14,16 @@ use serde::Serialize;
 use serde_json::json;
 use std::{
     fs::File,
-    io::{self, IsTerminal, Read},
+    io::{self, BufReader, Cursor, IsTerminal, Read},
     os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
-/// Take a raw image into the store, as a base that disks are forked from
+/// Take a raw image into the store, as a base that disks are forked from, or a stream of another store
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The image is reflinked where the filesystem can, else copied; holes stay holes."
+    after_help = "The image is reflinked where the filesystem can, else copied; holes stay holes.\n\
+        A stream of everything becomes a base; what changed since a state becomes an image over that state, which must be in the store."
 )]
 pub(crate) struct Import {
     /// The image file, or - for standard input
@@ -42,11 +45,13 @@ pub(crate) struct Import {
     format: Option<ImportFormat>,
 }
 
-/// A format whose name was given: contents never choose one.
+/// A format whose name was given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum ImportFormat {
     /// Every byte is the disk's
     Raw,
+    /// A stream that `export` wrote
+    Stream,
 }
 
 impl Import {
@@ -80,22 +85,48 @@ impl Import {
                 .into());
             }
         } else if self.format.is_none() {
-            // A guest decides what its disk begins with: that may refuse the file, and never has it read in another way.
+            // A guest decides what its disk begins with: that may refuse the file.
             convert::must_be_raw(&self.source)?;
         }
         if context.dry_run {
             return self.pretend(context, &name);
         }
-        let store = context.open_or_init()?;
         signals::catch();
-        let progress = ui.progress(&format!("importing {name}"));
         let mut reader = Stdin(io::stdin().lock());
-        let source = if stdin {
-            ImportSource::Reader(&mut reader)
-        } else {
-            ImportSource::Path(&self.source)
+        let mut start = Vec::new();
+        if stdin && self.format.is_none() {
+            let begun = (&mut reader).take(8).read_to_end(&mut start);
+            begun.map_err(|e| Error::io("read", "standard input", &e))?;
+        }
+        let mut reader = Cursor::new(&start).chain(reader);
+        let is_stream = match self.format {
+            Some(format) => format == ImportFormat::Stream,
+            None if stdin => stream::is_stream(&start),
+            None => stream::looks_like_stream(&self.source),
         };
-        let object = store.import(source, &name, mode, &*progress);
+        if is_stream && mode != ImportMode::Auto && mode != ImportMode::Copy {
+            return Err(Error::new(Kind::Invalid, "a stream can only be copied")
+                .hint("leave out --reflink and --link; `-O raw` takes the file as a raw image")
+                .into());
+        }
+        let store = context.open_or_init()?;
+        let progress = ui.progress(&format!("importing {name}"));
+        let object = match (is_stream, stdin) {
+            (true, true) => store.import_stream(&mut reader, &name, &*progress),
+            (true, false) => {
+                let file = File::open(&self.source);
+                let file = file.map_err(|e| Error::io("open", &self.source, &e))?;
+                let mut reader = BufReader::with_capacity(1 << 20, file);
+                store.import_stream(&mut reader, &name, &*progress)
+            }
+            (false, stdin) => {
+                let source = match stdin {
+                    true => ImportSource::Reader(&mut reader),
+                    false => ImportSource::Path(&self.source),
+                };
+                store.import(source, &name, mode, &*progress)
+            }
+        };
         drop(progress);
         let object = object.map_err(|e| match e.kind() {
             Kind::NotFound => {
@@ -168,10 +199,9 @@ impl<R: Read> Read for Stdin<R> {
 }
 
 /// Formats of exported files.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum Format {
     /// The bytes of the disk
-    #[default]
     Raw,
     /// A QEMU image
     Qcow2,
@@ -181,7 +211,10 @@ enum Format {
 
 /// Write a disk, snapshot or image into a file
 #[derive(Args, Debug)]
-#[command(after_help = "The file is sparse, and appears under its name only when it is complete.")]
+#[command(
+    after_help = "A raw file is sparse. A file appears under its name only when it is complete.\n\
+        A stream holds everything, or with --since what changed, and checksums; `forkdisk import` takes it."
+)]
 pub(crate) struct Export {
     /// What to write
     #[arg(value_name = "REF")]
@@ -189,9 +222,12 @@ pub(crate) struct Export {
     /// The new file, or - for standard output
     #[arg(value_hint = ValueHint::FilePath)]
     file: PathBuf,
-    /// The file's format
-    #[arg(short = 'O', long, value_name = "FORMAT", value_enum, default_value_t)]
-    format: Format,
+    /// The file's format [default: raw, or stream with --since]
+    #[arg(short = 'O', long, value_name = "FORMAT", value_enum)]
+    format: Option<Format>,
+    /// Write only what changed since this snapshot, image or base
+    #[arg(long, value_name = "SNAP")]
+    since: Option<String>,
     /// Replace a file that is there
     #[arg(short, long)]
     force: bool,
@@ -204,14 +240,17 @@ struct ExportDoc<'a> {
     object: ObjectDoc,
     file: &'a Path,
     format: &'static str,
+    since: Option<&'a str>,
     written: u64,
+    /// Of a stream: its SHA-256.
+    digest: Option<String>,
 }
 
 impl Export {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let stdout = self.file == Path::new("-");
-        self.must_be_raw()?;
+        let as_stream = self.as_stream()?;
         let store = context.open_to_change()?;
         let object = store.resolve_any(&self.reference)?;
         if stdout {
@@ -236,20 +275,44 @@ impl Export {
             ObjectKind::Base => store.details(&object)?.base.len,
             _ => object.size,
         };
+        let since = self
+            .since
+            .as_ref()
+            .map(|since| sealed(&store, since))
+            .transpose()?;
         if context.dry_run {
-            return self.answer(context, &store, &object, 0);
+            return self.answer(context, &store, &object, as_stream, 0, None);
         }
-        let disk = store.open_disk(&object, false)?;
         signals::catch();
         let progress = ui.progress(&format!("exporting {}", object.name));
-        if !stdout {
-            let written = raw::export_file(&*disk, len, &self.file, self.force, &*progress)?;
+        let since = match since {
+            None => None,
+            Some(since) => {
+                let digest = store.digest(&since, Effort::ANY, &*progress)?;
+                let state = store.state(&since)?;
+                digest.map(|digest| (state, digest))
+            }
+        };
+        let since = since.as_ref().map(|(state, digest)| (state, *digest));
+        let state = settled(context, &store, &object)?;
+        if !stdout && as_stream {
+            let totals = stream::export_file(&state, since, &self.file, self.force, &*progress)?;
             drop(progress);
-            return self.answer(context, &store, &object, written);
+            let digest = Some(totals.digest.to_string());
+            return self.answer(context, &store, &object, true, totals.data, digest);
+        }
+        let disk = state.disk();
+        if !stdout {
+            let written = raw::export_file(disk, len, &self.file, self.force, &*progress)?;
+            drop(progress);
+            return self.answer(context, &store, &object, false, written, None);
         }
         let out = io::stdout().as_fd().try_clone_to_owned();
         let mut out = File::from(out.map_err(|e| Stop::output(&e))?);
-        let sent = raw::export_stream(&*disk, len, &mut out, &*progress)?;
+        let sent = match as_stream {
+            true => stream::export_to(&state, since, &mut out, &*progress)?.map(|_| ()),
+            false => raw::export_stream(disk, len, &mut out, &*progress)?,
+        };
         drop(progress);
         match sent.map_err(|e| Stop::output(&e)) {
             // Nothing to say, but the stream is not whole.
@@ -257,25 +320,32 @@ impl Export {
             other => other,
         }
     }
-    fn must_be_raw(&self) -> Result<()> {
-        let (name, way) = match self.format {
-            Format::Raw => return Ok(()),
-            Format::Qcow2 => (
-                "qcow2",
-                "export raw, then `qemu-img convert -f raw -O qcow2 FILE.img FILE.qcow2`",
-            ),
-            Format::Stream => (
-                "stream",
-                "export raw to `-`, and `forkdisk import - NAME` on the other side",
-            ),
-        };
-        Err(Error::new(
-            Kind::Unsupported,
-            format!("export as {name} is not built yet"),
-        )
-        .hint(way))
+    /// Is it to be a stream? Else it is a raw image.
+    fn as_stream(&self) -> Result<bool> {
+        match (self.format, &self.since) {
+            (Some(Format::Qcow2), _) => Err(Error::new(
+                Kind::Unsupported,
+                "export as qcow2 is not built yet",
+            )
+            .hint("export raw, then `qemu-img convert -f raw -O qcow2 FILE.img FILE.qcow2`")),
+            (Some(Format::Raw), Some(_)) => Err(Error::new(
+                Kind::Invalid,
+                "a raw image is no difference, so there is nothing it could be since",
+            )
+            .hint("leave out `-O raw`, or --since")),
+            (Some(Format::Stream), _) | (None, Some(_)) => Ok(true),
+            (Some(Format::Raw) | None, None) => Ok(false),
+        }
     }
-    fn answer(&self, context: &Context, store: &Store, object: &Object, written: u64) -> Outcome {
+    fn answer(
+        &self,
+        context: &Context,
+        store: &Store,
+        object: &Object,
+        as_stream: bool,
+        written: u64,
+        digest: Option<String>,
+    ) -> Outcome {
         let ui = &context.ui;
         let file = self.file.display();
         if ui.json {
@@ -283,19 +353,35 @@ impl Export {
                 dry_run: context.dry_run,
                 object: ObjectDoc::new(object, &Names::of(store)?),
                 file: &self.file,
-                format: "raw",
+                format: if as_stream { "stream" } else { "raw" },
+                since: self.since.as_deref(),
                 written,
+                digest,
             });
         }
         if context.dry_run {
             return ui.data(format!("would export {} to {file}\n", object.name));
         }
         ui.talk(format_args!(
-            "exported {} to {file}, {} with {} of data",
+            "exported {} to {file}, {} with {} of {}data",
             object.name,
             ui.size(object.size),
-            ui.size(written)
+            ui.size(written),
+            if self.since.is_some() { "changed " } else { "" }
         ));
         Ok(())
+    }
+}
+
+/// What stays as it is, so that something can be told to have changed since.
+fn sealed(store: &Store, reference: &str) -> Result<Object> {
+    let object = store.resolve(reference)?;
+    match object.kind {
+        ObjectKind::Disk => Err(Error::new(
+            Kind::Invalid,
+            format!("{} is a disk, and changes", object.name),
+        )
+        .hint("name a snapshot, an image or a base after --since")),
+        _ => Ok(object),
     }
 }

@@ -14,6 +14,7 @@ use crate::{
     },
     daemon::Attached,
     error::{Error, Kind, Result},
+    format::stream::Digest,
     store::{
         Found, LayerInfo, Object, ObjectKind, QuotaUse, Store, Usage,
         history::{HistoryReport, Point},
@@ -45,7 +46,7 @@ enum What {
 #[derive(Args, Debug)]
 #[command(after_help = concat!(
     "Columns: name, kind, size, parent, created, message, id, device, mount, refer, excl, shared, used (host bytes of its own layer or \
-        base), written (data in its own layer), depth, quota, quota_used.\n",
+        base), written (data in its own layer), depth, quota, quota_used, digest.\n",
     "Of layers: id, state, size, alloc, private, parent, names.\n",
     "Of a history: point, time, changed, held.\n",
     "Of attached: name, kind, size, device, file, mount, ro, via, count, id."
@@ -145,6 +146,11 @@ impl Ls {
             .collect();
         // To know the space of an object its map is walked: only if that is asked for.
         let space = columns.iter().any(|c| SPACE.contains(&c.name));
+        // Their records are read once more for it.
+        let digests = match columns.iter().any(|c| c.name == "digest") {
+            true => store.known_digests()?,
+            false => HashMap::new(),
+        };
         let all: Vec<Object> = all.into_iter().filter(|o| wanted(o.kind)).collect();
         let all: Vec<(Object, Option<Usage>)> = if space {
             let known = store.usages(all)?;
@@ -165,6 +171,7 @@ impl Ls {
             rows.push(ObjectRow {
                 quota,
                 parent: object.parent.map(|below| names.show(below.id())),
+                digest: digests.get(&object.name).copied(),
                 object,
                 usage,
                 attached,
@@ -177,6 +184,7 @@ impl Ls {
                 usage: row.usage.map(UsageDoc::from),
                 quota: row.quota.and_then(|q| q.quota),
                 quota_used: row.quota.map(|q| q.used),
+                digest: row.digest.map(|digest| digest.to_string()),
                 attached: row.attached.is_some(),
                 device: row.attached.as_ref().and_then(|a| a.device.clone()),
                 mounts: row.mounts.clone(),
@@ -330,6 +338,7 @@ struct ObjectRow {
     parent: Option<String>,
     usage: Option<Usage>,
     quota: Option<QuotaUse>,
+    digest: Option<Digest>,
     attached: Option<Attached>,
     mounts: Vec<PathBuf>,
 }
@@ -373,6 +382,9 @@ fn object_columns() -> Vec<Column<ObjectRow>> {
         }),
         number("quota_used", |r, s| {
             r.quota.map_or(String::new(), |q| s.size(q.used))
+        }),
+        words("digest", |r, _| {
+            r.digest.map(|d| d.to_string()).unwrap_or_default()
         }),
     ]
 }
@@ -460,6 +472,7 @@ struct ListedDoc {
     device: Option<String>,
     mounts: Vec<PathBuf>,
     usage: Option<UsageDoc>,
+    digest: Option<String>,
     quota: Option<u64>,
     quota_used: Option<u64>,
 }

@@ -12,11 +12,14 @@ use crate::{
             time,
         },
         resize::on_full,
+        states::{Looked, look},
         store::counted,
     },
     disk::{Disk, Extent, Source},
-    error::Result,
-    store::{Below, Details, Found, Object, Space, Store, Usage},
+    error::{Kind, Result},
+    format::stream::Digest,
+    store::{Below, Details, Effort, Found, Object, Space, Store, Usage},
+    sys::signals,
     units::{BLOCK, REGION_BYTES},
 };
 use clap::Args;
@@ -32,6 +35,9 @@ pub(crate) struct Info {
     /// What to tell about
     #[arg(value_name = "REF")]
     reference: String,
+    /// Compute the digest of a base of any size, not only up to 16 GiB
+    #[arg(long)]
+    digest: bool,
 }
 
 #[derive(Serialize)]
@@ -45,7 +51,9 @@ struct InfoDoc {
     base_length: u64,
     base_linked: bool,
     base_sums: bool,
+    base_digest: Option<String>,
     digest: Option<String>,
+    same_as: Vec<String>,
     depth: u32,
     chain: Vec<LinkDoc>,
     private_bytes: u64,
@@ -82,6 +90,7 @@ impl Info {
         let store = context.open()?;
         let object = store.resolve_any(&self.reference)?;
         let details = store.details(&object)?;
+        let (digest, same_as) = self.digest(context, &store, &object)?;
         let names = Names::from_ids(&details.names);
         let all = context.attached_for_show(&store).into_iter();
         let mut of_this = all.filter(|(a, _)| a.id == object.id);
@@ -109,7 +118,9 @@ impl Info {
             base_length: base.len,
             base_linked: base.link.is_some(),
             base_sums: base.sums,
-            digest: base.digest.clone(),
+            base_digest: base.digest.clone(),
+            digest: digest.map(|digest| digest.to_string()),
+            same_as,
             depth: details.depth,
             chain: details.chain.iter().map(link).collect(),
             private_bytes: details.private_bytes,
@@ -134,6 +145,34 @@ impl Info {
             return ui.document(document);
         }
         ui.data(info_text(context, &details, &document, &names))
+    }
+    /// The digest of what is sealed, and who else has it. What is damaged has none; all else about it can be told.
+    fn digest(
+        &self,
+        context: &Context,
+        store: &Store,
+        object: &Object,
+    ) -> Result<(Option<Digest>, Vec<String>)> {
+        let effort = match self.digest {
+            true => Effort::ANY,
+            false => Effort::USUAL,
+        };
+        signals::catch();
+        let label = format!("computing the digest of {}", object.name);
+        let progress = context.ui.progress(&label);
+        let digest = store.digest(object, effort.unkept(context.dry_run), &*progress);
+        drop(progress);
+        match digest {
+            Ok(None) => Ok((None, Vec::new())),
+            Ok(Some(digest)) => Ok((Some(digest), store.same_as(object, digest)?)),
+            Err(e) if e.kind() == Kind::Interrupted => Err(e),
+            Err(e) => {
+                context
+                    .ui
+                    .warn(format_args!("its digest cannot be computed: {e}"));
+                Ok((None, Vec::new()))
+            }
+        }
     }
 }
 
@@ -198,7 +237,8 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
             },
         ),
         ("base", names.show(details.base.id)),
-        ("digest", details.base.digest.clone().unwrap_or_default()),
+        ("digest", document.digest.clone().unwrap_or_default()),
+        ("same as", document.same_as.join(", ")),
         ("base file", document.base_file.display().to_string()),
         (
             "attached",
@@ -412,7 +452,7 @@ impl Map {
         let object = store.resolve_any(&self.reference)?;
         let details = store.details(&object)?;
         let (chain, names) = (details.chain, Names::from_ids(&details.names));
-        let disk = store.open_disk(&object, false)?;
+        let mut looked = Looked::at(context, &store, &object)?;
         // There may be millions: they are written as they come.
         let mut out = BufWriter::new(io::stdout().lock());
         let written = |result: io::Result<()>| result.map_err(|e| Stop::output(&e));
@@ -428,7 +468,13 @@ impl Map {
         } else if !self.no_header {
             written(writeln!(out, "{:>15}  {:>9}  FROM", "START", "LENGTH"))?;
         }
-        each_extent(&*disk, |extent| {
+        let size = looked.state().size();
+        let extents = |at, len| {
+            look(&mut [&mut looked], |looked| {
+                looked[0].state().disk().extents(at, len)
+            })
+        };
+        each_extent(size, extents, |extent| {
             let document = describe(extent, &chain, &names);
             if !ui.json {
                 let length = match self.parsable {
@@ -507,13 +553,17 @@ fn describe<'a>(extent: Extent, chain: &[Below], names: &'a Names) -> ExtentDoc<
     }
 }
 
-/// Calls `each` with the extents of a disk in order; neighbours of one source are one.
-fn each_extent(disk: &dyn Disk, mut each: impl FnMut(Extent) -> Outcome) -> Outcome {
+/// Calls `each` with the extents of a disk of `size` bytes in order; neighbours of one source are one.
+fn each_extent(
+    size: u64,
+    mut extents: impl FnMut(u64, u64) -> Result<Vec<Extent>>,
+    mut each: impl FnMut(Extent) -> Outcome,
+) -> Outcome {
     let mut last: Option<Extent> = None;
     let mut at = 0;
-    while at < disk.size() {
-        let len = WINDOW.min(disk.size() - at);
-        for extent in disk.extents(at, len)? {
+    while at < size {
+        let len = WINDOW.min(size - at);
+        for extent in extents(at, len)? {
             match &mut last {
                 Some(last) if continues(last, &extent) => last.len += extent.len,
                 _ => {

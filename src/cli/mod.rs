@@ -14,6 +14,7 @@ mod bench;
 mod commit;
 mod context;
 mod daemon;
+mod diff;
 mod disk;
 mod history;
 mod image;
@@ -26,6 +27,7 @@ mod resize;
 mod rollback;
 mod shell;
 mod snapshot;
+mod states;
 mod stats;
 mod store;
 mod tree;
@@ -162,6 +164,7 @@ enum Command {
     Du(look::Du),
     Map(look::Map),
     Stats(stats::Stats),
+    Diff(diff::Diff),
     #[command(subcommand)]
     Daemon(daemon::Daemon),
     Bench(bench::Bench),
@@ -273,6 +276,7 @@ fn run(cli: Cli) -> ExitCode {
         Command::Du(c) => c.run(&context),
         Command::Map(c) => c.run(&context),
         Command::Stats(c) => c.run(&context),
+        Command::Diff(c) => c.run(&context),
         Command::Daemon(c) => c.run(&context),
         Command::Bench(c) => c.run(&context),
         Command::Completions(c) => c.run(&context),

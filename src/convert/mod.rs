@@ -1,9 +1,10 @@
 //! Disks from and to other formats.
 //!
-//! So far: raw export ([`raw`]), and telling what a file is before it is taken for a raw image
-//! ([`sniff`]).
+//! So far: raw export ([`raw`]), streams of differences ([`stream`]), and telling what a file is before it is taken for a raw
+//! image ([`sniff`]).
 
 pub mod raw;
+pub mod stream;
 
 use crate::error::{Error, Kind, Result};
 use std::{fs::File, io::Read, path::Path};

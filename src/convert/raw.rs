@@ -222,13 +222,13 @@ fn is_zero(block: &[u8]) -> bool {
 }
 
 /// A file that has no name yet, or a hidden one that goes with it.
-struct NewFile {
-    file: File,
+pub(super) struct NewFile {
+    pub(super) file: File,
     hidden: Option<PathBuf>,
 }
 
 impl NewFile {
-    fn beside(target: &Path) -> Result<NewFile> {
+    pub(super) fn beside(target: &Path) -> Result<NewFile> {
         let parent = parent_of(target);
         let mode = Mode::from_raw_mode(0o666); // less the umask, as any new file
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
@@ -251,7 +251,7 @@ impl NewFile {
             .map_err(|e| Error::io("create", target, &e.into()))
     }
     /// Gives the complete file its name.
-    fn name(mut self, target: &Path, replace: bool) -> Result<()> {
+    pub(super) fn name(mut self, target: &Path, replace: bool) -> Result<()> {
         let failed = |e: Errno| match e {
             Errno::EXIST => exists(target),
             e => Error::io("create", target, &e.into()),

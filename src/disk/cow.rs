@@ -203,6 +203,15 @@ impl CowDisk {
         }
     }
 
+    /// Flushes, checkpoints, and seals the disk's layer for ever, which calls itself `name` from then on.
+    pub fn close_sealed(&self, name: &str) -> Result<()> {
+        let top = self.top.write();
+        match &top.layer {
+            Some(layer) => layer.close(State::Sealed, Some(name)),
+            None => Err(read_only()),
+        }
+    }
+
     /// Is it inside? The caller holds `top`: else the disk may become smaller in between.
     fn check(&self, at: u64, len: u64) -> Result<()> {
         let size = self.size.load(SeqCst);

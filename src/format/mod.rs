@@ -102,7 +102,9 @@ macro_rules! record {
 }
 
 mod history;
+pub mod stream;
 pub use history::*;
+use stream::{StreamHeader, StreamRecord, StreamTrailer};
 
 record! {
     /// First slot of a layer file; written once.
@@ -417,6 +419,21 @@ pub const LAYOUTS: &[(&str, &[Field], usize)] = &[
         PointHeader::TITLE,
         PointHeader::FIELDS,
         size_of::<PointHeader>(),
+    ),
+    (
+        StreamHeader::TITLE,
+        StreamHeader::FIELDS,
+        size_of::<StreamHeader>(),
+    ),
+    (
+        StreamRecord::TITLE,
+        StreamRecord::FIELDS,
+        size_of::<StreamRecord>(),
+    ),
+    (
+        StreamTrailer::TITLE,
+        StreamTrailer::FIELDS,
+        size_of::<StreamTrailer>(),
     ),
 ];
 

@@ -169,6 +169,7 @@ pub struct ReadLayer {
     past: Option<Undo>,
     data_blocks: u64,
     zero_blocks: u64,
+    dropped: bool,
 }
 
 impl ReadLayer {
@@ -191,14 +192,20 @@ impl ReadLayer {
             steps: Vec::new(),
             cut: None,
             past: None,
+            dropped: false,
         };
         if layer.state() == State::Writable {
             let replay = recover::replay(&*layer.file, &layer.superblock, &layer.runs)?;
+            layer.dropped = replay.dropped.is_some();
             layer.journal = replay.memtable;
             (layer.steps, layer.cut) = (replay.steps, replay.cut);
             (layer.data_blocks, layer.zero_blocks) = (replay.data_blocks, replay.zero_blocks);
         }
         Ok(layer)
+    }
+    /// Was the last commit left out, because it lacks data?
+    pub fn dropped(&self) -> bool {
+        self.dropped
     }
     /// Its id.
     pub fn id(&self) -> Id {

@@ -146,12 +146,15 @@ impl Store {
             let file = self.layers.open(&layer_file(id), Access::Read)?;
             match ReadLayer::open(file) {
                 Ok(layer) => return Ok(layer),
-                Err(e) if tries >= 20 => return Err(e),
+                Err(e) if tries >= TRIES => return Err(e),
                 Err(_) => tries += 1,
             }
         }
     }
 }
+
+/// How often a layer that is being written is looked at again.
+pub(super) const TRIES: u32 = 20;
 
 /// A base or layer in the graph.
 pub(super) struct Node {

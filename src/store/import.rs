@@ -175,6 +175,21 @@ impl Store {
         mode: ImportMode,
         progress: &dyn Progress,
     ) -> Result<Object> {
+        self.bring_in(name, |dir, id| match source {
+            ImportSource::Reader(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
+                Err(Error::new(Kind::Invalid, "a stream can only be copied")
+                    .hint("leave --link and --reflink out"))
+            }
+            ImportSource::Reader(reader) => copy_stream(dir, id, reader, progress),
+            ImportSource::Path(path) => import_file(dir, id, path, mode, progress),
+        })
+    }
+    /// Makes a base under `name` in a directory that `fill` fills.
+    pub(super) fn bring_in(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&dyn Dir, Id) -> Result<BaseMeta>,
+    ) -> Result<Object> {
         check_part(name)?;
         let taken = || {
             Error::new(Kind::Exists, format!("`{name}` exists already"))
@@ -196,8 +211,8 @@ impl Store {
             (dir, running)
         };
         let mut named = false;
-        let done = self
-            .fill(&*dir, id, source, name, mode, progress)
+        let done = fill(&*dir, id)
+            .and_then(|meta| self.write_meta(&*dir, meta, name))
             .and_then(|()| {
                 let _lock = self.lock(true)?;
                 if self.names.entry(name)?.is_some() {
@@ -238,23 +253,7 @@ impl Store {
         drop(running);
         done
     }
-    fn fill(
-        &self,
-        dir: &dyn Dir,
-        id: Id,
-        source: ImportSource<'_>,
-        name: &str,
-        mode: ImportMode,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let mut meta = match source {
-            ImportSource::Reader(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
-                return Err(Error::new(Kind::Invalid, "a stream can only be copied")
-                    .hint("leave --link and --reflink out"));
-            }
-            ImportSource::Reader(reader) => copy_stream(dir, id, reader, progress)?,
-            ImportSource::Path(path) => import_file(dir, id, path, mode, progress)?,
-        };
+    fn write_meta(&self, dir: &dyn Dir, mut meta: BaseMeta, name: &str) -> Result<()> {
         meta.name = name.to_string();
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;

@@ -8,7 +8,9 @@
 //!
 //! Works on any [`Dir`], the simulated disk included. It reads no clock and draws no randomness but through [`Env`].
 
+mod changes;
 mod commit;
+mod digest;
 mod flatten;
 mod graph;
 pub mod history;
@@ -23,15 +25,19 @@ mod refer;
 mod remove;
 mod resize;
 mod squash;
+mod stream;
 pub mod types;
 mod usage;
 mod written;
 
+pub use changes::{Change, Changes, State, changes};
+pub use digest::Effort;
 pub use flatten::Flattened;
 pub use objects::Member;
 pub use quota::{QuotaChange, QuotaUse};
 pub use resize::whole_blocks;
 pub use squash::{Squash, Squashed};
+pub use stream::{Piece, StreamReader, StreamTotals, write_stream};
 pub use types::*;
 pub use written::LifeWritten;
 

@@ -129,7 +129,11 @@ impl Store {
         };
         let blocks = match dry_run {
             true => prune::count(&ReadLayer::open(file)?, &hidden)?,
-            false => prune::prune(&file, &header, &hidden)?.blocks,
+            false => {
+                // As a state of its own it is another one from now on.
+                self.forget_digest_in(graph, Below::Layer(id))?;
+                prune::prune(&file, &header, &hidden)?.blocks
+            }
         };
         Ok(blocks * BLOCK)
     }
@@ -149,7 +153,9 @@ impl Store {
         }
         let sure = match layer.state() {
             State::Sealed => true,
-            State::Clean => !self.keeps_history(graph, id)?,
+            State::Clean => {
+                layer.superblock().history_slot.get() == 0 && !self.keeps_history(graph, id)?
+            }
             State::Writable => false,
         };
         Ok(Some(layer).filter(|layer| sure && layer.counts() != (0, 0)))

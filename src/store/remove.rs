@@ -268,7 +268,12 @@ impl Store {
                 }
                 match kind {
                     EntryKind::Dir if self.import_running(&name) => continue,
-                    EntryKind::File if what == "layers" && self.rewrite_running(&name) => continue,
+                    EntryKind::Dir if what == "layers" => continue,
+                    _ if what == "layers"
+                        && (self.rewrite_running(&name) || self.layer_import_running(&name)) =>
+                    {
+                        continue;
+                    }
                     _ if dry_run => {}
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,

@@ -19,9 +19,6 @@ use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::units::{BLOCK, Id};
 use std::sync::{Arc, Weak};
 
-/// Key of a name that says what its layer's own blocks are, and no longer holds when the file is another one.
-const DIGEST: &str = "digest";
-
 /// Layers that are to become one, open until then.
 pub struct Squash {
     /// Whose layers they are.
@@ -73,15 +70,19 @@ impl Store {
 
     /// The rank of a layer that is to stand on `parent`; an error if a chain would become too long. `name` is whose, for the message.
     pub(super) fn rank_over(&self, parent: Below, name: &str) -> Result<u32> {
-        let rank = match parent {
-            Below::Base(id) => self.base_meta(id).map(|_| 0)?,
-            Below::Layer(id) => self.layer_head(id)?.0.depth.get(),
-        };
+        let rank = self.rank_of(parent)?;
         // A rank is never less than the number of layers.
         if rank >= MAX_RANK || rank >= MAX_DEPTH && self.length(parent)? >= MAX_DEPTH {
             return Err(too_deep(name));
         }
         Ok(rank + 1)
+    }
+    /// The rank of a layer; of a base, that is there, 0.
+    pub(super) fn rank_of(&self, below: Below) -> Result<u32> {
+        match below {
+            Below::Base(id) => self.base_meta(id).map(|_| 0),
+            Below::Layer(id) => Ok(self.layer_head(id)?.0.depth.get()),
+        }
     }
     /// Layers from `below` down to the base, as far as there can be.
     fn length(&self, below: Below) -> Result<u32> {
@@ -180,16 +181,7 @@ impl Store {
         if graph.garbage(|_| true).contains(&Below::Layer(id)) {
             return Err(gone());
         }
-        for owner in graph.names.get(&Below::Layer(id)).into_iter().flatten() {
-            let mut record = names::read_name(&*self.names, owner)?;
-            if record.extra.get(DIGEST).is_some() {
-                record.extra.set(DIGEST, None);
-                let (staged, file) = names::stage(&*self.names, owner, &record.encode(owner))?;
-                file.sync()?;
-                self.names.rename(&staged, owner)?;
-                self.names.sync()?;
-            }
-        }
+        self.forget_digest_in(&graph, Below::Layer(id))?;
         if self.label_of(id).is_none() {
             // A name that was removed while the file was written must not look as if it were lost.
             prune::unlabel(file, &read_header(file)?)?;

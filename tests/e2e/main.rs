@@ -27,6 +27,7 @@ mod rig;
 mod security;
 mod space;
 mod stats;
+mod stream;
 mod survive;
 mod transport;
 #[path = "../common/uring.rs"]

@@ -8,6 +8,7 @@
 use forkdisk::daemon::protocol;
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Kind, Result};
+use forkdisk::format::stream::{Digest, StreamHeader, StreamRecord, StreamTrailer};
 use forkdisk::format::text::Record;
 use forkdisk::format::{
     self, CommitHeader, Header, Pointer, RunHeader, RunRef, SumsHeader, Superblock,
@@ -20,8 +21,9 @@ use forkdisk::map::{Item, Memtable, merge};
 use forkdisk::serve::files::Files;
 use forkdisk::serve::fuse::{Init, Negotiated, Options, Session, abi};
 use forkdisk::store::names::{self, NameRecord};
-use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Effort, Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::{Id, Lba, Region, Slot};
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -46,6 +48,7 @@ pub const ALL: &[(&str, Target)] = &[
     ("fuse", fuse),
     ("layer", layer),
     ("store", store),
+    ("stream", stream),
 ];
 
 /// Runs one of them.
@@ -768,4 +771,57 @@ fn store(data: &[u8]) {
         });
     }
     let _ = store.gc(false);
+}
+
+/// A stream as it is, and one whose sums fit: nothing is left of what is refused.
+fn stream(data: &[u8]) {
+    let sim = template();
+    let Ok(store) = open(&sim, 5) else {
+        return;
+    };
+    let before = store.survey().map_or(0, |s| s.sound.len());
+    let take = |bytes: &[u8], name: &str| {
+        let mut from = bytes;
+        let made = store.import_stream(&mut from, name, &Quiet).is_ok();
+        let garbage = store.gc(true).expect("gc");
+        assert!(garbage.layers.is_empty() && garbage.files.is_empty());
+        made
+    };
+    let as_it_is = take(data, "x");
+    let mut input = Input(data);
+    let how = input.byte();
+    let parent = store.resolve("image").expect("the image");
+    let digest = store.digest(&parent, Effort::ANY, &Quiet);
+    let digest = digest.expect("computed").expect("it has one");
+    let since = (how & 1 != 0).then_some((digest, parent.size));
+    let unit = if how & 2 != 0 { 1 } else { SLOT as u64 };
+    let header = StreamHeader::new(input.number::<1>() * unit, since);
+    let mut bytes = header.as_bytes().to_vec();
+    let (mut records, mut total) = (0, 0);
+    while !input.is_empty() && records < 8 {
+        let kind = input.byte();
+        let unit = if kind & 8 != 0 { 1 } else { SLOT as u64 };
+        let (at, mut len) = (input.number::<1>() * unit, input.number::<1>() * unit);
+        if kind & 16 != 0 {
+            len = input.number::<8>();
+        }
+        let content = vec![kind >> 5; len.min(3 * SLOT as u64) as usize];
+        let content = (kind & 1 != 0).then_some(&content[..]);
+        bytes.extend_from_slice(StreamRecord::new(at, len, content).as_bytes());
+        bytes.extend_from_slice(content.unwrap_or_default());
+        records += 1;
+        total += content.map_or(0, <[u8]>::len) as u64;
+    }
+    let sum = Digest(Sha256::digest(&bytes).into());
+    bytes.extend_from_slice(StreamTrailer::new(records, total, sum).as_bytes());
+    let forged = take(&bytes, "y");
+    let after = store.survey().map_or(0, |s| s.sound.len());
+    assert_eq!(after, before + usize::from(as_it_is) + usize::from(forged));
+    let mut all = vec![0; 4 * SLOT];
+    for name in ["x", "y"] {
+        let _ = store.resolve(name).and_then(|object| {
+            let len = all.len().min(object.size as usize);
+            store.open_disk(&object, false)?.read(&mut all[..len], 0)
+        });
+    }
 }

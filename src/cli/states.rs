@@ -1,0 +1,115 @@
+//! States of objects for `export`, `map` and `diff`, also of disks that are attached for writing.
+
+use crate::{
+    cli::context::Context,
+    daemon::Client,
+    error::{Kind, Result},
+    store::{Below, Object, ObjectKind, State, Store},
+};
+
+/// How often a disk that is written to is opened again because its writer has used a place anew.
+const TRIES: u32 = 20;
+
+/// The daemon, if it has this disk attached for writing.
+fn writer(context: &Context, store: &Store, object: &Object) -> Result<Option<Client>> {
+    if object.kind != ObjectKind::Disk {
+        return Ok(None);
+    }
+    let found = context.daemon_of(store, &object.name)?;
+    Ok(found.and_then(|(daemon, attached)| (!attached.read_only).then_some(daemon)))
+}
+
+/// The present state of an object, which stays as it is however long it is read: that of a disk which is attached for writing
+/// is sealed for it, if it has changed since it was sealed last.
+pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Result<State> {
+    match writer(context, store, object)? {
+        Some(mut daemon) => Ok(store.state_of(daemon.settle(&object.name)?)?.of_a_disk()),
+        None => store.state(object),
+    }
+}
+
+/// The state of something to be looked at, which changes nothing: of a disk that is attached for writing the one that a flush
+/// just now made durable.
+pub(crate) struct Looked<'a> {
+    store: &'a Store,
+    of: Of,
+    /// May it have to be opened again?
+    live: bool,
+    state: State,
+}
+
+enum Of {
+    Object(Object),
+    Below(Below),
+}
+
+impl<'a> Looked<'a> {
+    pub(crate) fn at(context: &Context, store: &'a Store, object: &Object) -> Result<Looked<'a>> {
+        let daemon = writer(context, store, object)?;
+        let live = daemon.is_some();
+        if let Some(mut daemon) = daemon {
+            daemon.flush(&object.name)?;
+        }
+        let of = Of::Object(object.clone());
+        let state = open(store, &of, live)?;
+        Ok(Looked {
+            store,
+            of,
+            live,
+            state,
+        })
+    }
+    pub(crate) fn below(store: &'a Store, below: Below) -> Result<Looked<'a>> {
+        let of = Of::Below(below);
+        let state = open(store, &of, false)?;
+        Ok(Looked {
+            store,
+            of,
+            live: false,
+            state,
+        })
+    }
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+    /// Is somebody writing to it?
+    pub(crate) fn live(&self) -> bool {
+        self.live
+    }
+    /// Opens it anew, as its last flush left it by now.
+    pub(crate) fn again(&mut self) -> Result<()> {
+        self.state = open(self.store, &self.of, self.live)?;
+        Ok(())
+    }
+}
+
+fn open(store: &Store, of: &Of, live: bool) -> Result<State> {
+    match of {
+        Of::Object(object) if live => store.live_state(object),
+        Of::Object(object) => store.state(object),
+        Of::Below(below) => store.state_of(*below),
+    }
+}
+
+/// Looks, and again at what was opened anew if somebody who writes was in between.
+pub(crate) fn look<T>(
+    looked: &mut [&mut Looked<'_>],
+    mut at: impl FnMut(&[&mut Looked<'_>]) -> Result<T>,
+) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        match at(looked) {
+            Err(e)
+                if e.kind() == Kind::Corrupt
+                    && tries < TRIES
+                    && looked.iter().any(|l| l.live()) =>
+            {
+                tries += 1;
+                for l in looked.iter_mut().filter(|l| l.live()) {
+                    l.again()?;
+                }
+            }
+            other => return other,
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! Digests: what tells whether two bases or sealed layers are the same, on any machine (FORMAT.md, section "A stream").
+//!
+//! Always true:
+//! - a digest depends on contents and on the digest of the parent, never on a name, an id, a time, or the order of writes;
+//! - what is kept of a layer in its names' records is that of its bytes and of its parents': whoever rewrites either calls
+//!   [`Store::forget_digest`] before;
+//! - a disk has none: it changes.
+
+use super::graph::Graph;
+use super::names::{read_name, stage};
+use super::objects::object_target;
+use super::{Below, Object, ObjectKind, Progress, Store, parent_of, stream};
+use crate::base::Base;
+use crate::error::{Error, Kind, Result};
+use crate::format::stream::Digest;
+use crate::units::{BLOCK_SIZE, Lba};
+use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Key of a digest in a name's record.
+const KEY: &str = "digest";
+
+/// Bytes hashed in one go.
+const PIECE: u64 = 1 << 20;
+
+/// How much may be done for a digest that is not known.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// The largest base that is read, in bytes: one that is mostly holes takes as long as one that is not.
+    pub largest_base: u64,
+    /// Is what was computed kept?
+    pub keep: bool,
+}
+
+impl Effort {
+    /// Whatever it takes.
+    pub const ANY: Effort = Effort {
+        largest_base: u64::MAX,
+        keep: true,
+    };
+    /// What `info` does without being asked: bases of up to 16 GiB are read.
+    pub const USUAL: Effort = Effort {
+        largest_base: super::import::DIGEST_MAX,
+        keep: true,
+    };
+    /// The same without a change of the store.
+    #[must_use]
+    pub fn unkept(self, unkept: bool) -> Effort {
+        Effort {
+            keep: self.keep && !unkept,
+            ..self
+        }
+    }
+}
+
+/// The digests that are known, and the names of what is sealed.
+#[derive(Default)]
+struct Known {
+    digests: HashMap<Below, Digest>,
+    names: HashMap<Below, Vec<String>>,
+}
+
+/// A part of some work as the whole sees it.
+struct Part<'a> {
+    whole: &'a dyn Progress,
+    before: u64,
+    total: u64,
+}
+
+impl Progress for Part<'_> {
+    fn update(&self, done: u64, _: u64) -> bool {
+        self.whole.update(self.before + done, self.total)
+    }
+}
+
+impl Store {
+    /// The digest of a base, image or snapshot: known, or computed. `None` for a disk, and where it would take more than the `effort`.
+    pub fn digest(
+        &self,
+        object: &Object,
+        effort: Effort,
+        progress: &dyn Progress,
+    ) -> Result<Option<Digest>> {
+        match object.kind {
+            ObjectKind::Disk => Ok(None),
+            _ => self.digest_of(object_target(object), effort, progress),
+        }
+    }
+    /// The digest of a base or sealed layer, as [`Store::digest`].
+    pub fn digest_of(
+        &self,
+        below: Below,
+        effort: Effort,
+        progress: &dyn Progress,
+    ) -> Result<Option<Digest>> {
+        // While they are open nobody removes them.
+        let chain = self.chain(below)?;
+        let mut all: Vec<Below> = chain
+            .layers()
+            .iter()
+            .map(|l| Below::Layer(l.id()))
+            .collect();
+        all.push(Below::Base(chain.base().id()));
+        let known = {
+            let _lock = self.lock(false)?;
+            self.known()?
+        };
+        // From the newest whose digest is known upwards.
+        let found = all.iter().position(|b| known.digests.contains_key(b));
+        let (mut digest, mut unknown) = match found {
+            Some(at) => (known.digests.get(&all[at]).copied(), at),
+            None if chain.base().len() > effort.largest_base => return Ok(None),
+            None => (None, all.len()),
+        };
+        let sizes = chain.layers()[..unknown.min(chain.depth())]
+            .iter()
+            .map(|l| l.size());
+        let base_len = match digest {
+            Some(_) => 0,
+            None => chain.base().len(),
+        };
+        let mut part = Part {
+            whole: progress,
+            before: 0,
+            total: sizes.sum::<u64>() + base_len,
+        };
+        let mut computed = HashMap::new();
+        while unknown > 0 {
+            unknown -= 1;
+            let this = all[unknown];
+            let made = match (digest, this) {
+                (Some(parent), Below::Layer(_)) => {
+                    let (lower, upper) = (self.state_of(all[unknown + 1])?, self.state_of(this)?);
+                    let since = Some((&lower, parent));
+                    let totals = stream::write_stream(&upper, since, &mut |_| Ok(()), &part)?;
+                    part.before += upper.size();
+                    totals.digest
+                }
+                _ => {
+                    let made = of_base(chain.base(), &part)?;
+                    part.before += base_len;
+                    made
+                }
+            };
+            digest = Some(made);
+            computed.insert(this, made);
+        }
+        if effort.keep && !computed.is_empty() {
+            self.keep_digests(&all, &computed);
+        }
+        Ok(digest)
+    }
+    /// Keeps digests in the records of names. Nothing depends on it: what is not kept is computed again.
+    fn keep_digests(&self, chain: &[Below], computed: &HashMap<Below, Digest>) {
+        let kept = (|| {
+            let _lock = self.lock(true)?;
+            let known = self.known()?;
+            // They may have been put on something else meanwhile.
+            for pair in chain.windows(2) {
+                if let Below::Layer(id) = pair[0]
+                    && computed.contains_key(&pair[0])
+                    && parent_of(&self.layer_head(id)?.0) != pair[1]
+                {
+                    return Ok(());
+                }
+            }
+            for (below, digest) in computed {
+                for name in known.names.get(below).into_iter().flatten() {
+                    self.write_digest(name, Some(digest))?;
+                }
+            }
+            self.names.sync()
+        })();
+        if let Err(e) = kept {
+            tracing::debug!("digests are not kept: {e}");
+        }
+    }
+    /// Writes a name's record anew, not durable before `names/` is synced. The names lock is held.
+    fn write_digest(&self, name: &str, digest: Option<&Digest>) -> Result<()> {
+        let mut record = read_name(&*self.names, name)?;
+        record.extra.set(KEY, digest.map(Digest::to_string));
+        let (temporary, file) = stage(&*self.names, name, &record.encode(name))?;
+        let placed = file
+            .sync()
+            .and_then(|()| self.names.rename(&temporary, name));
+        if placed.is_err() {
+            let _ = self.names.remove(&temporary);
+        }
+        placed
+    }
+    /// [`Store::forget_digest`], for whoever holds the lock of the names and has looked at them: to be called before bytes of the layer, or its
+    /// parent, change.
+    pub(super) fn forget_digest_in(&self, graph: &Graph, below: Below) -> Result<()> {
+        let wanted = HashMap::from([(below, "")]);
+        let mut forgotten = false;
+        for name in self.all_names()? {
+            let record = match read_name(&*self.names, &name) {
+                Ok(record) => record,
+                // It has no digest that anybody would believe.
+                Err(e) if e.kind() == Kind::Corrupt => continue,
+                Err(e) => return Err(e),
+            };
+            if record.extra.get(KEY).is_some()
+                && graph.first_below(record.target, &wanted).is_some()
+            {
+                self.write_digest(&name, None)?;
+                forgotten = true;
+            }
+        }
+        match forgotten {
+            true => self.names.sync(),
+            false => Ok(()),
+        }
+    }
+    /// Forgets the digests of a layer and of all that stands on it, durably: they are computed anew when they are asked for.
+    pub fn forget_digest(&self, below: Below) -> Result<()> {
+        let _lock = self.lock(true)?;
+        self.forget_digest_in(&self.graph()?, below)
+    }
+    /// The digests that are known, by name.
+    pub fn known_digests(&self) -> Result<HashMap<String, Digest>> {
+        let _lock = self.lock(false)?;
+        let known = self.known()?;
+        let mut found = HashMap::new();
+        for (below, names) in known.names {
+            if let Some(digest) = known.digests.get(&below) {
+                found.extend(names.into_iter().map(|name| (name, *digest)));
+            }
+        }
+        Ok(found)
+    }
+    /// Other bases or layers that are known to have this digest: their names, sorted.
+    pub fn same_as(&self, object: &Object, digest: Digest) -> Result<Vec<String>> {
+        let _lock = self.lock(false)?;
+        let known = self.known()?;
+        let this = object_target(object);
+        let others = known.digests.iter();
+        let mut found: Vec<String> = others
+            .filter(|(below, other)| **below != this && **other == digest)
+            .filter_map(|(below, _)| known.names.get(below))
+            .flatten()
+            .cloned()
+            .collect();
+        found.sort();
+        Ok(found)
+    }
+    /// What the records say. The names lock is held.
+    fn known(&self) -> Result<Known> {
+        let mut known = Known::default();
+        for name in self.all_names()? {
+            let record = match read_name(&*self.names, &name) {
+                Ok(record) if record.kind != ObjectKind::Disk => record,
+                Ok(_) => continue,
+                Err(e) if e.kind() == Kind::Corrupt => continue,
+                Err(e) => return Err(e),
+            };
+            let of_base = match record.target {
+                Below::Base(id) => self.base_meta(id).ok().and_then(|meta| meta.digest),
+                Below::Layer(_) => None,
+            };
+            let written = of_base.as_deref().or(record.extra.get(KEY));
+            if let Some(digest) = written.and_then(Digest::parse) {
+                known.digests.insert(record.target, digest);
+            }
+            known.names.entry(record.target).or_default().push(name);
+        }
+        Ok(known)
+    }
+    /// The base or sealed layer with this digest and so many bytes, the newest layer first. Those whose digest is not known are computed.
+    pub(super) fn with_digest(
+        &self,
+        digest: Digest,
+        size: u64,
+        progress: &dyn Progress,
+    ) -> Result<Below> {
+        let known = {
+            let _lock = self.lock(false)?;
+            self.known()?
+        };
+        let mut all = Vec::new();
+        for below in known.names.keys() {
+            let head = (|| Ok::<_, Error>((self.size_of(*below)?, self.rank_of(*below)?)))();
+            match head {
+                Ok((found, depth)) if found == size => all.push((depth, *below)),
+                Ok(_) => {}
+                Err(e) => tracing::warn!("{} is left out: {e}", below.id()),
+            }
+        }
+        all.sort_by_key(|(depth, below)| (std::cmp::Reverse(*depth), *below));
+        let as_known = |below: &Below| known.digests.get(below) == Some(&digest);
+        if let Some((_, below)) = all.iter().find(|(_, below)| as_known(below)) {
+            return Ok(*below);
+        }
+        all.retain(|(_, below)| !known.digests.contains_key(below));
+        for (_, below) in all {
+            match self.digest_of(below, Effort::ANY, progress) {
+                Ok(Some(found)) if found == digest => return Ok(below),
+                Ok(_) => {}
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    tracing::warn!("{} is left out: {e}", below.id());
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Err(Error::new(
+            Kind::NotFound,
+            format!("the stream is a difference to {digest}, which is not in this store"),
+        )
+        .hint("import first what it was exported `--since`: `forkdisk info` shows the digest there; `forkdisk export REF FILE -O stream` writes everything"))
+    }
+}
+
+/// SHA-256 of the content of a base.
+fn of_base(base: &Arc<Base>, progress: &dyn Progress) -> Result<Digest> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; PIECE as usize];
+    let zeros = vec![0; PIECE as usize];
+    let mut at = 0;
+    while at < base.len() {
+        let len = (base.len() - at).min(PIECE);
+        let whole = (len as usize).next_multiple_of(BLOCK_SIZE);
+        // Holes need not be read.
+        let piece = match base.file().data_ranges(at, len)?.is_empty() {
+            true => &zeros,
+            false => {
+                base.read_blocks(Lba::of(at), &mut buffer[..whole])?;
+                &buffer
+            }
+        };
+        hasher.update(&piece[..len as usize]);
+        at += len;
+        if !progress.update(at, base.len()) {
+            return Err(Error::new(Kind::Interrupted, "interrupted").hint("run it again"));
+        }
+    }
+    Ok(Digest(hasher.finalize().into()))
+}
