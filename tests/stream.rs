@@ -7,6 +7,7 @@ use common::{Rng, base_image, data, env, read_all};
 use forkdisk::disk::Disk;
 use forkdisk::error::{Kind, Result};
 use forkdisk::format::stream::{Digest, StreamHeader, StreamRecord, StreamTrailer};
+use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::{
     Change, Effort, ImportMode, ImportSource, Object, ObjectKind, Quiet, State, Store, changes,
@@ -15,6 +16,9 @@ use forkdisk::store::{
 use proptest::prelude::*;
 use sha2::{Digest as _, Sha256};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 const BLOCK: usize = 4096;
@@ -682,4 +686,69 @@ fn a_cut_import_leaves_the_image_or_nothing() {
         }
     }
     assert!(found[0] > 20 && found[1] > 4, "{found:?}");
+}
+
+/// A disk is looked at while somebody writes to it and flushes: what is seen is one flush as a whole, never older than the last one before
+/// the look, or it is an error.
+#[test]
+fn a_look_at_a_busy_disk_shows_one_flush() {
+    const BLOCKS: usize = 48;
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = Arc::new(OsDir::open(dir.path()).expect("opened"));
+    let store = Store::init_on(root, dir.path(), env(20)).expect("a store");
+    import(&store, "base", &base_image(BLOCKS * BLOCK));
+    fork(&store, "d", "base", None);
+    let object = store.resolve("d").expect("there");
+    let running = store.open_cow(&object, true).expect("open");
+    let (done, end) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (mut seen, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1.. {
+                for i in 0..BLOCKS {
+                    let block = [n as u8; BLOCK];
+                    running.write(&block, (i * BLOCK) as u64).expect("write");
+                }
+                running.flush().expect("flush");
+                done.store(n, SeqCst);
+                if n % 17 == 0 {
+                    running.checkpoint().expect("checkpoint");
+                }
+                if n % 5 == 0 {
+                    running.maintain().expect("maintain");
+                }
+                if end.load(SeqCst) {
+                    return;
+                }
+            }
+        });
+        let lower = state(&store, "base");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while seen < 60 && Instant::now() < deadline {
+            let before = done.load(SeqCst);
+            if before == 0 {
+                continue;
+            }
+            let looked = store.live_state(&object).and_then(|state| {
+                let found = all(Some(&lower), &state)?;
+                Ok((read_all(state.disk())?, found))
+            });
+            let Ok((bytes, found)) = looked else {
+                failed += 1;
+                continue;
+            };
+            seen += 1;
+            let stamp = bytes[0];
+            assert!(bytes.iter().all(|b| *b == stamp), "a mixture");
+            let after = done.load(SeqCst) + 1;
+            assert!(
+                (before..=after).any(|n| n as u8 == stamp),
+                "{stamp}: {before}..{after}"
+            );
+            let whole: u64 = found.iter().map(|c| c.len).sum();
+            assert_eq!(whole, (BLOCKS * BLOCK) as u64);
+        }
+        end.store(true, SeqCst);
+    });
+    assert!(seen >= 20, "seen {seen} times, not {failed} times");
 }

@@ -759,6 +759,8 @@ fn store(data: &[u8]) {
     for name in ["image", "d", "d@s", "u"] {
         let _ = store.resolve(name).and_then(|object| {
             let _ = store.usage(&object);
+            let _ = store.digest(&object, Effort::ANY.unkept(true), &Quiet);
+            let _ = store.live_state(&object);
             store.open_disk(&object, false)?.read(&mut buf, 0)
         });
         let _ = disk(&store, name).and_then(|disk| {
