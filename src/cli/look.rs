@@ -450,9 +450,10 @@ impl Map {
         let ui = &context.ui;
         let store = context.open()?;
         let object = store.resolve_any(&self.reference)?;
+        let mut looked = Looked::at(context, &store, &object)?;
+        let object = looked.object().cloned().unwrap_or(object);
         let details = store.details(&object)?;
         let (chain, names) = (details.chain, Names::from_ids(&details.names));
-        let mut looked = Looked::at(context, &store, &object)?;
         // There may be millions: they are written as they come.
         let mut out = BufWriter::new(io::stdout().lock());
         let written = |result: io::Result<()>| result.map_err(|e| Stop::output(&e));

@@ -47,10 +47,13 @@ impl<'a> Looked<'a> {
     pub(crate) fn at(context: &Context, store: &'a Store, object: &Object) -> Result<Looked<'a>> {
         let daemon = writer(context, store, object)?;
         let live = daemon.is_some();
+        let mut object = object.clone();
         if let Some(mut daemon) = daemon {
             daemon.flush(&object.name)?;
+            // A snapshot may have come in between: then the flush went to another layer.
+            object = store.resolve(&object.name)?;
         }
-        let of = Of::Object(object.clone());
+        let of = Of::Object(object);
         let state = open(store, &of, live)?;
         Ok(Looked {
             store,
@@ -71,6 +74,13 @@ impl<'a> Looked<'a> {
     }
     pub(crate) fn state(&self) -> &State {
         &self.state
+    }
+    /// The object, as it was found.
+    pub(crate) fn object(&self) -> Option<&Object> {
+        match &self.of {
+            Of::Object(object) => Some(object),
+            Of::Below(_) => None,
+        }
     }
     /// Is somebody writing to it?
     pub(crate) fn live(&self) -> bool {

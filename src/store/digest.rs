@@ -7,7 +7,7 @@
 //! - a disk has none: it changes.
 
 use super::graph::Graph;
-use super::names::{read_name, stage};
+use super::names::{NameRecord, read_name, stage};
 use super::objects::object_target;
 use super::{Below, Object, ObjectKind, Progress, Store, parent_of, stream};
 use crate::base::Base;
@@ -82,10 +82,29 @@ impl Store {
         effort: Effort,
         progress: &dyn Progress,
     ) -> Result<Option<Digest>> {
-        match object.kind {
-            ObjectKind::Disk => Ok(None),
-            _ => self.digest_of(object_target(object), effort, progress),
+        if object.kind == ObjectKind::Disk {
+            return Ok(None);
         }
+        // Its own record tells, if any does: no need to read all others.
+        let own = {
+            let _lock = self.lock(false)?;
+            read_name(&*self.names, &object.name).ok()
+        };
+        let target = object_target(object);
+        let own = own.filter(|record| record.target == target);
+        match own.and_then(|record| self.digest_in(&record)) {
+            Some(digest) => Ok(Some(digest)),
+            None => self.digest_of(target, effort, progress),
+        }
+    }
+    /// What a record says, or that of the base it refers to.
+    fn digest_in(&self, record: &NameRecord) -> Option<Digest> {
+        let of_base = match record.target {
+            Below::Base(id) => self.base_meta(id).ok().and_then(|meta| meta.digest),
+            Below::Layer(_) => None,
+        };
+        let written = of_base.as_deref().or(record.extra.get(KEY));
+        written.and_then(Digest::parse)
     }
     /// The digest of a base or sealed layer, as [`Store::digest`].
     pub fn digest_of(
@@ -255,12 +274,7 @@ impl Store {
                 Err(e) if e.kind() == Kind::Corrupt => continue,
                 Err(e) => return Err(e),
             };
-            let of_base = match record.target {
-                Below::Base(id) => self.base_meta(id).ok().and_then(|meta| meta.digest),
-                Below::Layer(_) => None,
-            };
-            let written = of_base.as_deref().or(record.extra.get(KEY));
-            if let Some(digest) = written.and_then(Digest::parse) {
+            if let Some(digest) = self.digest_in(&record) {
                 known.digests.insert(record.target, digest);
             }
             known.names.entry(record.target).or_default().push(name);
