@@ -47,6 +47,10 @@ fn a_busy_disk_becomes_an_image() {
     w.fails_here(12, &["commit", "nothing", "x"]);
     w.fails_here(2, &["commit", "image", "x"]);
     w.fails_here(11, &["rm", "image"]);
+    for _ in 0..3 {
+        w.ok(["diff", "web", "--stat"]);
+        w.ok(["map", "web"]);
+    }
     w.end_children();
     // What is looked at while it is mounted is no more than looked at.
     let before = w.json(["ls", "layers"])["layers"].as_array().unwrap().len();
