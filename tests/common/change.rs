@@ -52,7 +52,9 @@ impl World {
         };
         if let Err(e) = done {
             drop(open);
-            self.look_again(disk);
+            if self.look_again(disk, &contents) {
+                *self.model(disk) = Model::new(contents);
+            }
             return Err(e);
         }
         *self.model(disk) = Model::new(contents);
@@ -90,7 +92,10 @@ impl World {
         };
         if let Err(e) = done {
             drop(open);
-            self.look_again(disk);
+            let grown = sized(&self.model(disk).now, size);
+            if self.look_again(disk, &grown) {
+                self.model(disk).now = grown;
+            }
             return Err(e);
         }
         self.reached.note(if size < former {
@@ -140,21 +145,38 @@ impl World {
         self.reached.note("snapshots of two disks");
         Ok(())
     }
-    /// After an operation on a disk at rest that failed and may have been done: what is to be seen of it now.
-    fn look_again(&mut self, disk: &str) {
-        if self.sim.is_off() || self.open.contains_key(disk) {
-            return;
+    /// After an operation that failed and may have been done all the same: what is to be seen of the disk now. Says whether it is open and shows `next`
+    /// instead of what it did.
+    fn look_again(&mut self, disk: &str, next: &Arc<Vec<u8>>) -> bool {
+        if self.sim.is_off() {
+            return false;
         }
         self.sim.hold_faults(true);
-        // Where names could not be synced nothing can be opened for writing any more.
-        let found = self
-            .opened(disk)
-            .and_then(|open| with_all(&*open as &dyn Disk, |found| found.to_vec()));
-        if let Ok(found) = found {
-            let verdict = self.verdict(disk, &found);
-            let found = verdict.unwrap_or_else(|why| panic!("{disk} {why}"));
-            *self.model(disk) = Model::new(found);
-        }
+        let done = match self.open.get(disk).cloned() {
+            // One that stopped is opened again by whoever goes on.
+            Some(open) => {
+                open.maintain().is_ok() && {
+                    let found = with_all(&*open as &dyn Disk, |found| found.to_vec())
+                        .unwrap_or_else(|e| panic!("{disk} cannot be read: {e:?}"));
+                    let now = &self.disks[disk].now;
+                    assert!(found == **now || found == **next, "{disk} is neither");
+                    found != **now
+                }
+            }
+            None => {
+                // Where names could not be synced nothing can be opened for writing any more.
+                let found = self
+                    .opened(disk)
+                    .and_then(|open| with_all(&*open as &dyn Disk, |found| found.to_vec()));
+                if let Ok(found) = found {
+                    let verdict = self.verdict(disk, &found);
+                    let found = verdict.unwrap_or_else(|why| panic!("{disk} {why}"));
+                    *self.model(disk) = Model::new(found);
+                }
+                false
+            }
+        };
         self.sim.hold_faults(false);
+        done
     }
 }

@@ -25,7 +25,7 @@ pub struct Member<'d> {
 
 /// What a member writes into.
 enum Writer<'d> {
-    AtRest(Layer),
+    AtRest(Box<Layer>),
     Running(Halted<'d>),
 }
 
@@ -93,8 +93,7 @@ impl Store {
                 }
             }
             // Most of the dirty data goes out while requests still run.
-            m.running
-                .map_or(Ok(()), |running| crate::disk::Disk::flush(running))
+            m.running.map_or(Ok(()), crate::disk::Disk::flush)
         });
         if let Err(e) = done {
             for (made, layer) in &prepared {
@@ -105,7 +104,7 @@ impl Store {
         }
         let halt = |(m, (prepared, layer)): (&&Member<'d>, (Prepared, Option<Layer>))| {
             let writer = match (layer, m.running) {
-                (Some(layer), _) => Some(Writer::AtRest(layer)),
+                (Some(layer), _) => Some(Writer::AtRest(Box::new(layer))),
                 (None, Some(running)) => Some(Writer::Running(running.halt())),
                 (None, None) => None,
             };
