@@ -60,11 +60,11 @@ pub struct Summary {
     /// Changed bytes that are the data of no file: the filesystem's own.
     pub metadata: u64,
     /// A journal would have to be replayed, which needs a device that can be written: the latest changes may not be seen as files. A snapshot
-    /// that was taken with `--freeze` needs none.
+    /// that was taken with `--freeze` needs none; of xfs this is said all the same, which leaves something in its journal.
     pub without_journal: bool,
 }
 
-/// Tells `each` the paths that differ between the filesystems of two devices, in the order of the tree. `ranges` are the bytes in which
+/// Tells `each` the paths that differ between the filesystems of two devices: those of a directory, then those in its directories. `ranges` are the bytes in which
 /// the devices differ: disjoint, in order. `Interrupted` once `cancelled` says so.
 pub fn changed_files(
     upper: &Path,
@@ -314,7 +314,7 @@ fn open_dir(dir: &OwnedFd, name: &CString, path: &Path) -> Result<OwnedFd> {
 }
 
 fn list(dir: &OwnedFd, path: &Path, names: &mut BTreeSet<CString>) -> Result<()> {
-    let failed = |e: Errno| Error::io("list", path, &io::Error::from(e));
+    let failed = |e: Errno| Error::io("list", Path::new("/").join(path), &io::Error::from(e));
     for entry in Dir::read_from(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();

@@ -260,8 +260,10 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
             roots.into_iter().map(|id| (id, 0)).collect()
         }
     };
-    let (mut bases, more) = bases_of(store, &objects)?;
-    damaged.extend(more);
+    let bases = bases_of(store, &objects)?;
+    damaged.extend(bases.damaged);
+    let sizes = |(object, usage): (Object, Usage)| (object.id, (usage.refer, usage.allocated));
+    let mut bases: HashMap<Id, (u64, u64)> = bases.sound.into_iter().map(sizes).collect();
     let mut nodes = Vec::new();
     while let Some((id, depth)) = stack.pop() {
         let below = children.remove(&id).unwrap_or_default();
@@ -281,16 +283,11 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
     Ok((nodes, damaged))
 }
 
-/// Data and host bytes of the bases that have a name, with one look at the store; and those that are damaged.
-fn bases_of(
-    store: &Store,
-    objects: &HashMap<Id, Vec<Object>>,
-) -> Result<(HashMap<Id, (u64, u64)>, Vec<Damage>)> {
+/// What the bases that have a name hold, with one look at the store.
+fn bases_of(store: &Store, objects: &HashMap<Id, Vec<Object>>) -> Result<Found<(Object, Usage)>> {
     let named = objects.values().filter_map(|all| all.first());
-    let named = named.filter(|o| o.kind == ObjectKind::Base).cloned();
-    let Found { sound, damaged } = store.usages(named.collect())?;
-    let sizes = |(object, usage): (Object, Usage)| (object.id, (usage.refer, usage.allocated));
-    Ok((sound.into_iter().map(sizes).collect(), damaged))
+    let bases = named.filter(|o| o.kind == ObjectKind::Base).cloned();
+    store.usages(bases.collect())
 }
 
 /// A key that orders `web-2` before `web-10`.

@@ -8,9 +8,9 @@ use crate::store::{Object, Store};
 use std::ops::Range;
 use std::path::Path;
 
-/// Tells `each` the paths that differ between the filesystems, ext4 or xfs, of two objects, in the order of the tree. `ranges` are the bytes in
-/// which `upper` differs from `lower`: disjoint, in order. Both are attached read-only meanwhile, and detached again whatever happens; a
-/// daemon that was started for it is stopped.
+/// Tells `each` the paths that differ between the filesystems, ext4 or xfs, of two objects: those of a directory, then those in its
+/// directories. `ranges` are the bytes in which `upper` differs from `lower`: disjoint, in order. Both are attached read-only meanwhile, and
+/// detached again whatever happens; a daemon that was started for it is stopped.
 pub fn changed_files(
     store: &Store,
     upper: &Object,

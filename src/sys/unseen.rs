@@ -2,6 +2,7 @@
 //! descriptor below it, however the process ends.
 
 use rustix::{
+    fs::{Mode, OFlags, openat},
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
@@ -22,5 +23,8 @@ pub fn mount(device: &Path, fs_type: &str, flags: &[&str]) -> Result<OwnedFd, Er
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    // That one names the directory, and cannot list it.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(&mount, ".", flags, Mode::empty())
 }

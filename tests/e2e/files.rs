@@ -134,14 +134,15 @@ fn changed_between_snapshots(mkfs: &[&str], mib: u64) {
     assert_eq!(bytes("fresh/empty"), 0);
     let total: u64 = ranges.iter().map(|r| r.end - r.start).sum();
     assert!(summary.metadata > 0 && summary.metadata < total);
-    assert!(!summary.without_journal, "{summary:?}");
+    // xfs leaves something in its journal even when it is frozen.
+    let frozen = mkfs[0] == "mkfs.ext4";
+    assert_eq!(summary.without_journal, !frozen, "{summary:?}");
     assert_eq!(mkfs[0].strip_prefix("mkfs."), Some(&summary.fs_type[..]));
 
     // What was attached before is attached still, and nothing else; no mount is left.
     assert_eq!(w.attached(), ["d@b"]);
     w.ok(["detach", "d@b"]);
     // From the base, which is the empty filesystem, everything was added.
-    w.ok(["daemon", "run"]);
     let (files, _) = look(&w, "d@a", "base", &[]).unwrap();
     assert!(files.iter().all(|f| f.change == Change::Added), "{files:?}");
     assert!(files.iter().any(|f| f.path == Path::new("etc/deep/kept")));
@@ -167,7 +168,7 @@ fn changed_between_snapshots(mkfs: &[&str], mib: u64) {
 
 #[test]
 fn files_that_differ_in_ext4() {
-    changed_between_snapshots(&["mkfs.ext4", "-qF"], 64);
+    changed_between_snapshots(&["mkfs.ext4", "-qF", "-b", "4096"], 64);
 }
 
 #[test]
