@@ -284,10 +284,10 @@ impl Export {
             return self.answer(context, &store, &object, as_stream, 0, None);
         }
         signals::catch();
-        let progress = ui.progress(&format!("exporting {}", object.name));
         let since = match since {
             None => None,
             Some(since) => {
+                let progress = ui.progress(&format!("computing the digest of {}", since.name));
                 let digest = store.digest(&since, Effort::ANY, &*progress)?;
                 let state = store.state(&since)?;
                 digest.map(|digest| (state, digest))
@@ -295,6 +295,7 @@ impl Export {
         };
         let since = since.as_ref().map(|(state, digest)| (state, *digest));
         let state = settled(context, &store, &object)?;
+        let progress = ui.progress(&format!("exporting {}", object.name));
         if !stdout && as_stream {
             let totals = stream::export_file(&state, since, &self.file, self.force, &*progress)?;
             drop(progress);
