@@ -594,6 +594,11 @@ impl Store {
     }
     /// [`Store::open_disk`], as the copy-on-write disk it is.
     pub fn open_cow(&self, object: &Object, writable: bool) -> Result<Arc<CowDisk>> {
+        // Nobody replaces a layer's file, or takes what it hides from a layer below, while they are opened one after the other.
+        let _lock = match writable || object.kind == ObjectKind::Base {
+            true => None,
+            false => Some(self.lock(false)?),
+        };
         match object.kind {
             ObjectKind::Disk if writable => self.open_cow_on(object, volatile::private()?),
             ObjectKind::Disk => {
