@@ -441,3 +441,71 @@ fn a_squash_ends_at_an_image() {
     assert_eq!(refused.kind(), Kind::Invalid);
     sound(&store);
 }
+
+/// The process dies after the rename and before anything is synced; a `gc` comes, and then the power goes. Either file is there, and all it stands on.
+#[test]
+fn a_rename_that_nobody_synced_costs_nothing() {
+    let (sim, store) = simulated(60);
+    let disk = open(&store, "d");
+    for n in 0..4 {
+        change(&*disk, &mut Rng(n));
+        store
+            .snapshot_running(&disk, "d", &format!("s{n}"), None)
+            .expect("snapshot");
+    }
+    disk.close().expect("close");
+    drop(disk);
+    for n in 0..3 {
+        remove(&store, &format!("d@s{n}"));
+    }
+    let now = contents(&store, "d");
+    let plan = store.plan_squash("d", false).expect("plan");
+    assert_eq!(store.squash(plan, &Quiet).expect("squash").former.len(), 3);
+    let left = sim.kill();
+    drop(store);
+    let store = again(&left, 2);
+    assert_eq!(store.gc(false).expect("gc").layers.len(), 3);
+    for seed in 0..60 {
+        let store = again(&left.crash(seed), 3);
+        for name in ["d", "d@s3"] {
+            assert!(contents(&store, name) == now, "seed {seed}: {name}");
+        }
+    }
+}
+
+/// The process dies while it closes the disk that hides what is below; a `gc` comes, and then the power goes. What the disk hid only in memory is still
+/// there below it.
+#[test]
+fn what_hides_only_in_memory_hides_nothing() {
+    let (mut clean, mut reclaimed) = (0, 0);
+    for cut in 0.. {
+        let (sim, store) = simulated(60);
+        let disk = open(&store, "d");
+        disk.write(&data(1, 40 * B), 0).expect("write");
+        disk.close().expect("close");
+        drop(disk);
+        store.snapshot("d", "s", None).expect("snapshot");
+        remove(&store, "d@s");
+        let before = contents(&store, "d");
+        let disk = open(&store, "d");
+        disk.write(&data(2, 30 * B), 5 * B).expect("write");
+        let after = read_all(&*disk).expect("read");
+        sim.cut_at(sim.ops() + cut);
+        if disk.close().is_ok() {
+            break;
+        }
+        drop(disk);
+        let left = sim.kill();
+        let store = again(&left, 2);
+        clean += u32::from(store.gc(true).expect("gc").reclaimed > 0);
+        reclaimed += u32::from(store.gc(false).expect("gc").reclaimed > 0);
+        for seed in 0..12 {
+            let found = contents(&again(&left.crash(seed), 3), "d");
+            assert!(
+                found == before || found == after,
+                "cut {cut}, seed {seed}: neither the one nor the other"
+            );
+        }
+    }
+    assert!(clean > 0 && reclaimed > 0, "{clean} {reclaimed}");
+}
