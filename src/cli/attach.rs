@@ -460,7 +460,13 @@ impl Waited {
             return Ok(Waited::default());
         }
         let name = &attached.name;
-        match daemon.waiting(name, if force { Waiting::Fail } else { Waiting::Stay })? {
+        let then = if force { Waiting::Fail } else { Waiting::Stay };
+        let waiting = match daemon.waiting(name, then) {
+            // An older server, which lets nobody wait; or it went away meanwhile, which others will tell.
+            Err(e) if matches!(e.kind(), Kind::Invalid | Kind::NotFound) => 0,
+            waiting => waiting?,
+        };
+        match waiting {
             _ if force => Ok(Waited { failed: true }),
             0 => Ok(Waited::default()),
             n => Err(Error::new(

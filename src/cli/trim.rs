@@ -7,7 +7,7 @@ use crate::{
         context::{Context, mounts_of},
         render::size::Units,
     },
-    daemon::{AttachRequest, Attached, Client, Via},
+    daemon::{AttachRequest, Attached, Client, Via, Waiting},
     error::{Error, Kind, Result},
     store::{Object, ObjectKind, Store},
     sys::{mounts, signals},
@@ -93,7 +93,9 @@ fn trim(
             block_size: 512,
             passthrough: false,
         })?;
-        let done = visit(context, store, object, &attached);
+        // A journal is replayed before anything is freed: where the quota leaves no room for that, it fails instead of waiting.
+        let refused = daemon.waiting(&attached.name, Waiting::Fail);
+        let done = refused.and_then(|_| visit(context, store, object, &attached));
         let detached = daemon.detach(&attached.name);
         done?;
         detached?;
