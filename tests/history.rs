@@ -441,6 +441,41 @@ fn a_flush_costs_no_more() {
     assert_eq!(disk.history_bytes(), 40 * B);
 }
 
+/// Whoever interrupts a rewind or a fork of the past finds everything as it was.
+#[test]
+fn an_interrupt_changes_nothing() {
+    struct Stop(u64);
+    impl forkdisk::store::Progress for Stop {
+        fn update(&self, done: u64, _: u64) -> bool {
+            done < self.0
+        }
+    }
+    let mut world = World::new(11, 1100, limits(Some(1_000_000), None));
+    let first = world.flush();
+    for i in 0..5 {
+        world.write(i * 200 * B, &noise(i, 200 * B));
+        world.flush();
+    }
+    world.close();
+    let names = world.store.list().expect("list");
+    for stop in [0, 300 * B] {
+        let done = world.store.rewind("d", At::Number(first), &Stop(stop));
+        assert_eq!(done.expect_err("interrupted").kind(), Kind::Interrupted);
+        // A disk that was not closed is found as of its last flush.
+        world.lives += 1;
+        let made = world
+            .store
+            .create_at("f", "d", At::Number(first + 5), None, &Stop(stop));
+        assert_eq!(made.expect_err("interrupted").kind(), Kind::Interrupted);
+        assert_eq!(world.store.list().expect("list"), names);
+        let found = read_all(&*world.open()).expect("read");
+        same(&found, &world.flushed, stop);
+        assert_eq!(world.look_back(&mut Rng(11)).len(), 6);
+    }
+    assert!(world.store.gc(true).expect("gc").layers.is_empty());
+    assert!(world.rewind(first));
+}
+
 /// A snapshot ends the history, and its space is free; the disk goes on with a new one. Without the setting nothing is kept.
 #[test]
 fn a_snapshot_begins_anew() {

@@ -282,7 +282,7 @@ impl Store {
         new.lock(true)?;
         drop(lock);
         let done = self
-            .copy_past(&layer, &undo, new, progress)
+            .copy_past(&layer, &undo, new.clone(), progress)
             .map_err(tag)
             .and_then(|()| {
                 let _lock = self.lock(true)?;
@@ -358,11 +358,11 @@ impl Store {
         let parent = parent_of(&header);
         let created = (self.env.now)();
         let (id, new) = self.new_layer(parent, header.depth.get(), size, created, name)?;
-        // Who collects garbage leaves alone what is locked.
+        // Who collects garbage leaves alone what is locked: until it has its name.
         new.lock(true)?;
         drop(lock);
         let done = self
-            .copy_past(&layer, &undo, new, progress)
+            .copy_past(&layer, &undo, new.clone(), progress)
             .map_err(tag)
             .and_then(|()| {
                 let _lock = self.lock(true)?;
