@@ -4,6 +4,7 @@ use crate::{
     cli::{
         Outcome, Stop,
         context::Context,
+        diff_files,
         names::Names,
         render::{
             json::SCHEMA,
@@ -26,7 +27,7 @@ use std::{
 const DIFFER: u8 = 5;
 
 /// Changes kept in memory at most: those of a disk that is written to are shown only when all of them are known.
-const MAX_KEPT: usize = 1 << 22;
+pub(super) const MAX_KEPT: usize = 1 << 22;
 
 /// Show which bytes differ between two disks, snapshots or images
 #[derive(Args, Debug)]
@@ -44,12 +45,15 @@ pub(crate) struct Diff {
     /// Only say how much differs
     #[arg(long)]
     stat: bool,
+    /// Show which files of an ext4 or xfs filesystem it belongs to
+    #[arg(long, conflicts_with = "stat")]
+    files: bool,
     /// Exit with 5 if they differ
     #[arg(long)]
     exit_code: bool,
     /// For scripts: tabs between columns, no heading, bytes
     #[arg(short = 'H', long)]
-    no_header: bool,
+    pub(super) no_header: bool,
 }
 
 /// How much differs.
@@ -77,7 +81,7 @@ impl Totals {
 }
 
 /// No display; only the wish to cancel gets through.
-struct Silent;
+pub(super) struct Silent;
 
 impl Progress for Silent {
     fn update(&self, _: u64, _: u64) -> bool {
@@ -89,6 +93,17 @@ impl Diff {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let store = context.open()?;
         let a = store.resolve(&self.a)?;
+        if self.files {
+            let (lower, upper) = match &self.b {
+                Some(b) => (a, store.resolve(b)?),
+                None => (store.resolve(&stands_on(&store, &a)?.0)?, a),
+            };
+            let differ = diff_files::run(&self, context, &store, &lower, &upper)?;
+            return match differ && self.exit_code {
+                true => Err(Stop::Code(DIFFER)),
+                false => Ok(()),
+            };
+        }
         let (lower_name, upper_name, mut lower, mut upper) = match &self.b {
             Some(b) => {
                 let b = store.resolve(b)?;
@@ -175,7 +190,7 @@ fn stands_on(store: &Store, object: &Object) -> Result<(String, Below)> {
 }
 
 /// Calls `f` with each change.
-fn each(
+pub(super) fn each(
     lower: &State,
     upper: &State,
     progress: &dyn Progress,

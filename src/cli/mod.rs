@@ -15,6 +15,7 @@ mod commit;
 mod context;
 mod daemon;
 mod diff;
+mod diff_files;
 mod disk;
 mod history;
 mod image;

@@ -101,7 +101,26 @@ fn changed_between_snapshots(mkfs: &[&str], mib: u64) {
     let ranges = differences(&a, &b);
     w.ok(["detach", "d@a"]);
 
+    // The command says the same.
+    let said = w.json(["diff", "d@a", "d@b", "--files"]);
+    let said_files = said["files"].as_array().unwrap().len();
+    assert_eq!(
+        w.run(["diff", "d@a", "d@b", "--files", "--exit-code"]).code,
+        5
+    );
+    assert_eq!(
+        w.run(["diff", "d@a", "d@a", "--files", "--exit-code"]).code,
+        0
+    );
+    let text = w.ok(["diff", "d@a", "d@b", "--files", "-H"]);
+    assert!(
+        text.contains("added\tf\t") && text.contains("\tfresh/file\n"),
+        "{text}"
+    );
+
     let (files, summary) = look(&w, "d@b", "d@a", &ranges).unwrap();
+    assert_eq!(said_files, files.len());
+    assert_eq!(said["metadata"], summary.metadata);
     let mut shown: Vec<(&str, Change, char)> = files
         .iter()
         .map(|f| (f.path.to_str().unwrap(), f.change, f.kind))
