@@ -8,7 +8,7 @@ use forkdisk::check::check;
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
 use forkdisk::io::os::OsDir;
-use forkdisk::io::sim::SimDisk;
+use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::names::{read_name, stage};
 use forkdisk::store::{Below, ImportMode, ImportSource, Progress, Quiet, Store};
 use std::collections::BTreeMap;
@@ -461,14 +461,24 @@ fn a_rename_that_nobody_synced_costs_nothing() {
     let now = contents(&store, "d");
     let plan = store.plan_squash("d", false).expect("plan");
     assert_eq!(store.squash(plan, &Quiet).expect("squash").former.len(), 3);
-    let left = sim.kill();
     drop(store);
-    let store = again(&left, 2);
-    assert_eq!(store.gc(false).expect("gc").layers.len(), 3);
-    for seed in 0..60 {
-        let store = again(&left.crash(seed), 3);
-        for name in ["d", "d@s3"] {
-            assert!(contents(&store, name) == now, "seed {seed}: {name}");
+    for cut in 0.. {
+        let left = sim.kill();
+        let store = again(&left, 2);
+        left.cut_at(left.ops() + cut);
+        let done = store.gc(false);
+        for seed in 0..12 {
+            let store = again(&left.crash(seed), 3);
+            for name in ["d", "d@s3"] {
+                assert!(
+                    contents(&store, name) == now,
+                    "cut {cut}, seed {seed}: {name}"
+                );
+            }
+        }
+        if let Ok(done) = done {
+            assert_eq!(done.layers.len(), 3);
+            break;
         }
     }
 }
@@ -508,4 +518,43 @@ fn what_hides_only_in_memory_hides_nothing() {
         }
     }
     assert!(clean > 0 && reclaimed > 0, "{clean} {reclaimed}");
+}
+
+/// The power goes at each step of a reclaim: what is seen stays the same, and the next one gives back what is left.
+#[test]
+fn a_reclaim_that_is_cut_changes_nothing() {
+    let (sim, store) = simulated(60);
+    let mut seen = Vec::new();
+    for (seed, at) in [(1, 0), (2, 5)] {
+        let disk = open(&store, "d");
+        disk.write(&data(seed, 40 * B), at * B).expect("write");
+        seen = read_all(&*disk).expect("read");
+        disk.close().expect("close");
+        drop(disk);
+        if seed == 1 {
+            store.snapshot("d", "s", None).expect("snapshot");
+            let disk = open(&store, "d");
+            remove(&store, "d@s");
+            disk.close().expect("close");
+        }
+    }
+    drop(store);
+    let sim = sim.crash_with(Policy::AllDone);
+    for cut in 0.. {
+        let left = sim.crash_with(Policy::AllDone);
+        left.cut_at(left.ops() + cut);
+        let done = again(&left, 2).gc(false);
+        for seed in 0..12 {
+            let after = left.crash(seed);
+            let store = again(&after, 3);
+            assert!(contents(&store, "d") == seen, "cut {cut}, seed {seed}");
+            store.gc(false).expect("gc");
+            assert!(contents(&store, "d") == seen, "cut {cut}, seed {seed}");
+            sound(&store);
+        }
+        if let Ok(done) = done {
+            assert_eq!(done.reclaimed, 35 * B);
+            break;
+        }
+    }
 }

@@ -12,7 +12,7 @@ use super::objects::object_target;
 use super::{Below, RemovePlan, Store, layer_file, names};
 use crate::error::{Error, Kind, Result};
 use crate::io::Access;
-use crate::layer::{ReadLayer, State, prune, read_header, recover};
+use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::map::WORDS;
 use crate::units::{BLOCK, Id, Region};
 
@@ -144,9 +144,6 @@ impl Store {
             Err(e) if e.kind() == Kind::Busy => return Ok(None),
             other => other?,
         }
-        let header = read_header(&*file)?;
-        // Whoever closed or sealed it may have died before that was on the disk.
-        recover::settle(&*file, &header)?;
         let layer = ReadLayer::open(file)?;
         if layer.id() != id {
             return Err(Error::new(Kind::Corrupt, "the file holds another layer").layer(id));
@@ -156,6 +153,7 @@ impl Store {
             State::Clean => {
                 layer.superblock().history_slot.get() == 0 && !self.keeps_history(graph, id)?
             }
+            // Its last commit may not be on the disk yet. Before a layer is clean or sealed all of it is, whatever becomes of the superblock.
             State::Writable => false,
         };
         Ok(Some(layer).filter(|layer| sure && layer.counts() != (0, 0)))
