@@ -4,6 +4,7 @@ use crate::{
     cli::{
         Outcome,
         context::Context,
+        history::HistoryArg,
         render::size::{SizeArg, parse_size},
     },
     error::{Error, Kind, Result},
@@ -66,13 +67,16 @@ pub(crate) struct Resize {
     /// The disk
     disk: String,
     /// Its size, or +SIZE for more than it has
-    #[arg(required_unless_present_any = ["quota", "on_full"])]
+    #[arg(required_unless_present_any = ["quota", "on_full", "history"])]
     size: Option<SizeArg>,
     /// Also make it smaller: what is cut off is lost
     #[arg(short, long)]
     force: bool,
     #[command(flatten)]
     quota: QuotaArgs,
+    /// Keep its last flush points: so long, so many bytes, or both (10m, 2G, 10m,2G), or none of them
+    #[arg(long, value_name = "LENGTH")]
+    history: Option<HistoryArg>,
 }
 
 impl Resize {
@@ -149,6 +153,9 @@ impl Resize {
                 _ => store.set_quota(&name, change, None)?,
             };
         }
+        if let Some(HistoryArg(limits)) = self.history {
+            store.set_history(std::slice::from_ref(&name), limits)?;
+        }
         let object = store.resolve(&name)?;
         let now = context.quota_of(&store, &object, attached.is_some());
         if ui.json {
@@ -170,6 +177,17 @@ impl Resize {
                 )),
                 None => ui.talk(format_args!("{name} has no quota")),
             }
+        }
+        if let Some(HistoryArg(limits)) = self.history {
+            let what = match limits {
+                Some(_) => "keeps its history",
+                None => "keeps no history",
+            };
+            let when = match attached.is_some() {
+                true => " from its next attach on",
+                false => "",
+            };
+            ui.talk(format_args!("{name} {what}{when}"));
         }
         Ok(())
     }
