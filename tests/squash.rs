@@ -542,9 +542,10 @@ fn a_reclaim_that_is_cut_changes_nothing() {
     let sim = sim.crash_with(Policy::AllDone);
     for cut in 0.. {
         let left = sim.crash_with(Policy::AllDone);
+        left.set_garbage_pages(true);
         left.cut_at(left.ops() + cut);
         let done = again(&left, 2).gc(false);
-        for seed in 0..12 {
+        for seed in 0..40 {
             let after = left.crash(seed);
             let store = again(&after, 3);
             assert!(contents(&store, "d") == seen, "cut {cut}, seed {seed}");
