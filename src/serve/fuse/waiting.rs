@@ -44,6 +44,8 @@ struct State {
     bytes: usize,
     /// Is there a thread that tries them?
     tried: bool,
+    /// File of the one that is being tried.
+    in_hand: Option<u64>,
 }
 
 /// The writes of a session that wait.
@@ -104,8 +106,8 @@ impl Waiting {
     /// How many wait: of one file, or of all.
     pub(super) fn count(&self, ino: Option<u64>) -> usize {
         let state = self.state.lock();
-        let of = |w: &&Write| ino.is_none_or(|ino| w.ino == ino);
-        state.writes.iter().filter(of).count()
+        let writes = state.writes.iter().map(|w| w.ino).chain(state.in_hand);
+        writes.filter(|of| ino.is_none_or(|ino| *of == ino)).count()
     }
     /// Tries what waits until nothing does, or the session ends.
     fn work(&self) {
@@ -142,9 +144,12 @@ impl Waiting {
             left -= 1;
             let write = {
                 let mut state = self.state.lock();
-                match state.writes.get(at) {
-                    Some(w) if full.contains(&w.ino) => None,
-                    Some(_) => state.writes.remove(at),
+                match state.writes.get(at).map(|w| w.ino) {
+                    Some(ino) if full.contains(&ino) => None,
+                    Some(ino) => {
+                        state.in_hand = Some(ino);
+                        state.writes.remove(at)
+                    }
                     None => return,
                 }
             };
@@ -154,12 +159,16 @@ impl Waiting {
             };
             match self.attempt(&write) {
                 Some(reply) => {
-                    self.state.lock().bytes -= write.data.len();
                     self.answer(&write, reply);
+                    let mut state = self.state.lock();
+                    state.bytes -= write.data.len();
+                    state.in_hand = None;
                 }
                 None => {
                     full.insert(write.ino);
-                    self.state.lock().writes.insert(at, write);
+                    let mut state = self.state.lock();
+                    state.writes.insert(at, write);
+                    state.in_hand = None;
                     at += 1;
                 }
             }
