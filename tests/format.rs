@@ -326,6 +326,11 @@ fn keys_of_the_records() {
     store
         .set_history(&["disk".to_string()], Some(history))
         .expect("a history");
+    let quota = forkdisk::store::QuotaChange {
+        bytes: Some(Some(1 << 20)),
+        waits: Some(true),
+    };
+    store.set_quota("disk", quota, None).expect("a quota");
     let disk = store.resolve("disk").expect("a disk");
     drop(store.open_disk(&disk, true).expect("open"));
     struct Stop;
