@@ -117,6 +117,13 @@ impl File for Written {
     fn allocated(&self) -> Result<u64> {
         self.inner.allocated()
     }
+    fn copy_from(&self, source: &dyn File, from: u64, at: u64, len: u64) -> Result<()> {
+        self.host.fetch_add(len, Relaxed);
+        self.inner.copy_from(source, from, at, len)
+    }
+    fn number(&self) -> Result<u64> {
+        self.inner.number()
+    }
     fn path(&self) -> PathBuf {
         self.inner.path()
     }
