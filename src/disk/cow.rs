@@ -146,7 +146,14 @@ impl CowDisk {
     }
     /// Goes on over `chain`, which shows the same as the one below now: its files were replaced by others. Requests wait for a moment.
     pub fn rechain(&self, chain: Arc<Chain>) {
-        let old = std::mem::replace(&mut self.top.write().chain, chain);
+        let old = {
+            let mut top = self.top.write();
+            if let Some(layer) = &top.layer {
+                // What counts below it may have become less.
+                self.limit(layer, &chain);
+            }
+            std::mem::replace(&mut top.chain, chain)
+        };
         // Not under the lock: the last user closes the files.
         drop(old);
     }

@@ -110,7 +110,7 @@ impl CowDisk {
         self.top.read().layer.as_ref().map(Layer::id)
     }
     /// Limits a layer to what is left of the quota above the chain.
-    fn limit(&self, layer: &Layer, chain: &Chain) {
+    pub(super) fn limit(&self, layer: &Layer, chain: &Chain) {
         let quota = *self.quota.lock();
         layer.set_limit(quota.map(|q| {
             let below = made_for_it(layer.header(), chain, q.above);
