@@ -321,12 +321,13 @@ fn a_snapshot_that_goes_gives_back_what_nobody_sees() {
     let steps = forkdisk::check::repair::plan(&store, &Quiet).expect("plan");
     assert!(steps.is_empty(), "{steps:?}");
     // A disk that keeps its history may want back what it hides.
-    let names = store.names_dir();
-    let mut record = read_name(&**names, "f").expect("a name");
-    record.extra.set("history", Some("1h".into()));
-    let (staged, file) = stage(&**names, "f", &record.encode("f")).expect("staged");
-    file.sync().expect("sync");
-    names.rename(&staged, "f").expect("rename");
+    let history = forkdisk::store::history::Limits {
+        window: Some(3600),
+        bytes: None,
+    };
+    store
+        .set_history(&["f".to_string()], Some(history))
+        .expect("a history");
     let disk = open(&store, "f");
     disk.discard(300 * B, 50 * B).expect("discard");
     disk.close().expect("close");

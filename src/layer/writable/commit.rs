@@ -64,7 +64,6 @@ impl Layer {
 
     /// Closes the epoch and commits it; returns its number.
     fn commit_epoch(&self) -> Result<u64> {
-        self.unsettled.settle();
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         self.check_poison()?;
@@ -97,6 +96,7 @@ impl Layer {
             c.epoch = epoch;
             return Ok(epoch);
         };
+        self.unsettled.settle();
         let mut changes = Memtable::new();
         for entry in closed.entries(&self.volatile) {
             let (lba, count, pointer) = entry.get();
