@@ -29,6 +29,8 @@ impl Layer {
             commit.superblock.size = former;
             return Err(e);
         }
+        // Both copies: one that rots later must not bring the former size back.
+        self.sync(&mut commit)?;
         self.size.store(size, SeqCst);
         Ok(())
     }
