@@ -6,6 +6,7 @@ use crate::{
         context::{Context, mounts_of},
         names::Names,
         render::json::ObjectDoc,
+        snapshot::nothing_waits,
     },
     daemon::Client,
     error::Result,
@@ -89,6 +90,9 @@ fn kept(
         context.ui.warn(format_args!(
             "{disk} is not mounted here: there is nothing to freeze"
         ));
+    }
+    if freeze {
+        nothing_waits(&mut daemon, disk)?;
     }
     // All mounts of one device show one filesystem. From here to the thaw nothing may be written
     // that could end up on it, not even a line of talk.

@@ -7,7 +7,7 @@ use crate::{
         names::Names,
         render::json::ObjectDoc,
     },
-    daemon::Client,
+    daemon::{Client, Waiting},
     error::{Error, Kind, Result},
     store::{Member, Object, ObjectKind, Store},
     sys::{
@@ -124,6 +124,11 @@ impl Snapshot {
                 .hint("try again; its log, daemon.log in the run directory of the store, tells why")
         };
         let mut daemon = Client::connect(store)?.ok_or_else(gone)?;
+        if self.freeze {
+            for (disk, _) in wanted.iter().filter(|(disk, _)| of(disk).is_some()) {
+                nothing_waits(&mut daemon, disk)?;
+            }
+        }
         // From here to the thaw nothing may be written that could end up on a frozen filesystem, not even a line of talk.
         signals::catch();
         // What is frozen already is thawed if one cannot be: each thaws when it is dropped.
@@ -140,6 +145,23 @@ impl Snapshot {
             thawed = thawed.and(frozen.thaw());
         }
         Ok((made?, thawed))
+    }
+}
+
+/// To freeze a filesystem waits for its writes, for ever if those wait for room themselves.
+pub(super) fn nothing_waits(daemon: &mut Client, disk: &str) -> Result<()> {
+    match daemon.waiting(disk, Waiting::Stay) {
+        // An older server, which lets nobody wait.
+        Err(e) if e.kind() == Kind::Invalid => Ok(()),
+        Err(e) => Err(e),
+        Ok(0) => Ok(()),
+        Ok(n) => Err(Error::new(
+            Kind::Busy,
+            format!("{n} writes to `{disk}` wait for room: its filesystem cannot be frozen"),
+        )
+        .hint(format!(
+            "`forkdisk resize {disk} --quota SIZE` makes room; or leave out --freeze"
+        ))),
     }
 }
 

@@ -63,8 +63,11 @@ impl Server {
         Ok(json!({"object": object_json(&object)}))
     }
     /// Joins what nobody needs one by one below an attached disk; says whether there was anything.
-    fn join_idle(&self, name: &str, disk: &CowDisk) -> Result<bool> {
-        let Some(squash) = self.store.idle_stretch(name, disk, STRETCH)? else {
+    fn join_idle(&self, name: &str, disk: Arc<CowDisk>) -> Result<bool> {
+        let found = self.store.idle_stretch(name, &disk, STRETCH)?;
+        // It may be detached while layers are copied: then nothing of it may be held here.
+        drop(disk);
+        let Some(squash) = found else {
             return Ok(false);
         };
         let (layers, top, members) = (squash.layers, squash.top, squash.members());
@@ -133,9 +136,12 @@ pub(super) fn look_after(server: &Server) {
     let mut looks: BTreeMap<String, Look> = BTreeMap::new();
     loop {
         std::thread::sleep(PAUSE);
-        let disks = server.disks();
-        looks.retain(|name, _| disks.iter().any(|(n, _)| n == name));
-        for (name, disk) in disks {
+        let names: Vec<String> = server.disks().into_iter().map(|(name, _)| name).collect();
+        looks.retain(|name, _| names.contains(name));
+        for name in names {
+            // One at a time: whoever holds a disk keeps its layer locked, and to join layers takes long.
+            let attached = server.table.lock().get(&name).and_then(|e| e.disk.clone());
+            let Some(disk) = attached else { continue };
             let depth = disk.chain().depth();
             if depth < STRETCH || server.leaving.load(SeqCst) {
                 continue;
@@ -152,7 +158,7 @@ pub(super) fn look_after(server: &Server) {
             if now < look.at {
                 continue;
             }
-            match server.join_idle(&name, &disk) {
+            match server.join_idle(&name, disk) {
                 Ok(true) => {}
                 Ok(false) => look.wait = (look.wait * 2).min(LONGEST),
                 Err(e) => {

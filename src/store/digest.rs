@@ -2,11 +2,10 @@
 //!
 //! Always true:
 //! - a digest depends on contents and on the digest of the parent, never on a name, an id, a time, or the order of writes;
-//! - what is kept of a layer in its names' records is that of its bytes and of its parents': whoever rewrites either calls
-//!   [`Store::forget_digest`] before;
+//! - what is kept in the records of a layer's names stays as long as they do: what the layer shows never changes, also when it and what lies below
+//!   are joined or given back; and another store that was sent it knows it by that;
 //! - a disk has none: it changes.
 
-use super::graph::Graph;
 use super::names::{NameRecord, read_name, stage};
 use super::objects::object_target;
 use super::{Below, Object, ObjectKind, Progress, Store, parent_of, stream};
@@ -208,9 +207,10 @@ impl Store {
         }
         placed
     }
-    /// [`Store::forget_digest`], for whoever holds the lock of the names and has looked at them: to be called before bytes of the layer, or its
-    /// parent, change.
-    pub(super) fn forget_digest_in(&self, graph: &Graph, below: Below) -> Result<()> {
+    /// Forgets the digests of a layer and of all that stands on it, durably: they are computed anew when they are asked for.
+    pub fn forget_digest(&self, below: Below) -> Result<()> {
+        let _lock = self.lock(true)?;
+        let graph = self.graph()?;
         let wanted = HashMap::from([(below, "")]);
         let mut forgotten = false;
         for name in self.all_names()? {
@@ -231,11 +231,6 @@ impl Store {
             true => self.names.sync(),
             false => Ok(()),
         }
-    }
-    /// Forgets the digests of a layer and of all that stands on it, durably: they are computed anew when they are asked for.
-    pub fn forget_digest(&self, below: Below) -> Result<()> {
-        let _lock = self.lock(true)?;
-        self.forget_digest_in(&self.graph()?, below)
     }
     /// The digests that are known, by name.
     pub fn known_digests(&self) -> Result<HashMap<String, Digest>> {

@@ -129,11 +129,7 @@ impl Store {
         };
         let blocks = match dry_run {
             true => prune::count(&ReadLayer::open(file)?, &hidden)?,
-            false => {
-                // As a state of its own it is another one from now on.
-                self.forget_digest_in(graph, Below::Layer(id))?;
-                prune::prune(&file, &header, &hidden)?.blocks
-            }
+            false => prune::prune(&file, &header, &hidden)?.blocks,
         };
         Ok(blocks * BLOCK)
     }

@@ -181,7 +181,6 @@ impl Store {
         if graph.garbage(|_| true).contains(&Below::Layer(id)) {
             return Err(gone());
         }
-        self.forget_digest_in(&graph, Below::Layer(id))?;
         if self.label_of(id).is_none() {
             // A name that was removed while the file was written must not look as if it were lost.
             prune::unlabel(file, &read_header(file)?)?;
