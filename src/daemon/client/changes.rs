@@ -34,7 +34,8 @@ impl Client {
             // What is dirty in the device's own cache belongs to what is left behind, and must not come later.
             held.drop_cache()?;
         }
-        let answer = self.ask(json!({"op": "rollback", "disk": disk.name, "name": name}))?;
+        // Twice does no harm: the device is held, so nothing was written in between; and its size must follow, whoever answers.
+        let answer = self.ask_again(json!({"op": "rollback", "disk": disk.name, "name": name}))?;
         if let Some(held) = &held {
             held.drop_cache()?;
         }
