@@ -104,6 +104,8 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             rounds: rounds.min(2),
             peers: makes_forks,
             measure: Box::new(move |lab, peer, gauge, _| {
+                // A batch is made durable by a sync of the whole filesystem: not also of what others left to be written.
+                settle(peer.home());
                 let before = peer.allocated()?;
                 let took = gauge.during(|| peer.fork_many(lab.work, "crowd", forks))?;
                 let after = peer.allocated()?;

@@ -23,6 +23,7 @@ mod layers;
 mod list;
 mod look;
 mod names;
+mod quick;
 pub mod render;
 mod resize;
 mod rollback;
@@ -214,6 +215,9 @@ pub fn main() -> ExitCode {
     // A chain of 1,000 layers is 1,000 open files; the usual limit is lower than what we may have.
     crate::sys::process::raise_open_files_limit();
     let args: Vec<OsString> = std::env::args_os().collect();
+    if let Some(cli) = quick::parse(&args) {
+        return run(cli);
+    }
     let parsed = command()
         .try_get_matches_from(&args)
         .and_then(|matches| Cli::from_arg_matches(&matches));

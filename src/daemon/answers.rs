@@ -39,6 +39,11 @@ impl Server {
             "attach" => self.attach(request, begun),
             "attach-done" => {
                 let name = text(request, "name")?;
+                let disk = self.table.lock().get(name).and_then(|e| e.disk.clone());
+                if let Some(disk) = disk {
+                    // Begun when it was opened, and long done.
+                    disk.settle()?;
+                }
                 let mut table = self.table.lock();
                 let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
                 entry.attached.device = Some(text(request, "device")?.to_string());

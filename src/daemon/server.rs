@@ -442,11 +442,14 @@ impl Server {
                 true => self.store.open_cow(&object, false)?,
                 false => self.store.open_cow_on(&object, memory)?,
             };
-            if let Some(unsettled) = disk.unsettled() {
+            if via == Via::File {
+                disk.settle()?;
+            } else if let Some(unsettled) = disk.unsettled() {
                 // While the command sets up the device. It holds nothing of the disk, which may be detached meanwhile.
                 let _ = std::thread::Builder::new()
                     .name("names".into())
-                    .spawn(move || unsettled.settle());
+                    // An error is met again by the first who changes something.
+                    .spawn(move || drop(unsettled.settle()));
             }
             let (name, shown) = (&object.name, disk.clone());
             if !passthrough {

@@ -169,6 +169,11 @@ impl CowDisk {
     pub fn unsettled(&self) -> Option<Arc<Unsettled>> {
         self.top.read().layer.as_ref().map(Layer::unsettled)
     }
+    /// Makes durable what it rests on: its name, and that it was opened.
+    pub fn settle(&self) -> Result<()> {
+        self.unsettled()
+            .map_or(Ok(()), |unsettled| unsettled.settle())
+    }
     /// Empties the journal into the block map: what a reopening would have to replay.
     pub fn checkpoint(&self) -> Result<()> {
         self.top

@@ -52,6 +52,18 @@ pub fn settle(file: &dyn File, header: &Header) -> Result<()> {
     Ok(())
 }
 
+/// [`settle`], unless the layer was closed cleanly. Then all that its superblock refers to was durable before that was written; that itself may
+/// be in the page cache only, also for good where a sync of it failed. The caller syncs before it writes the next one, and syncs that, before
+/// it changes anything else.
+pub fn settle_unless_clean(file: &dyn File, header: &Header) -> Result<()> {
+    if file.len()? > BLOCK
+        && superblock(file, header)?.superblock.state.get() == format::STATE_CLEAN
+    {
+        return Ok(());
+    }
+    settle(file, header)
+}
+
 /// Takes the valid copy with the higher sequence.
 pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
     let id = Id(header.layer);

@@ -1,26 +1,86 @@
-//! What must be durable before the first commit of a layer is.
+//! What must be durable before anything of a layer that was just opened is overwritten.
+//!
+//! Attaching does not wait for it: the device is set up meanwhile, which only reads.
 
-use crate::io::Dir;
+use super::volatile::{self, Syncing};
+use crate::error::{Error, Result};
+use crate::format::Superblock;
+use crate::io::{Dir, File};
 use crate::sync::Mutex;
+use crate::sys::shared::SharedMemory;
+use crate::units::Slot;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-/// A directory in which something was said of a layer that is not durable yet.
+/// A superblock that says that its layer is being written.
+pub(super) struct First {
+    pub file: Arc<dyn File>,
+    /// The layer's volatile log, where a sync that is under way is marked.
+    pub memory: Arc<SharedMemory>,
+    pub superblock: Superblock,
+}
+
+impl First {
+    /// Copy 1; copy 2 is for whoever commits first.
+    fn write(mut self) -> Result<()> {
+        // What is in the page cache only of a predecessor: copy 2, without which copy 1 must not be touched.
+        self.file.sync()?;
+        volatile::syncing(&self.memory, Syncing::Superblock);
+        self.file
+            .write_at(&self.superblock.encode().to_vec(), Slot(1).at())?;
+        self.file.sync()
+    }
+}
+
 #[derive(Default)]
-pub struct Unsettled(Mutex<Option<Arc<dyn Dir>>>);
+struct Work {
+    first: Option<First>,
+    /// The name that refers to it, and what that says of it.
+    names: Option<Arc<dyn Dir>>,
+    /// It could not be done, and is not tried again: a sync after one that failed says nothing.
+    failed: Option<Error>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Unsettled {
+    waits: AtomicBool,
+    work: Mutex<Work>,
+}
 
 impl Unsettled {
-    /// From now on there is something.
-    pub(super) fn rest_on(&self, names: Arc<dyn Dir>) {
-        *self.0.lock() = Some(names);
+    /// From now on this is to be written.
+    pub(super) fn rest_on_superblock(&self, first: First) {
+        self.work.lock().first = Some(first);
+        self.waits.store(true, SeqCst);
     }
-    /// Makes it durable; waits if somebody else is doing so.
-    pub fn settle(&self) {
-        let mut names = self.0.lock();
-        if let Some(names) = names.take()
-            && let Err(e) = names.sync()
-        {
-            // It says that the layer was opened, for whoever finds it damaged. No data depends on it.
-            tracing::debug!("cannot note that a layer was opened: {e}");
+    /// From now on there is something in this directory that is not durable.
+    pub(super) fn rest_on_names(&self, names: Arc<dyn Dir>) {
+        self.work.lock().names = Some(names);
+        self.waits.store(true, SeqCst);
+    }
+    /// Makes it durable; waits if somebody else is doing so. An error stays.
+    pub fn settle(&self) -> Result<()> {
+        if !self.waits.load(SeqCst) {
+            return Ok(());
         }
+        let mut work = self.work.lock();
+        if let Some(error) = &work.failed {
+            return Err(error.clone());
+        }
+        // Nothing is held any more when this lock is free: the disk may be detached then.
+        let (first, names) = (work.first.take(), work.names.take());
+        let done = first
+            .map_or(Ok(()), First::write)
+            .and_then(|()| names.map_or(Ok(()), |names| names.sync()));
+        match done {
+            Ok(()) => self.waits.store(false, SeqCst),
+            Err(e) => {
+                let e = e.context("what the disk rests on could not be made durable");
+                work.failed = Some(e.clone());
+                return Err(e);
+            }
+        }
+        Ok(())
     }
 }

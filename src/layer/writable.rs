@@ -104,6 +104,8 @@ struct Counted {
 /// What only the committing thread touches.
 struct Commit {
     superblock: Superblock,
+    /// Copy 1 may not be written yet, and copy 2 was not: nothing else of the file was changed since.
+    first_pending: bool,
     /// Copy 2 was written but not synced yet.
     second_pending: bool,
     /// After a takeover, until the first sync: slots that the last commit found freed. It may be in the page cache only.
@@ -198,7 +200,6 @@ pub struct Layer {
     poisoned: AtomicBool,
     can_punch: AtomicBool,
     /// See [`Layer::rest_on`].
-    unsettled: Arc<Unsettled>,
     /// What commits replace is noted.
     keeps: AtomicBool,
     /// Slots of the history.
@@ -251,7 +252,7 @@ impl Layer {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
         volatile::clear(&memory);
-        recover::settle(&*file, &header)?;
+        recover::settle_unless_clean(&*file, &header)?;
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
         let state = State::of(&superblock);
@@ -315,7 +316,9 @@ impl Layer {
                 history,
             },
         );
-        layer.begin(state, found.second_differs)?;
+        // Then copy 1 may be ahead of copy 2 for a while.
+        let sound = state == State::Clean && !found.fresh && !found.damaged_copy;
+        layer.begin(state, found.second_differs, sound)?;
         Ok(layer)
     }
 
@@ -348,6 +351,7 @@ impl Layer {
             space: Mutex::new(b.space),
             quiesce: Quiesce::default(),
             commit: Mutex::new(Commit {
+                first_pending: false,
                 second_pending: false,
                 owed: None,
                 next_commit: b.next_commit,
@@ -377,7 +381,6 @@ impl Layer {
             poison: Mutex::new(None),
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
-            unsettled: Arc::default(),
             keeps: AtomicBool::new(keeps),
             past: AtomicU64::new(past),
             file: host.clone(),
@@ -385,8 +388,8 @@ impl Layer {
         }
     }
 
-    /// Makes what was found durable and starts a new generation.
-    fn begin(&self, found: State, second_differs: bool) -> Result<()> {
+    /// Makes what was found durable and starts a new generation. `later`: that it was started is written, and durable, before anything else is written.
+    fn begin(&self, found: State, second_differs: bool, later: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
@@ -406,7 +409,7 @@ impl Layer {
             }
         }
         c.superblock.generation = U64::new(generation);
-        self.checkpoint(c, State::Writable)
+        self.checkpoint_how(c, State::Writable, later && !second_differs)
     }
 
     /// Its id.
@@ -442,11 +445,11 @@ impl Layer {
     }
     /// Something was said of the layer in this directory that is not durable yet. It will be before the first commit is.
     pub fn rest_on(&self, names: Arc<dyn Dir>) {
-        self.unsettled.rest_on(names);
+        self.host.unsettled().rest_on_names(names);
     }
     /// What [`Layer::rest_on`] was told of, for whoever has the time before the first commit.
     pub fn unsettled(&self) -> Arc<Unsettled> {
-        self.unsettled.clone()
+        self.host.unsettled().clone()
     }
     /// A read begins: until the guard goes, no slot that it may find is reused.
     pub fn enter(&self) -> Guard<'_> {
@@ -588,6 +591,8 @@ impl Layer {
     /// [`Layer::take`] for changes that need so many `entries` in a commit record, and may be logged as `logged`.
     fn take_for(&self, entries: u64, slots: u32, logged: u64) -> Result<Taken> {
         self.check_poison()?;
+        let settled = self.host.unsettled().settle();
+        settled.map_err(|e| self.poison(e))?;
         let mut tries = 0;
         // Counted before it reserves: whoever comes later sees it.
         self.writers.fetch_add(1, SeqCst);
@@ -850,6 +855,7 @@ impl Layer {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         self.check_poison()?;
+        self.finish_first(c)?;
         if state == State::Sealed {
             c.history.keep = None;
         }

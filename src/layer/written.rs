@@ -1,7 +1,8 @@
 //! The file of a layer that is open for writing, as its writer sees it: it counts the bytes that are written.
 //!
-//! The counts are for people: nothing depends on them, and they order nothing.
+//! The counts are for people: nothing depends on them, and they order nothing. And nothing is changed before what is [`Unsettled`] is durable.
 
+use super::unsettled::Unsettled;
 use crate::error::Result;
 use crate::format::Superblock;
 use crate::io::{File, Mapping};
@@ -19,6 +20,7 @@ pub(super) struct Written {
     host: AtomicU64,
     /// `host` when it was opened.
     began: u64,
+    unsettled: Arc<Unsettled>,
 }
 
 impl Written {
@@ -30,7 +32,12 @@ impl Written {
             user: AtomicU64::new(superblock.user_written.get()),
             host: AtomicU64::new(began),
             began,
+            unsettled: Arc::default(),
         }
+    }
+    /// What is to be durable before the file is changed.
+    pub fn unsettled(&self) -> &Arc<Unsettled> {
+        &self.unsettled
     }
     /// The file without the count, for readers.
     pub fn file(&self) -> &Arc<dyn File> {
@@ -39,6 +46,10 @@ impl Written {
     /// A user wrote so many bytes.
     pub fn by_user(&self, bytes: u64) {
         self.user.fetch_add(bytes, Relaxed);
+    }
+    /// So many bytes are written to the file itself.
+    pub fn by_another(&self, bytes: u64) {
+        self.host.fetch_add(bytes, Relaxed);
     }
     /// Bytes that users wrote over the layer's life.
     pub fn user(&self) -> u64 {
@@ -64,11 +75,13 @@ impl File for Written {
         self.inner.read_at(buf, at)
     }
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.unsettled.settle()?;
         // Also what fails: it may be written in part.
         self.host.fetch_add(buf.len() as u64, Relaxed);
         self.inner.write_at(buf, at)
     }
     fn write_through(&self, buf: &[u8], at: u64) -> Result<()> {
+        self.unsettled.settle()?;
         self.host.fetch_add(buf.len() as u64, Relaxed);
         self.inner.write_through(buf, at)
     }
@@ -79,12 +92,15 @@ impl File for Written {
         self.inner.len()
     }
     fn set_len(&self, len: u64) -> Result<()> {
+        self.unsettled.settle()?;
         self.inner.set_len(len)
     }
     fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.unsettled.settle()?;
         self.inner.allocate(at, len)
     }
     fn punch(&self, at: u64, len: u64) -> Result<()> {
+        self.unsettled.settle()?;
         self.inner.punch(at, len)
     }
     fn start_writeback(&self, at: u64, len: u64) {
@@ -118,6 +134,7 @@ impl File for Written {
         self.inner.allocated()
     }
     fn copy_from(&self, source: &dyn File, from: u64, at: u64, len: u64) -> Result<()> {
+        self.unsettled.settle()?;
         self.host.fetch_add(len, Relaxed);
         self.inner.copy_from(source, from, at, len)
     }

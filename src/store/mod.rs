@@ -600,7 +600,11 @@ impl Store {
             false => Some(self.lock(false)?),
         };
         match object.kind {
-            ObjectKind::Disk if writable => self.open_cow_on(object, volatile::private()?),
+            ObjectKind::Disk if writable => {
+                let disk = self.open_cow_on(object, volatile::private()?)?;
+                disk.settle()?;
+                Ok(disk)
+            }
             ObjectKind::Disk => {
                 let file = self.layers.open(&layer_file(object.id), Access::Read)?;
                 file.lock(false)
@@ -633,6 +637,7 @@ impl Store {
         }
     }
     /// Opens a disk for writing, with memory ([`volatile::LEN`] bytes) from which [`Store::resume_cow`] can go on after the death of the process.
+    /// That there is such a disk is durable before it takes its first write, or when [`CowDisk::settle`] returns.
     pub fn open_cow_on(&self, object: &Object, memory: Arc<SharedMemory>) -> Result<Arc<CowDisk>> {
         let _lock = self.lock(true)?;
         // It may have been renamed, snapshotted or removed since it was looked up.
@@ -640,10 +645,7 @@ impl Store {
         let staged = self.stage_opened(&object.name);
         let mut opened = self.open_top(&object, memory.clone());
         match (&opened, staged) {
-            (Ok((layer, _)), Some(staged)) => {
-                self.place_opened(&object.name, staged);
-                layer.rest_on(self.names.clone());
-            }
+            (Ok(_), Some(staged)) => self.place_opened(&object.name, staged),
             (Err(e), Some((temporary, _))) => {
                 let _ = self.names.remove(&temporary);
                 if e.kind() == Kind::NoSpace {
@@ -688,6 +690,7 @@ impl Store {
         }
         let layer = Layer::resume(file, memory, self.keep_of(name)?)
             .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
+        layer.rest_on(self.names.clone());
         // The one that died may not have come to that.
         self.note_opened(name);
         let chain = self.chain(parent_of(&header))?;
@@ -711,11 +714,9 @@ impl Store {
             let found = crate::layer::recover::superblock(&*file, &header)?;
             Ok(found.superblock.state.get() == crate::format::STATE_SEALED)
         };
-        // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
-        // vanish with the name.
-        self.names.sync()?;
-        // Nor does anybody know whether the seal is on disk, and the new layer would rest on it.
+        // Nobody knows whether the seal and the name are on disk, and the new layer would rest on them.
         if sealed()? && {
+            self.names.sync()?;
             crate::layer::recover::settle(&*file, &header)?;
             sealed()?
         } {
@@ -730,6 +731,9 @@ impl Store {
         }
         let layer = Layer::open_on(file, memory, keep)
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
+        // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
+        // vanish with the name.
+        layer.rest_on(self.names.clone());
         let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();
         if opened.recovered {

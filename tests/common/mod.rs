@@ -236,7 +236,16 @@ impl World {
         if let Some(disk) = self.open.get(name) {
             return Ok(disk.clone());
         }
-        let disk = self.store.open_cow(&self.store.resolve(name)?, true)?;
+        let object = self.store.resolve(name)?;
+        // As a server opens it: what it rests on becomes durable with the first write. Not in a world after a crash, where disks are found of which
+        // nobody was told.
+        let disk = if self.made < 1000 && (self.open.len() as u64 + self.made).is_multiple_of(2) {
+            self.reached.note("opened without a sync");
+            let memory = forkdisk::layer::volatile::private()?;
+            self.store.open_cow_on(&object, memory)?
+        } else {
+            self.store.open_cow(&object, true)?
+        };
         self.open.insert(name.to_string(), disk.clone());
         Ok(disk)
     }

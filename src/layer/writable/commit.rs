@@ -11,11 +11,12 @@ use crate::format::{
     Superblock, commit_slots, encode_commit, encode_commit_with_undo,
 };
 use crate::io::File;
+use crate::layer::unsettled::First;
 use crate::layer::volatile::{self, Syncing};
 use crate::map::run::{Builder, Run, max_len};
 use crate::map::{Items, Memtable, merge, undo};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
-use crate::units::{REGION_BLOCKS, Region, Slot, blocks};
+use crate::units::{BLOCK, REGION_BLOCKS, Region, Slot, blocks};
 use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -96,7 +97,8 @@ impl Layer {
             c.epoch = epoch;
             return Ok(epoch);
         };
-        self.unsettled.settle();
+        // Before the record: its sync is that of copy 2, too.
+        self.finish_first(c)?;
         let mut changes = Memtable::new();
         for entry in closed.entries(&self.volatile) {
             let (lba, count, pointer) = entry.get();
@@ -232,6 +234,28 @@ impl Layer {
     /// FORMAT.md, "Checkpoint". An error before the superblock is touched (no space for the run) leaves all as it was; a failed
     /// sync or superblock write poisons.
     pub(super) fn checkpoint(&self, c: &mut Commit, state: State) -> Result<()> {
+        self.finish_first(c)?;
+        self.checkpoint_how(c, state, false)
+    }
+
+    /// What the layer rests on is durable from here on; then copy 2 of a superblock that was left for later.
+    pub(super) fn finish_first(&self, c: &mut Commit) -> Result<()> {
+        let settled = self.host.unsettled().settle();
+        settled.map_err(|e| self.poison(e))?;
+        if c.first_pending {
+            let written = self
+                .file
+                .write_at(&c.superblock.encode().to_vec(), Slot(2).at());
+            written.map_err(|e| self.poison(e))?;
+            volatile::syncing(&self.volatile, Syncing::No);
+            c.first_pending = false;
+            c.second_pending = true;
+        }
+        Ok(())
+    }
+
+    /// A checkpoint; `later`: the new superblock is written before anything else is, see [`Layer::finish_first`].
+    pub(super) fn checkpoint_how(&self, c: &mut Commit, state: State, later: bool) -> Result<()> {
         if c.owed.is_some() {
             // What is in the page cache only must not be what the new superblock rests on; and the free slots must be all there.
             self.sync(c)?;
@@ -319,12 +343,22 @@ impl Layer {
             let written = self.file.write_at(&bytes, Slot(copy).at());
             written.map_err(|e| self.poison(e))
         };
-        // The mark first: a successor that finds the copy without it takes it for durable.
-        volatile::syncing(&self.volatile, Syncing::Superblock);
-        copy(1)?;
-        self.sync_marked(Syncing::Superblock)?;
-        copy(2)?;
-        c.second_pending = true;
+        if later && !wrote {
+            self.host.unsettled().rest_on_superblock(First {
+                file: self.file().clone(),
+                memory: self.volatile.clone(),
+                superblock: next,
+            });
+            self.host.by_another(BLOCK);
+            c.first_pending = true;
+        } else {
+            // The mark first: a successor that finds the copy without it takes it for durable.
+            volatile::syncing(&self.volatile, Syncing::Superblock);
+            copy(1)?;
+            self.sync_marked(Syncing::Superblock)?;
+            copy(2)?;
+            c.second_pending = true;
+        }
         c.superblock = next;
         c.free = free;
         c.high = high;
