@@ -206,7 +206,7 @@ pub struct Book {
 }
 
 /// How the figures come about.
-const REMARKS: [&str; 7] = [
+const REMARKS: [&str; 8] = [
     "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors (XFS: 4096, which its reflinks need); load by fio (libaio, direct I/O).",
     "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache, \
      where that is used at all (by forkdisk and overlayfs; the others go round it).",
@@ -216,6 +216,7 @@ const REMARKS: [&str; 7] = [
     "Sharing and amplification are counted at a loop device with a filesystem of its own, so that what others do is not in them; \
      page cache by cachestat(2).",
     "Ratios are medians of the ratios to raw within one round.",
+    "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first.",
     "XFS and Btrfs lie in an image file on the same host filesystem, with one more loop device below them.",
 ];
 
@@ -226,6 +227,12 @@ impl Book {
         kinds.push(PeerKind::Forkdisk);
         if options.groups.contains(&Group::Read) {
             kinds.push(PeerKind::Plain);
+        }
+        if [Group::Read, Group::Write]
+            .iter()
+            .any(|g| options.groups.contains(g))
+        {
+            kinds.push(PeerKind::Cached);
         }
         kinds.sort();
         let notes = kinds.into_iter().map(|id| PeerNote {

@@ -102,7 +102,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
                 let name = format!("depth-{depth}");
                 let device = peer.attach(lab.work, &name)?;
                 prime(peer, &name, load.area)?;
-                let figures = gauge.during(|| fio::run(lab.work, &device, &load, lab.seed()));
+                let figures = gauge.during(|| fio::run(lab.work, &device, &load, true, lab.seed()));
                 peer.detach(lab.work, &name)?;
                 let micros = 1e6 / figures?.iops(0.0);
                 Ok(vec![Reading::of(format!("read.depth.{depth}"), micros)])

@@ -64,14 +64,19 @@ pub fn must_exist(work: &Work) -> Result<()> {
     }
 }
 
-/// Runs a load on a file or device, with direct I/O.
-pub fn run(work: &Work, target: &Path, load: &Load, seed: u64) -> Result<Figures> {
+/// Runs a load on a file or device; `direct`: past the page cache of whatever that is.
+pub fn run(work: &Work, target: &Path, load: &Load, direct: bool, seed: u64) -> Result<Figures> {
     let mut command = work.command("fio");
     command
         .args([
             "--name=bench",
-            "--ioengine=libaio",
-            "--direct=1",
+            if direct {
+                "--ioengine=libaio"
+            } else {
+                // Asked by others it would only wait, too.
+                "--ioengine=psync"
+            },
+            if direct { "--direct=1" } else { "--direct=0" },
             "--thread",
         ])
         .args([

@@ -275,6 +275,9 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         if has(Group::Read) {
             wanted.push(PeerKind::Plain);
         }
+        if has(Group::Read) || has(Group::Write) {
+            wanted.push(PeerKind::Cached);
+        }
         let mut peers = set_up(&lab, &mut book, &wanted, &dir, &base, true)?;
         gate(&lab, &mut book, &mut peers);
         let mut jobs = Vec::new();

@@ -29,6 +29,8 @@ pub enum PeerKind {
     Raw,
     /// The file itself.
     Plain,
+    /// The same through the page cache: what the memory of this machine allows anybody who uses it.
+    Cached,
     /// A whole copy for each disk.
     Copy,
     /// Reflinks of XFS.
@@ -51,6 +53,7 @@ impl PeerKind {
         match self {
             PeerKind::Raw => "raw",
             PeerKind::Plain => "plain",
+            PeerKind::Cached => "cached",
             PeerKind::Copy => "copy",
             PeerKind::Xfs => "xfs",
             PeerKind::Btrfs => "btrfs",
@@ -65,6 +68,7 @@ impl PeerKind {
         match self {
             PeerKind::Raw => "a loop device over a file: no copy-on-write, the limit",
             PeerKind::Plain => "a file on the same filesystem, without a device over it",
+            PeerKind::Cached => "the same file through the page cache, as forkdisk uses it",
             PeerKind::Copy => "a whole copy of the base for each disk",
             PeerKind::Xfs => "reflinks on XFS, a loop device over each",
             PeerKind::Btrfs => "reflinks on Btrfs, a loop device over each",
@@ -79,7 +83,11 @@ impl PeerKind {
     }
     /// Does it show disks as devices?
     pub fn is_block(self) -> bool {
-        !matches!(self, PeerKind::Plain | PeerKind::Copy | PeerKind::Overlayfs)
+        !self.is_file() && !matches!(self, PeerKind::Copy | PeerKind::Overlayfs)
+    }
+    /// Is it a file, without a device over it?
+    pub fn is_file(self) -> bool {
+        matches!(self, PeerKind::Plain | PeerKind::Cached)
     }
 }
 
@@ -179,6 +187,8 @@ impl Peer {
     fn image(&self, name: &str) -> PathBuf {
         match (self.kind, name) {
             (PeerKind::Plain, _) => self.base.clone(),
+            // What is only read.
+            (PeerKind::Cached, "reader") => self.base.clone(),
             (PeerKind::Raw, _) if self.one_file => self.home.join("disk.img"),
             (PeerKind::Qcow2 | PeerKind::Qcow2L2, _) => self.home.join(format!("{name}.qcow2")),
             _ => self.home.join(format!("{name}.img")),
@@ -213,7 +223,12 @@ impl Peer {
                     &to,
                 ),
             },
-            PeerKind::Plain | PeerKind::Overlayfs => Ok(()),
+            PeerKind::Cached if to != self.base => {
+                let len = fs::metadata(&self.base)
+                    .and_then(|base| File::create(&to)?.set_len(base.len()));
+                len.map_err(|e| Error::io("create", to, &e))
+            }
+            PeerKind::Plain | PeerKind::Cached | PeerKind::Overlayfs => Ok(()),
             PeerKind::Xfs | PeerKind::Btrfs => {
                 let from = from.map_or(self.base.clone(), |n| self.image(n));
                 let mut command = work.command("cp");
@@ -322,7 +337,9 @@ impl Peer {
     /// Takes a disk away.
     pub fn remove(&mut self, work: &Work, name: &str) -> Result<()> {
         self.detach(work, name)?;
-        if self.kind == PeerKind::Plain || (self.kind == PeerKind::Raw && self.one_file) {
+        if (self.kind.is_file() || self.kind == PeerKind::Raw && self.one_file)
+            && self.kind != PeerKind::Cached
+        {
             return Ok(());
         }
         if self.kind == PeerKind::Forkdisk {
@@ -353,8 +370,8 @@ impl Peer {
         if let Some(shown) = self.shown.get(name) {
             return Ok(shown.device.clone());
         }
-        if self.kind == PeerKind::Plain {
-            return Ok(self.base.clone());
+        if self.kind.is_file() {
+            return Ok(self.image(name));
         }
         if self.kind == PeerKind::Forkdisk {
             let mut command = work.forkdisk(&self.store());

@@ -112,14 +112,22 @@ pub fn reads<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
         jobs.push(Job {
             name: title.to_string(),
             rounds: size.rounds,
-            peers: |kind| kind.is_block() || kind == PeerKind::Plain,
+            peers: match (cache, load.depth) {
+                // With the page cache in between no depth is left.
+                (Cache::Cold, depth) if depth == 1 || load.block > 4096 => {
+                    |kind| kind.is_block() || kind.is_file()
+                }
+                _ => |kind| kind.is_block() || kind == PeerKind::Plain,
+            },
             measure: Box::new(move |lab, peer, gauge, _| {
                 let (device, _) = peer.ensure(lab.work, "reader")?;
                 match cache {
                     Cache::Warm => prime(peer, "reader", load.area)?,
                     Cache::Cold => drop_caches(&peer.files("reader")),
                 }
-                let figures = gauge.during(|| fio::run(lab.work, &device, &load, lab.seed()))?;
+                let direct = peer.kind != PeerKind::Cached;
+                let run = || fio::run(lab.work, &device, &load, direct, lab.seed());
+                let figures = gauge.during(run)?;
                 let value = match load.block > 4096 {
                     true => figures.megabytes(0.0),
                     false => figures.iops(0.0),
@@ -256,7 +264,10 @@ pub fn writes<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
         jobs.push(Job {
             name: title.to_string(),
             rounds: size.rounds,
-            peers: PeerKind::is_block,
+            peers: match id {
+                "write.sequential.first" => |kind| kind.is_block() || kind == PeerKind::Cached,
+                _ => PeerKind::is_block,
+            },
             measure: Box::new(move |lab, peer, gauge, _| {
                 write(lab, peer, gauge, &load, disk, id, tail)
             }),
@@ -292,7 +303,13 @@ fn write(
     }
     settle(peer.home());
     let measured = gauge.during(|| {
-        let figures = fio::run(lab.work, &device, load, lab.seed())?;
+        let figures = fio::run(
+            lab.work,
+            &device,
+            load,
+            peer.kind != PeerKind::Cached,
+            lab.seed(),
+        )?;
         let started = Instant::now();
         let open = File::options().write(true).open(&device);
         open.and_then(|f| f.sync_all())
@@ -326,7 +343,7 @@ fn fill(lab: &Lab<'_>, device: &Path, len: u64) -> Result<()> {
         millis: 600_000,
         ..READ
     };
-    fio::run(lab.work, device, &load, lab.seed())?;
+    fio::run(lab.work, device, &load, true, lab.seed())?;
     Direct::open(device)?.flush()
 }
 

@@ -70,6 +70,9 @@ fn a_run_measures_all_rows_and_leaves_nothing() {
         let peers = row["peers"].as_array().unwrap();
         let named: BTreeSet<&str> = peers.iter().map(|p| p["peer"].as_str().unwrap()).collect();
         let wanted: &[&str] = match row["group"].as_str() {
+            Some("read") if ["read.random.qd1.cold", "read.sequential.cold"].contains(&id) => {
+                &["cached", "forkdisk", "plain", "raw"]
+            }
             Some("read") => &["forkdisk", "plain", "raw"],
             _ => &["forkdisk"],
         };
