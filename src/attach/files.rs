@@ -84,7 +84,14 @@ pub fn changed_files(
     // A state from before the filesystem was made has no files.
     let below = match known_type(lower)? {
         Some(other) if other == fs_type => Some(mount(lower, fs_type)?),
-        _ => None,
+        Some(other) => {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("one holds an {other} filesystem, the other an {fs_type} filesystem: their files do not compare"),
+            )
+            .hint("leave out --files: then the blocks that differ are listed"));
+        }
+        None => None,
     };
     without_journal |= below.as_ref().is_some_and(|(_, without)| *without);
     let mut walk = Walk {

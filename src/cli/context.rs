@@ -106,7 +106,7 @@ fn taken(object: &Object) -> Error {
     let Object { name, kind, .. } = object;
     Error::new(
         Kind::Exists,
-        format!("{name} exists already: a {}", kind.word()),
+        format!("{name} exists already: {}", kind.one()),
     )
 }
 

@@ -65,6 +65,8 @@ struct Totals {
     data: u64,
     /// Bytes that read as zeros in the new state.
     zeroed: u64,
+    /// Bytes past the end of the new state, which is shorter.
+    gone: u64,
     /// Ranges.
     count: u64,
 }
@@ -128,7 +130,7 @@ impl Diff {
             false => Box::new(Silent),
         };
         let mut printer = Printer::new(&self, context, &lower_name, &upper_name);
-        let (sizes, totals) = if lower.live() || upper.live() {
+        let (sizes, mut totals) = if lower.live() || upper.live() {
             let (sizes, kept) = look(&mut [&mut lower, &mut upper], |both| {
                 let (lower, upper) = (both[0].state(), both[1].state());
                 Ok((
@@ -155,6 +157,13 @@ impl Diff {
             (sizes, totals)
         };
         drop(progress);
+        let [was, is] = sizes;
+        if let Some(len) = was.checked_sub(is).filter(|len| *len > 0) {
+            totals.changed += len;
+            totals.gone += len;
+            totals.count += 1;
+            printer.range(is, len, "gone")?;
+        }
         let differ = totals.count > 0 || sizes[0] != sizes[1];
         printer.end(sizes, &totals, differ)?;
         match differ && self.exit_code {
@@ -289,11 +298,12 @@ impl<'a> Printer<'a> {
         self.write(&format!("{:>15}  {:>9}  TYPE\n", "OFFSET", "LENGTH"))
     }
     fn change(&mut self, change: &Change) -> Outcome {
+        self.range(change.at, change.len, word(change))
+    }
+    fn range(&mut self, at: u64, len: u64, kind: &'static str) -> Outcome {
         if self.diff.stat {
             return Ok(());
         }
-        let kind = word(change);
-        let Change { at, len, .. } = *change;
         if self.context.ui.json {
             let document = ChangeDoc {
                 offset: at,
@@ -323,10 +333,11 @@ impl<'a> Printer<'a> {
                     changed,
                     data,
                     zeroed,
+                    gone,
                     count,
                 } = totals;
                 format!(
-                    "{close},\"changed\":{changed},\"data\":{data},\"zeroed\":{zeroed},\"count\":{count},\"differ\":{differ}}}\n"
+                    "{close},\"changed\":{changed},\"data\":{data},\"zeroed\":{zeroed},\"gone\":{gone},\"count\":{count},\"differ\":{differ}}}\n"
                 )
             }
             (false, true) => self.stat(sizes, totals),
@@ -348,15 +359,19 @@ impl<'a> Printer<'a> {
                 changed,
                 data,
                 zeroed,
+                gone,
                 count,
             } = totals;
-            return format!("{changed}\t{data}\t{zeroed}\t{count}\n");
+            return format!("{changed}\t{data}\t{zeroed}\t{count}\t{gone}\n");
         }
         let mut table = Table::new([(String::new(), Align::Left), (String::new(), Align::Left)]);
         let mut row = |name: &str, value: String| table.row(vec![name.to_string(), value]);
         row("changed", ui.size(totals.changed));
         row("data", ui.size(totals.data));
         row("zeroed", ui.size(totals.zeroed));
+        if totals.gone > 0 {
+            row("gone", ui.size(totals.gone));
+        }
         row("extents", totals.count.to_string());
         if sizes[0] != sizes[1] {
             let [old, new] = sizes.map(|size| ui.size(size));

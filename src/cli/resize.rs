@@ -87,7 +87,7 @@ impl Resize {
         if former.kind != ObjectKind::Disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{}` is a {}, not a disk", former.name, former.kind.word()),
+                format!("`{}` is {}, not a disk", former.name, former.kind.one()),
             )
             .hint("only disks change; `forkdisk fork --size` makes a larger disk from it")
             .into());

@@ -43,7 +43,7 @@ impl Trim {
         if object.kind != ObjectKind::Disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{name}` is a {}, not a disk", object.kind.word()),
+                format!("`{name}` is {}, not a disk", object.kind.one()),
             )
             .hint("only disks change")
             .into());

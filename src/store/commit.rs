@@ -87,7 +87,7 @@ impl Store {
         if source.kind != ObjectKind::Disk || source.name != disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{disk}` is a {}, not a disk", source.kind.word()),
+                format!("`{disk}` is {}, not a disk", source.kind.one()),
             )
             .hint("only disks change; what is sealed can be forked from as it is"));
         }

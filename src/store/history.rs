@@ -528,7 +528,7 @@ fn choose(points: &[Point], at: At) -> Result<Point> {
 fn no_disk(name: &str, kind: ObjectKind) -> Error {
     Error::new(
         Kind::Invalid,
-        format!("`{name}` is a {}, not a disk", kind.word()),
+        format!("`{name}` is {}, not a disk", kind.one()),
     )
     .hint("only disks change, so only disks have a history")
 }

@@ -619,9 +619,9 @@ impl Store {
             _ if writable => Err(Error::new(
                 Kind::ReadOnly,
                 format!(
-                    "`{}` is a {} and can only be read",
+                    "`{}` is {} and can only be read",
                     object.name,
-                    object.kind.word()
+                    object.kind.one()
                 ),
             )
             .hint(format!(

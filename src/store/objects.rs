@@ -240,7 +240,7 @@ impl Store {
         if source.kind != ObjectKind::Disk || source.name != disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{disk}` is a {}, not a disk", source.kind.word()),
+                format!("`{disk}` is {}, not a disk", source.kind.one()),
             )
             .hint("only disks change, so only disks have snapshots"));
         }
@@ -396,6 +396,12 @@ impl Store {
             }
         } else {
             check_part(new)?;
+        }
+        if old == new {
+            return Err(
+                Error::new(Kind::Exists, format!("`{old}` is its name already"))
+                    .hint("give another name"),
+            );
         }
         if self.names.entry(new)?.is_some() {
             return Err(taken(new));

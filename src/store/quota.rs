@@ -156,7 +156,7 @@ impl Store {
         if object.kind != ObjectKind::Disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{}` is a {}, not a disk", object.name, object.kind.word()),
+                format!("`{}` is {}, not a disk", object.name, object.kind.one()),
             )
             .hint("only disks have quotas"));
         }

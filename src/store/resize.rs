@@ -78,7 +78,7 @@ impl Store {
             ObjectKind::Disk => Ok(object),
             kind => Err(Error::new(
                 Kind::Invalid,
-                format!("`{}` is a {}, not a disk", object.name, kind.word()),
+                format!("`{}` is {}, not a disk", object.name, kind.one()),
             )
             .hint("only disks change; `forkdisk fork --size` makes a larger disk from it")),
         }

@@ -25,6 +25,15 @@ impl ObjectKind {
             ObjectKind::Disk => "disk",
         }
     }
+    /// The same with its article, for sentences: `a base`, `an image`.
+    pub fn one(self) -> &'static str {
+        match self {
+            ObjectKind::Base => "a base",
+            ObjectKind::Image => "an image",
+            ObjectKind::Snapshot => "a snap",
+            ObjectKind::Disk => "a disk",
+        }
+    }
 }
 
 /// What a layer or a name stands on.

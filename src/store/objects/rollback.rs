@@ -94,7 +94,7 @@ impl Store {
         if record.kind != ObjectKind::Disk {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("`{disk}` is a {}, not a disk", record.kind.word()),
+                format!("`{disk}` is {}, not a disk", record.kind.one()),
             )
             .hint("only disks change, so only disks are rolled back"));
         }
@@ -103,7 +103,7 @@ impl Store {
         if snapshot.kind != ObjectKind::Snapshot {
             return Err(Error::new(
                 Kind::Corrupt,
-                format!("`{full}` is a {}", snapshot.kind.word()),
+                format!("`{full}` is {}", snapshot.kind.one()),
             )
             .hint("`forkdisk check` lists what is damaged"));
         }
