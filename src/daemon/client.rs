@@ -366,12 +366,12 @@ impl Client {
             .map_err(|e| Error::io("find", "the forkdisk program", &e))?
             .display()
             .to_string();
-        let former = number(
-            &self.ask(
-                json!({"op": "takeover", "program": program, "handover": handover::VERSION}),
-            )?,
-            "server_pid",
-        )?;
+        let former = number(&self.status()?, "server_pid")?;
+        let request = json!({"op": "takeover", "program": program, "handover": handover::VERSION});
+        // Without an answer it may be gone for this reason: then the next one tells what it is.
+        if let Some(answer) = self.try_ask(&request)? {
+            success(answer)?;
+        }
         let deadline = Instant::now() + BETWEEN_SERVERS;
         loop {
             let Some(mut client) = Client::connect(store)? else {

@@ -50,6 +50,9 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// How long a takeover waits for commands that attach or detach.
 const CALM: Duration = Duration::from_secs(10);
 
+/// How often it looks whether they came to their end.
+const CALM_STEP: Duration = Duration::from_millis(20);
+
 pub(super) struct Server {
     pub(super) store: Store,
     pub(super) files: Arc<Files>,
@@ -233,6 +236,11 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
             Ok(())
         }
         End::Handover => {
+            // Whoever asked for it is to hear of it before the process ends, and where there is much to do its thread may not run for a while.
+            let deadline = Instant::now() + LAST_ANSWERS;
+            while server.answering.load(SeqCst) > 0 && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             // What is under way is answered. Nothing is closed: all stands in the handover.
             server.session.stop();
             // A keeper that was killed is being replaced: without one nobody would hold what we leave.
@@ -352,9 +360,11 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
         let said = server
             .answer(&request, begun)
             .unwrap_or_else(|e| failure(&e));
+        let sent = send(&mut writer, &said);
+        // Only now: a server that leaves waits for that.
         server.answering.fetch_sub(1, SeqCst);
         server.settled.notify_all();
-        if send(&mut writer, &said).is_err() {
+        if sent.is_err() {
             return;
         }
     }
@@ -695,9 +705,12 @@ impl Server {
                 if busy.is_none() && self.answering.load(SeqCst) <= 1 {
                     break Ok(());
                 }
-                if self.settled.wait_until(&mut table, deadline).timed_out() {
+                if Instant::now() >= deadline {
                     break Err(in_transit(&busy.unwrap_or_else(|| "something".into())));
                 }
+                // Whoever was answered tells so without the table: word of it may come between the look and the wait.
+                let step = deadline.min(Instant::now() + CALM_STEP);
+                self.settled.wait_until(&mut table, step);
             }
         };
         let noted = calm.and_then(|()| {
