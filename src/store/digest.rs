@@ -8,7 +8,7 @@
 
 use super::names::{NameRecord, read_name, stage};
 use super::objects::object_target;
-use super::{Below, Object, ObjectKind, Progress, Store, parent_of, stream};
+use super::{Below, Object, ObjectKind, Progress, Store, many, parent_of, stream};
 use crate::base::Base;
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::Digest;
@@ -244,7 +244,7 @@ impl Store {
         }
         Ok(found)
     }
-    /// Other bases or layers that are known to have this digest: their names, sorted.
+    /// Other names of what is known to have this digest, sorted: those of other bases or layers, and further names of the same one.
     pub fn same_as(&self, object: &Object, digest: Digest) -> Result<Vec<String>> {
         let _lock = self.lock(false)?;
         let known = self.known()?;
@@ -252,8 +252,11 @@ impl Store {
         let others = known.digests.iter();
         let mut found: Vec<String> = others
             .filter(|(below, other)| **below != this && **other == digest)
-            .filter_map(|(below, _)| known.names.get(below))
+            .map(|(below, _)| *below)
+            .chain([this])
+            .filter_map(|below| known.names.get(&below))
             .flatten()
+            .filter(|name| **name != object.name)
             .cloned()
             .collect();
         found.sort();
@@ -262,8 +265,10 @@ impl Store {
     /// What the records say. The names lock is held.
     fn known(&self) -> Result<Known> {
         let mut known = Known::default();
-        for name in self.all_names()? {
-            let record = match read_name(&*self.names, &name) {
+        let all = self.all_names()?;
+        let records = many::each(&all, |name| read_name(&*self.names, name));
+        for (name, record) in all.into_iter().zip(records) {
+            let record = match record {
                 Ok(record) if record.kind != ObjectKind::Disk => record,
                 Ok(_) => continue,
                 Err(e) if e.kind() == Kind::Corrupt => continue,
