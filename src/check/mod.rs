@@ -205,6 +205,8 @@ impl<'a> Check<'a> {
                 }
             }
             Below::Layer(parent) => match self.survey.header_of(parent) {
+                // What it was made on was removed since: `references` calls it a leak.
+                None if !self.survey.needed(below) => {}
                 None => self.corrupt(
                     below,
                     format!("its parent, layer {parent}, is gone or unreadable"),
@@ -304,11 +306,16 @@ impl<'a> Check<'a> {
         if !self.report.corruptions.is_empty() {
             return;
         }
-        let garbage = "nothing refers to it; `forkdisk gc` removes it, `forkdisk check --repair` gives it a name again if it holds data";
+        let garbage = "left over: nothing refers to it; `forkdisk gc` removes it, `forkdisk check --repair` gives it a name again if it holds data";
+        let empty = "left over from a command that was interrupted, and holds nothing; `forkdisk gc` removes it";
         for id in self.survey.layers.clone() {
             let below = Below::Layer(id);
             if !needed.contains(&below) && self.survey.header_of(id).is_some() {
-                let finding = self.about(below, garbage);
+                let text = match self.survey.fresh.contains(&id) {
+                    true => empty,
+                    false => garbage,
+                };
+                let finding = self.about(below, text);
                 self.leak(finding);
             }
         }

@@ -14,7 +14,7 @@ pub struct Names(HashMap<Id, Vec<String>>);
 impl Names {
     /// All names of the store.
     pub fn of(store: &Store) -> Result<Names> {
-        Ok(Names::from_objects(&store.list()?))
+        Ok(Names::from_ids(&store.called()?))
     }
     /// The names of these objects.
     pub fn from_objects<'a>(objects: impl IntoIterator<Item = &'a Object>) -> Names {

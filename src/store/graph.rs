@@ -29,16 +29,8 @@ impl Store {
         for (name, kind) in self.bases.list()? {
             if let Some(id) = Id::parse(&name).filter(|_| kind == EntryKind::Dir) {
                 let allocated = self.base_allocated(id).unwrap_or(0);
-                graph.nodes.insert(
-                    Below::Base(id),
-                    Node {
-                        parent: None,
-                        rank: 0,
-                        allocated,
-                        bare: false,
-                        damaged: false,
-                    },
-                );
+                let node = Node::of_base(allocated);
+                graph.nodes.insert(Below::Base(id), node);
             }
         }
         // A link or a directory in the place of a name is unreadable, too.
@@ -64,7 +56,7 @@ impl Store {
         Ok(graph)
     }
     /// A layer of the graph; `None` if nobody knows what it stands on, and it may be needed.
-    fn node(&self, id: Id) -> Result<Option<Node>> {
+    pub(super) fn node(&self, id: Id) -> Result<Option<Node>> {
         let file = self.layers.open(&layer_file(id), Access::Read)?;
         let node = |header: Option<Header>| -> Result<Node> {
             Ok(Node {
@@ -166,6 +158,19 @@ pub(super) struct Node {
     pub bare: bool,
     /// Its header cannot be read, so nobody knows what it stands on.
     pub damaged: bool,
+}
+
+impl Node {
+    /// A base with so many host bytes.
+    pub fn of_base(allocated: u64) -> Node {
+        Node {
+            parent: None,
+            rank: 0,
+            allocated,
+            bare: false,
+            damaged: false,
+        }
+    }
 }
 
 /// Bases and layers, and who needs whom.

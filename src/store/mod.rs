@@ -15,6 +15,7 @@ mod flatten;
 mod graph;
 pub mod history;
 mod import;
+mod leaf;
 mod look;
 mod many;
 pub mod names;

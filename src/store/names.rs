@@ -195,6 +195,17 @@ pub fn read_name(names: &dyn Dir, name: &str) -> Result<NameRecord> {
     })
 }
 
+/// Is this record the only one of what it refers to, as far as it says? Not if it does not say its own name (it could have been copied), or if
+/// the name is still there that it had before.
+pub fn is_alone(names: &dyn Dir, name: &str) -> Result<bool> {
+    let record = Record::decode(&read_record(names, name)?)?;
+    let former = match record.get("former") {
+        Some(former) if former != name => names.entry(former)?,
+        _ => None,
+    };
+    Ok(record.get("name") == Some(name) && former.is_none())
+}
+
 /// Writes `bytes` into a new temporary file for `name`; returns the temporary's name, and the file, which is not durable yet.
 pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8]) -> Result<(String, Arc<dyn File>)> {
     let temporary = format!("{TEMPORARY}{name}");

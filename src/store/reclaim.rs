@@ -15,12 +15,24 @@ use crate::io::Access;
 use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::map::WORDS;
 use crate::units::{BLOCK, Id, Region};
+use std::collections::HashSet;
 
 /// The file that a scrub has locked: it reads sealed layers without their locks.
 const SCRUB: &str = "scrub";
 
 /// Setting of a disk whose own layer also keeps what it held earlier: that may come back, and so hides nothing for good.
 const HISTORY: &str = "history";
+
+/// What is done about blocks that nobody sees.
+#[derive(Clone, Copy)]
+enum How {
+    /// They are given back.
+    Do,
+    /// They are counted.
+    Count,
+    /// They are counted, in a layer that has a name as if it had none.
+    CountNamed,
+}
 
 impl Store {
     /// After names were removed: the layers that stay without one take no name any more, and give back what nobody sees. The names lock is
@@ -43,12 +55,33 @@ impl Store {
         if !left.is_empty() {
             self.layers.sync()?;
         }
-        for id in left {
-            if let Err(e) = self.reclaim(graph, id, false) {
+        // From below: what a layer has given back hides nothing any more.
+        for id in left.into_iter().rev() {
+            if let Err(e) = self.reclaim(graph, id, How::Do) {
                 left_alone(id, e)?;
             }
         }
         Ok(())
+    }
+    /// Bytes that the layers of snapshots give back if these lose their names and `garbage` goes: what [`Store::left_behind`] does then. The names
+    /// lock is held.
+    pub(super) fn would_reclaim(
+        &self,
+        mut graph: Graph,
+        garbage: &HashSet<Below>,
+        left: &HashSet<Below>,
+    ) -> Result<u64> {
+        for children in graph.children.values_mut() {
+            children.retain(|child| !garbage.contains(child));
+        }
+        let mut bytes = 0;
+        for below in left {
+            match self.reclaim(&graph, below.id(), How::CountNamed) {
+                Ok(more) => bytes += more,
+                Err(e) => left_alone(below.id(), e)?,
+            }
+        }
+        Ok(bytes)
     }
     /// Reclaims what can be reclaimed of all layers without a name; returns the bytes, and the layers. The names lock is held, and the
     /// names are synced.
@@ -75,7 +108,8 @@ impl Store {
         let mut bytes = 0;
         let mut shrunk = Vec::new();
         for id in layers {
-            match self.reclaim(graph, id, dry_run) {
+            let how = if dry_run { How::Count } else { How::Do };
+            match self.reclaim(graph, id, how) {
                 Ok(0) => {}
                 Ok(n) => {
                     bytes += n;
@@ -87,7 +121,7 @@ impl Store {
         Ok((bytes, shrunk))
     }
     /// Gives back the blocks of a layer without a name that each of its children hides; returns the bytes.
-    fn reclaim(&self, graph: &Graph, id: Id, dry_run: bool) -> Result<u64> {
+    fn reclaim(&self, graph: &Graph, id: Id, how: How) -> Result<u64> {
         let children = graph.children.get(&Below::Layer(id));
         let Some(children) = children.filter(|_| !graph.unreadable) else {
             return Ok(0);
@@ -102,7 +136,10 @@ impl Store {
                 Err(e) => return Err(e),
             }
         }
-        let access = if dry_run { Access::Read } else { Access::Write };
+        let access = match how {
+            How::Do => Access::Write,
+            How::Count | How::CountNamed => Access::Read,
+        };
         let file = match self.layers.open(&layer_file(id), access) {
             Err(e) if e.kind() == Kind::NotFound => return Ok(0),
             other => other?,
@@ -112,7 +149,9 @@ impl Store {
             other => other?,
         }
         let header = read_header(&*file)?;
-        if hiding.is_empty() || self.scrubbing()? || !prune::may_prune(&*file, &header)? {
+        // One that is still named is labelled as well, until then.
+        let may = matches!(how, How::CountNamed) || prune::may_prune(&*file, &header)?;
+        if hiding.is_empty() || self.scrubbing()? || !may {
             return Ok(0);
         }
         let hidden = |region: Region| -> Result<[u64; WORDS]> {
@@ -127,9 +166,9 @@ impl Store {
             }
             Ok(bits)
         };
-        let blocks = match dry_run {
-            true => prune::count(&ReadLayer::open(file)?, &hidden)?,
-            false => prune::prune(&file, &header, &hidden)?.blocks,
+        let blocks = match how {
+            How::Count | How::CountNamed => prune::count(&ReadLayer::open(file)?, &hidden)?,
+            How::Do => prune::prune(&file, &header, &hidden)?.blocks,
         };
         Ok(blocks * BLOCK)
     }

@@ -13,6 +13,10 @@ impl Store {
     /// What removing `refs` would take away. `InUse` if others need them and it is not `recursive`.
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
         let _lock = self.lock(false)?;
+        // The usual: one of thousands, that nothing stands on.
+        if let Some(plan) = self.leaves(refs)? {
+            return Ok(plan);
+        }
         let graph = self.graph()?;
         let objects = self.survey_locked()?.sound;
         let mut wanted: BTreeMap<String, Object> = BTreeMap::new();
@@ -56,12 +60,17 @@ impl Store {
             .garbage(|name| !going.contains_key(name))
             .into_iter()
             .collect();
+        let mut left = HashSet::new();
         for object in going.values() {
             let target = object_target(object);
             // What keeps another name may stay open by it, and so may what others stand on.
             let stays = object.kind == ObjectKind::Snapshot && !garbage.contains(&target);
-            if !stays && !kept.contains(&target) {
-                self.check_idle(object)?;
+            if kept.contains(&target) {
+                continue;
+            }
+            match stays {
+                true => drop(left.insert(target)),
+                false => self.check_idle(object)?,
             }
         }
         let mut list: Vec<Object> = going.into_values().collect();
@@ -71,7 +80,10 @@ impl Store {
                 o.name.clone(),
             )
         });
-        let frees = garbage.iter().map(|b| graph.nodes[b].allocated).sum();
+        let mut frees = garbage.iter().map(|b| graph.nodes[b].allocated).sum();
+        if !left.is_empty() {
+            frees += self.would_reclaim(graph, &garbage, &left)?;
+        }
         Ok(RemovePlan { names: list, frees })
     }
     /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
@@ -148,6 +160,13 @@ impl Store {
     /// Removes what a plan lists, then everything that nothing needs any more.
     pub fn remove(&self, plan: &RemovePlan) -> Result<()> {
         let _lock = self.lock(true)?;
+        // Someone may have written into what goes, or forked from it, since the plan was made.
+        let names: Vec<String> = plan.names.iter().map(|o| o.name.clone()).collect();
+        if let Some(now) = self.leaves(&names)?
+            && now.names.iter().map(|o| (&o.name, o.id)).eq(by_name(plan))
+        {
+            return self.remove_leaves(&now);
+        }
         let mut graph = self.graph()?;
         let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
         let garbage: HashSet<Below> = graph
@@ -322,4 +341,11 @@ impl Store {
         }
         self.bases.remove_dir(name)
     }
+}
+
+/// The names and ids of a plan in the order of names.
+fn by_name(plan: &RemovePlan) -> impl Iterator<Item = (&String, Id)> {
+    let mut all: Vec<_> = plan.names.iter().map(|o| (&o.name, o.id)).collect();
+    all.sort();
+    all.into_iter()
 }

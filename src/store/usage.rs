@@ -165,10 +165,17 @@ impl Store {
             .allocated()?
             .min(meta.len.next_multiple_of(BLOCK)))
     }
+    /// What is needed of the graph to tell about one object. The names lock is held.
+    fn graph_for(&self, object: &Object) -> Result<Graph> {
+        match self.graph_around(object)? {
+            Some(graph) => Ok(graph),
+            None => self.graph(),
+        }
+    }
     /// Space of one object.
     pub fn usage(&self, object: &Object) -> Result<Usage> {
         let _lock = self.lock(false)?;
-        let graph = self.graph()?;
+        let graph = self.graph_for(object)?;
         Costs::of(self, &graph, std::slice::from_ref(object)).usage(object)
     }
     /// Space of several objects, with one look at the store.
@@ -204,7 +211,7 @@ impl Store {
     /// All about one object.
     pub fn details(&self, object: &Object) -> Result<Details> {
         let _lock = self.lock(false)?;
-        let graph = self.graph()?;
+        let graph = self.graph_for(object)?;
         let chain = self.chain_of(object, &graph)?;
         let Some(Below::Base(base)) = chain.last().copied() else {
             return Err(Error::new(Kind::Corrupt, "the chain of layers has no base"));

@@ -10,6 +10,7 @@ use crate::io::{Access, File};
 use crate::layer::Layer;
 use crate::store::names::{NameRecord, check_part, read_name, stage};
 use crate::store::{Below, Object, ObjectKind, Store, layer_file};
+use crate::units::Id;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ impl Store {
             return Err(e);
         }
         drop(held);
-        self.forget_layers(record.target);
+        self.forget_layers(record.target, snapshot.id);
         self.object(disk)
     }
     /// [`Store::rollback`] of an attached disk that `running` is. Its size may change with it. Nobody uses it meanwhile: what is in others' caches is not
@@ -78,7 +79,7 @@ impl Store {
             }
         }
         self.note_opened(disk);
-        self.forget_layers(record.target);
+        self.forget_layers(record.target, snapshot.id);
         self.object(disk)
     }
     /// The disk's record, which need not refer to anything that can be read, and the snapshot.
@@ -173,7 +174,17 @@ impl Store {
         !named
     }
     /// Removes a layer that a disk wrote into, and those below that only it needed. What cannot be removed is left to `gc`.
-    fn forget_layers(&self, from: Below) {
+    /// `kept`: the layer of the snapshot, which has a name.
+    fn forget_layers(&self, from: Below, kept: Id) {
+        // The usual: what it wrote into stood on the snapshot, and nothing stands on that.
+        if let Some(Below::Layer(parent)) = self.parent_of_leaf(from)
+            && parent == kept
+        {
+            if let Err(e) = self.remove_layer(from.id()) {
+                tracing::warn!("what was rolled back is left to `forkdisk gc`: {e}");
+            }
+            return;
+        }
         let graph = match self.graph() {
             Ok(graph) => graph,
             Err(e) => {
