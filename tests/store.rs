@@ -241,6 +241,40 @@ fn all_about_one_of_many_is_told_without_their_layers() {
     }
 }
 
+#[test]
+fn to_remove_one_of_many_over_an_image_costs_one_sync() {
+    let (_dir, io, store) = counted(50);
+    let before = io.counts();
+    assert!(remove(&store, "d020") > 0);
+    let counts = io.counts() - before;
+    assert!(counts.opens < 25, "{counts:?}");
+    let syncs = (counts.syncs, counts.dir_syncs, counts.fs_syncs);
+    assert_eq!(syncs, (0, 1, 0), "one of the names: {counts:?}");
+    tidy(&store);
+}
+
+#[test]
+fn further_names_of_a_layer_are_the_same_as_it() {
+    let store = store();
+    fork(&store, "a", "base");
+    change(&store, "a", |disk| {
+        disk.write(&[1; 4096], 0).expect("write")
+    });
+    store.snapshot("a", "s", None).expect("made");
+    store.commit("a", "image", None).expect("published");
+    let same = |name: &str| {
+        let object = store.resolve(name).expect("there");
+        let effort = forkdisk::store::Effort::USUAL;
+        let digest = store.digest(&object, effort, &Quiet).expect("computed");
+        let digest = digest.expect("sealed");
+        store.same_as(&object, digest).expect("asked")
+    };
+    assert_eq!(same("a@s"), ["image"]);
+    assert_eq!(same("image"), ["a@s"]);
+    let e = store.rename("a", "a").expect_err("it has that name");
+    assert!(e.to_string().contains("its name already"), "{e}");
+}
+
 /// Removes one object; what the plan says becomes free.
 fn remove(store: &Store, name: &str) -> u64 {
     let plan = store.plan_removal(&[name.to_string()], false);

@@ -11,7 +11,7 @@ use super::names::{self, read_name};
 use super::objects::object_target;
 use super::{Below, Object, ObjectKind, RemovePlan, Store, layer_file, many, parent_of};
 use crate::error::{Kind, Result};
-use crate::format::{MAX_DEPTH, STATE_SEALED};
+use crate::format::STATE_SEALED;
 use crate::io::{Access, EntryKind};
 use crate::layer::{read_header, recover};
 use crate::units::Id;
@@ -47,20 +47,25 @@ impl Store {
                 plan.names.push(object);
             }
         }
-        let Some(all) = self.plain_names()? else {
-            return Ok(None);
-        };
-        let snapshots = |name: &String| {
-            let disk = name.split_once('@').map(|(disk, _)| disk);
-            disk.is_some_and(|disk| going.contains(disk))
-        };
-        if all.iter().any(snapshots) {
-            return Ok(None);
-        }
-        let first = plan.names.first().map_or("", |o| o.name.as_str());
-        for parent in parents {
-            if self.witness(parent, first, &all, &going).is_none() {
+        // A disk that stands on a base was never sealed, and so has no snapshots.
+        let above_layers = parents.iter().any(|p| matches!(p, Below::Layer(_)));
+        parents.retain(|parent| self.known_witness(*parent, &going).is_none());
+        if above_layers || !parents.is_empty() {
+            let Some(all) = self.plain_names()? else {
                 return Ok(None);
+            };
+            let snapshots = |name: &String| {
+                let disk = name.split_once('@').map(|(disk, _)| disk);
+                disk.is_some_and(|disk| going.contains(disk))
+            };
+            if all.iter().any(snapshots) {
+                return Ok(None);
+            }
+            let first = plan.names.first().map_or("", |o| o.name.as_str());
+            for parent in parents {
+                if self.near_witness(parent, first, &all, &going).is_none() {
+                    return Ok(None);
+                }
             }
         }
         // As they would be sorted by rank, and by name: these need not know their ranks, as none stands on another.
@@ -118,10 +123,10 @@ impl Store {
             let Some((parent, node)) = node.and_then(|n| Some((n.parent?, n))) else {
                 return Ok(None);
             };
-            if graph.nodes.len() > MAX_DEPTH as usize {
+            // A header may name anything, and so may a circle of them.
+            if graph.nodes.insert(at, node).is_some() {
                 return Ok(None);
             }
-            graph.nodes.insert(at, node);
             graph.children.entry(parent).or_default().push(at);
             at = parent;
         }
@@ -138,7 +143,9 @@ impl Store {
             None => own,
         };
         let not_itself = HashSet::from([object.name.clone()]);
-        let Some(other) = self.witness(shared, &object.name, &all, &not_itself) else {
+        let known = self.known_witness(shared, &not_itself);
+        let near = || self.near_witness(shared, &object.name, &all, &not_itself);
+        let Some(other) = known.or_else(near) else {
             return Ok(None);
         };
         // It stands there, if not directly.
@@ -184,24 +191,27 @@ impl Store {
             _ => file.allocated().map(Some),
         }
     }
-    /// A name of `all` that is not `going` and needs `below`, where one is found at once. `near`: a name that it may be like.
-    pub(super) fn witness(
+    /// A name that is not `going` and needs `below`, among those that it had.
+    fn known_witness(&self, below: Below, going: &HashSet<String>) -> Option<String> {
+        let needs = |name: &String| !going.contains(name) && self.leads_to(name, below);
+        self.names_it_had(below).into_iter().find(needs)
+    }
+    /// A name that is not `going` and needs `below`, among the neighbours of the name `near` in the order of `all`.
+    fn near_witness(
         &self,
         below: Below,
         near: &str,
         all: &[String],
         going: &HashSet<String>,
     ) -> Option<String> {
-        let needs = |name: &String| !going.contains(name) && self.leads_to(name, below);
-        let known = self.names_it_had(below);
-        if let Some(name) = known.into_iter().find(needs) {
-            return Some(name);
-        }
         let mut others: Vec<&String> = all.iter().filter(|n| !going.contains(*n)).collect();
         others.sort();
         let at = others.partition_point(|name| name.as_str() < near);
         let around = at.saturating_sub(NEIGHBOURS)..others.len().min(at + NEIGHBOURS);
-        others[around].iter().copied().find(|n| needs(n)).cloned()
+        let mut around = others[around].iter();
+        around
+            .find(|n| self.leads_to(n, below))
+            .map(|n| n.to_string())
     }
     /// What a base or layer was called: when it was made, and when it was sealed. It may be called otherwise by now.
     fn names_it_had(&self, below: Below) -> Vec<String> {

@@ -189,11 +189,11 @@ fn what_differs_is_told() {
     assert_eq!(w.ok(["diff", "a", "d", "-H"]), lines);
     assert_eq!(
         w.ok(["diff", "d", "a", "-H"]),
-        "8192\t4096\tdata\n65536\t8192\tdata"
+        "8192\t4096\tdata\n65536\t8192\tdata\n1048576\t1048576\tgone"
     );
     assert_eq!(
         w.ok(["diff", "a", "d", "-H", "--stat"]),
-        "12288\t4096\t8192\t2"
+        "12288\t4096\t8192\t2\t0"
     );
     let told = w.json(["diff", "a", "d"]);
     assert_eq!(
@@ -213,6 +213,11 @@ fn what_differs_is_told() {
     assert!(
         w.ok(["diff", "a", "d", "--stat"])
             .contains("1.0 MiB -> 2.0 MiB")
+    );
+    let told = w.json(["diff", "d", "a"]);
+    assert_eq!(
+        (&told["gone"], &told["count"]),
+        (&(1 << 20).into(), &3.into())
     );
     // A size that differs is a difference.
     w.ok(["create", "e", "--from", "a", "--size", "2M"]);
