@@ -319,8 +319,8 @@ fn a_window_moves_on() {
     assert_eq!(at(9999).expect("the last"), 30);
     // What is there can be gone back to, also if it is too old by now; only opening it lets go of it.
     world.clock.fetch_add(10_000, Ordering::SeqCst);
-    // Ten replaced blocks and the segment of their commits.
-    assert_eq!(history.bytes, 11 * B);
+    // Ten replaced blocks, and the segments of their commits: ten seconds are more than a segment of this window spans.
+    assert_eq!(history.bytes, 20 * B);
     assert!(world.rewind(20));
     assert_eq!(world.number(), [30, 31]);
     audit::layers(&world.sim, "window");
@@ -339,6 +339,66 @@ fn a_budget_is_kept() {
     }
     let kept = world.look_back(&mut Rng(2));
     assert!((8..=20).contains(&kept.len()), "{kept:?}");
+}
+
+/// A burst that is many times the budget: no flush leaves much more than that, and most of the budget is full of points that can be shown.
+#[test]
+fn a_burst_leaves_a_full_budget() {
+    for (seed, budget, each) in [(11, 1024, 13), (12, 1024, 120), (13, 256, 5)] {
+        let mut world = World::new(seed, 150, limits(None, Some(budget * B)));
+        // A sixteenth, or 64 blocks.
+        let more = (budget / 16).max(64);
+        let (mut written, mut most) = (0, 0);
+        while written < 20 * budget {
+            for i in written..written + each {
+                world.write(i % 150 * B, &noise(i, B));
+            }
+            written += each;
+            world.flush();
+            let held = world.open().history_bytes();
+            most = most.max(held / B);
+            // What a flush replaced comes to what was there, and what is noted of it.
+            assert!(held <= (budget + more + 2) * B, "{held} bytes are held");
+        }
+        assert!(most > budget, "the budget is never full: {most}");
+        // Housekeeping leaves no more than the budget.
+        world.open().maintain().expect("maintain");
+        assert!(world.open().history_bytes() <= (budget + 2) * B);
+        world.close();
+        let points = world.store.history("d").expect("a history").points;
+        let held: u64 = points.iter().map(|p| p.held).sum();
+        assert!(held >= budget * 3 / 5, "{held} of {budget} blocks are left");
+        let first = points[0].number;
+        let numbers: Vec<u64> = points.iter().map(|p| p.number).collect();
+        assert!(
+            numbers
+                .iter()
+                .copied()
+                .eq(first..first + points.len() as u64)
+        );
+        assert_eq!(world.look_back(&mut Rng(seed)), numbers);
+    }
+}
+
+/// What is too old goes little by little, whatever the journal holds.
+#[test]
+fn a_window_moves_on_in_small_steps() {
+    let window = 640;
+    let mut world = World::new(14, 40, limits(Some(window), None));
+    let start = world.clock.load(Ordering::SeqCst);
+    for i in 0..600u64 {
+        world.clock.store(start + 4 * i, Ordering::SeqCst);
+        world.write(i % 20 * B, &noise(i, B));
+        world.flush();
+        world.open().maintain().expect("maintain");
+        if i > 200 {
+            let points = world.store.history("d").expect("a history").points;
+            let age = world.clock.load(Ordering::SeqCst) - points[0].time / 1000;
+            // All of the window, and no more than a sixteenth beyond: three segments, and a flush.
+            assert!((window..=window + 3 * 10 + 4).contains(&age), "{age}");
+        }
+    }
+    world.look_back(&mut Rng(14));
 }
 
 /// On a full host disk the history goes before a writer is refused.

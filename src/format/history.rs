@@ -79,6 +79,10 @@ impl Step {
     pub fn changed(&self) -> u64 {
         self.undo.iter().map(|e| u64::from(e.get().1)).sum()
     }
+    /// Bytes that it takes in a segment.
+    pub fn noted(&self) -> u64 {
+        (size_of::<PointHeader>() + size_of_val(self.undo.as_slice())) as u64
+    }
     /// The slots of data that it replaced.
     pub fn slots(&self) -> impl Iterator<Item = u32> + '_ {
         let slots = self.undo.iter().map(|e| e.slot.get());
@@ -191,11 +195,8 @@ impl SegmentHeader {
     }
     /// Slots that a segment of `steps` occupies.
     pub fn slots_of(steps: &[Step]) -> u32 {
-        let entries: usize = steps.iter().map(|s| s.undo.len()).sum();
-        let bytes = size_of::<SegmentHeader>()
-            + steps.len() * size_of::<PointHeader>()
-            + entries * size_of::<CommitEntry>();
-        bytes.div_ceil(BLOCK_SIZE) as u32
+        let bytes = size_of::<SegmentHeader>() as u64 + steps.iter().map(Step::noted).sum::<u64>();
+        bytes.div_ceil(BLOCK) as u32
     }
     /// Decodes the head at the beginning of `bytes`; `None` if it is not a sound one of this layer, in a segment of `slots` slots.
     pub fn decode(bytes: &[u8], layer: &Id, slots: u32) -> Option<SegmentHeader> {

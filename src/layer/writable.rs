@@ -11,6 +11,7 @@
 //! of a commit. The latter is in `commit.rs`.
 
 mod commit;
+mod expiry;
 mod history;
 mod host;
 mod limit;
@@ -204,6 +205,8 @@ pub struct Layer {
     keeps: AtomicBool,
     /// Slots of the history.
     past: AtomicU64,
+    /// The last commit left the history much larger than it may be.
+    over: AtomicBool,
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -383,6 +386,7 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             keeps: AtomicBool::new(keeps),
             past: AtomicU64::new(past),
+            over: AtomicBool::new(false),
             file: host.clone(),
             host,
         }

@@ -49,7 +49,7 @@ impl Layer {
         drop(group);
         done?;
         // After the acknowledgement of the others, who need not wait for it.
-        if self.space.lock().journal_head > CHECKPOINT_SLOTS {
+        if self.space.lock().journal_head > CHECKPOINT_SLOTS || self.over.load(SeqCst) {
             match self.checkpoint_now() {
                 // The journal still has room: nothing is lost, and writers will be told in time.
                 Err(e) if e.kind() == Kind::NoSpace => {
@@ -210,6 +210,8 @@ impl Layer {
             _ => {}
         }
         self.past.store(c.history.slots(), SeqCst);
+        let room = self.history_room(&c.history);
+        self.over.store(c.history.is_over(room), SeqCst);
         for &(start, len) in &counted.freed {
             c.free.insert(start, len);
         }
@@ -365,6 +367,7 @@ impl Layer {
         c.forgotten = forgotten;
         history.done(&mut c.history);
         self.past.store(c.history.slots(), SeqCst);
+        self.over.store(false, SeqCst);
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);

@@ -5,21 +5,18 @@
 //! - the commits that can be undone follow each other without a gap, up to the last one: those of the segments, then those of the journal;
 //! - nobody needs the history to find what the disk shows now: where there is no room for it, it goes.
 
+use super::expiry::{WORTH, bytes_of};
 use super::{Commit, HOT_SLOTS, Layer, State};
 use crate::error::{Kind, Result};
-use crate::format::{CommitEntry, MAX_SEGMENTS, Pointer, SegmentHeader, Step, Superblock};
+use crate::format::{CommitEntry, Pointer, SegmentHeader, Step, Superblock};
 use crate::io::File;
 use crate::layer::history::{Keep, Segment, read_segment, segments};
 use crate::map::{RegionMap, WORDS, undo};
 use crate::sync::atomic::Ordering::SeqCst;
-use crate::units::{BLOCK, Id, REGION_BLOCKS, Region, Slot};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
 use std::collections::VecDeque;
 use zerocopy::little_endian::{U32, U64};
 
-/// Expired blocks that are worth a checkpoint of their own: 16 MiB.
-const WORTH: u64 = 4096;
-/// Into how many segments the housekeeping divides a window or a budget at least: what goes, goes by segments.
-const PARTS: u64 = 8;
 /// Regions with pointers of their own that a discard zeroes under one reservation: each may replace 512 blocks.
 pub(super) const KNOWN_REGIONS: u32 = 64;
 
@@ -29,16 +26,28 @@ pub(super) struct History {
     /// How much to keep; `None`: nothing.
     pub keep: Option<Keep>,
     /// Number and time of the oldest point. What the commits up to it replaced is free once a superblock says so.
-    oldest: (u64, u64),
-    segments: VecDeque<Segment>,
+    pub oldest: (u64, u64),
+    pub segments: VecDeque<Segment>,
     /// The commits of the journal.
     journal: Vec<Step>,
     /// Slots of replaced blocks that all of them hold.
     held: u64,
+    /// Bytes that those of the journal will take in a segment.
+    noted: u64,
     /// Slots of the segments.
     own: u64,
     /// Slots of which nobody can say any more whether they are held: a segment was damaged.
     lost: u64,
+}
+
+/// What goes as a whole: a segment, or a commit of the journal.
+pub(super) struct Part {
+    /// Its last commit.
+    pub number: u64,
+    /// When that was made.
+    pub time: u64,
+    /// What it occupies.
+    pub bytes: u64,
 }
 
 /// The history as the next superblock will describe it.
@@ -46,7 +55,7 @@ pub(super) struct Turn {
     oldest: (u64, u64),
     segments: VecDeque<Segment>,
     held: u64,
-    /// The new segment.
+    /// The new segments, which are neighbours.
     pub own: Option<(u32, u32)>,
     /// What is free once that superblock counts.
     pub freed: Vec<(u32, u32)>,
@@ -95,6 +104,7 @@ impl History {
             .iter()
             .map(|s| s.slots().count() as u64)
             .sum::<u64>();
+        history.noted = history.journal.iter().map(Step::noted).sum();
         if let Some(cut) = cut {
             history.oldest = history.oldest.max(cut);
         }
@@ -103,77 +113,36 @@ impl History {
     }
     /// Slots that it occupies.
     pub fn slots(&self) -> u64 {
-        self.held
-            + self
-                .segments
-                .iter()
-                .map(|s| u64::from(s.slots))
-                .sum::<u64>()
+        self.held + self.own
+    }
+    /// Bytes that it occupies, and will when what is in the journal has become segments.
+    pub fn bytes(&self) -> u64 {
+        self.slots() * BLOCK + self.noted
     }
     /// A commit was made that can be undone.
     pub fn push(&mut self, step: Step) {
         self.held += step.slots().count() as u64;
+        self.noted += step.noted();
         self.journal.push(step);
     }
     /// A commit was made that cannot be undone: the history begins with it.
     pub fn cut(&mut self, number: u64, time: u64) {
         self.oldest = (number, time);
     }
-    /// What goes one after the other, the oldest first: its last commit, the time of that, the slots it holds.
-    fn parts(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        let whole = |s: &Segment| (s.commits.1, s.last_time, s.blocks + u64::from(s.slots));
+    /// What goes one after the other, the oldest first.
+    pub fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+        let whole = |s: &Segment| Part {
+            number: s.commits.1,
+            time: s.last_time,
+            bytes: (s.blocks + u64::from(s.slots)) * BLOCK,
+        };
+        let of = |s: &Step| Part {
+            number: s.sequence,
+            time: s.time,
+            bytes: bytes_of(s),
+        };
         let segments = self.segments.iter().map(whole);
-        let of = |s: &Step| (s.sequence, s.time, s.slots().count() as u64);
         segments.chain(self.journal.iter().map(of))
-    }
-    /// The oldest point that is to stay, and how many slots are held behind it.
-    fn expired(&self, keep: &Keep) -> ((u64, u64), u64) {
-        let since = keep
-            .window
-            .map(|window| (keep.clock)().saturating_sub(window));
-        let room = keep.bytes.map_or(u64::MAX, |bytes| bytes / BLOCK);
-        let mut oldest = self.oldest;
-        let mut held = self.slots();
-        let mut freed = 0;
-        let mut left = self.segments.len();
-        for (number, time, slots) in self.parts() {
-            let gone = number <= self.oldest.0;
-            let old = since.is_some_and(|since| time <= since);
-            if !gone && !old && held <= room && left < MAX_SEGMENTS {
-                break;
-            }
-            if !gone {
-                oldest = (number, time);
-            }
-            held = held.saturating_sub(slots);
-            freed += slots;
-            left = left.saturating_sub(1);
-        }
-        (oldest, freed)
-    }
-    /// Is a checkpoint worth it: has enough expired, or is so much in the journal that it should become a segment?
-    fn due(&self) -> bool {
-        let Some(keep) = &self.keep else {
-            return false;
-        };
-        if self.slots() == 0 {
-            return false;
-        }
-        let (_, freed) = self.expired(keep);
-        let in_journal = || {
-            self.journal
-                .iter()
-                .map(|s| s.slots().count() as u64)
-                .sum::<u64>()
-        };
-        let much = keep.bytes.is_some_and(|bytes| {
-            self.slots() > bytes / BLOCK || in_journal() > (bytes / BLOCK / PARTS).max(1)
-        });
-        let age = |window: u64| {
-            let first = self.journal.first().map_or(u64::MAX, |s| s.time);
-            (keep.clock)().saturating_sub(first) > window / PARTS && in_journal() >= WORTH
-        };
-        freed >= WORTH.max(self.held / PARTS) || much || keep.window.is_some_and(age)
     }
 }
 
@@ -244,20 +213,20 @@ impl Layer {
         let mut commit = self.commit.lock();
         self.check_poison()?;
         let c = &mut *commit;
-        let held = c.history.slots();
-        if held == 0 {
+        if c.history.slots() == 0 {
             return Ok(false);
         }
+        let held = c.history.bytes();
         let mut given = 0;
         let mut oldest = c.history.oldest;
-        for (number, time, slots) in c.history.parts() {
+        for part in c.history.parts() {
             if given > held / 2 && held - given >= WORTH {
                 break;
             }
-            oldest = oldest.max((number, time));
-            given += slots;
+            oldest = oldest.max((part.number, part.time));
+            given += part.bytes;
         }
-        tracing::warn!(layer = %self.id, "the host disk is full: {} bytes of the history go", given * BLOCK);
+        tracing::warn!(layer = %self.id, "the host disk is full: {given} bytes of the history go");
         c.history.oldest = oldest;
         self.checkpoint(c, State::Writable)?;
         Ok(true)
@@ -269,7 +238,7 @@ impl Layer {
         }
         let mut commit = self.commit.lock();
         self.check_poison()?;
-        if !commit.history.due() {
+        if !commit.history.due(self.history_room(&commit.history)) {
             return Ok(());
         }
         match self.checkpoint(&mut commit, State::Writable) {
@@ -278,23 +247,24 @@ impl Layer {
         }
     }
 
-    /// What the next superblock will say of the history: writes what stays of the journal's as a segment, which is not durable yet.
+    /// What the next superblock will say of the history: writes what stays of the journal's as segments, which are not durable yet.
     /// Where there is no room for that, the history goes.
     pub(super) fn turn_history(&self, c: &Commit) -> Result<Turn> {
         let h = &c.history;
         let last = c.next_commit.saturating_sub(1);
+        let room = self.history_room(h);
         let (mut oldest, now) = match &h.keep {
-            Some(keep) => (h.expired(keep).0, (keep.clock)()),
+            Some(keep) => (h.expired(keep, room).0, (keep.clock)()),
             None => ((last, 0), 0),
         };
         let stays = h.journal.iter().filter(|s| s.sequence > oldest.0);
         let steps: Vec<Step> = stays.cloned().collect();
         let previous = h.segments.back().filter(|s| s.commits.1 > oldest.0);
         let previous = previous.map_or((0, 0), |s| (s.slot, s.slots));
-        let mut own = None;
+        let mut new = Vec::new();
         if !steps.is_empty() {
-            match self.write_segment(&steps, previous) {
-                Ok(segment) => own = Some(segment),
+            match self.write_segments(&h.divided(&steps, room), previous) {
+                Ok(segments) => new = segments,
                 Err(e) if e.kind() == Kind::NoSpace => {
                     tracing::warn!(layer = %self.id, "there is no room for the history, it begins anew: {e}");
                     oldest = (last, now);
@@ -306,7 +276,10 @@ impl Layer {
             oldest,
             segments: h.segments.clone(),
             held: 0,
-            own: own.as_ref().map(|s| (s.slot, s.slots)),
+            own: new.first().map(|first| {
+                let slots = new.iter().map(|s| s.slots).sum();
+                (first.slot, slots)
+            }),
             freed: Vec::new(),
             lost: h.lost,
         };
@@ -323,33 +296,44 @@ impl Layer {
         }
         let gone = h.journal.iter().filter(|s| s.sequence <= oldest.0);
         freed.extend(gone.flat_map(Step::slots));
-        turn.segments.extend(own);
+        turn.segments.extend(new);
         turn.held = turn.segments.iter().map(|s| s.blocks).sum();
         turn.freed = extents(freed);
         Ok(turn)
     }
-    fn write_segment(&self, steps: &[Step], previous: (u32, u32)) -> Result<Segment> {
-        let slots = SegmentHeader::slots_of(steps);
+    /// Writes a segment for each part of neighbouring commits, side by side.
+    fn write_segments(&self, parts: &[&[Step]], previous: (u32, u32)) -> Result<Vec<Segment>> {
+        let slots = parts.iter().map(|part| SegmentHeader::slots_of(part)).sum();
         let start = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
             space.contiguous(slots)?.0
         };
-        let bytes = SegmentHeader::encode(&self.id, steps, previous);
+        let mut bytes = Vec::with_capacity(slots as usize * BLOCK_SIZE);
+        let mut segments = Vec::with_capacity(parts.len());
+        let mut before = previous;
+        let mut slot = start;
+        for part in parts {
+            let slots = SegmentHeader::slots_of(part);
+            bytes.extend(SegmentHeader::encode(&self.id, part, before));
+            let ends = |step: Option<&Step>| step.map_or((0, 0), |s| (s.sequence, s.time));
+            let (first, last) = (ends(part.first()), ends(part.last()));
+            segments.push(Segment {
+                slot,
+                slots,
+                commits: (first.0, last.0),
+                first_time: first.1,
+                last_time: last.1,
+                blocks: part.iter().map(|s| s.slots().count() as u64).sum(),
+            });
+            before = (slot, slots);
+            slot += slots;
+        }
         if let Err(e) = self.file.write_at(&bytes, Slot(start).at()) {
             self.unused(start, slots);
             return Err(e);
         }
-        let ends = |step: Option<&Step>| step.map_or((0, 0), |s| (s.sequence, s.time));
-        let (first, last) = (ends(steps.first()), ends(steps.last()));
-        Ok(Segment {
-            slot: start,
-            slots,
-            commits: (first.0, last.0),
-            first_time: first.1,
-            last_time: last.1,
-            blocks: steps.iter().map(|s| s.slots().count() as u64).sum(),
-        })
+        Ok(segments)
     }
 }
 
@@ -377,6 +361,7 @@ impl Turn {
             segments: self.segments,
             journal: Vec::new(),
             held: self.held,
+            noted: 0,
             lost: 0,
         };
     }

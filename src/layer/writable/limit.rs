@@ -15,7 +15,7 @@ use crate::units::{Lba, REGION_BLOCKS};
 use zerocopy::little_endian::U64;
 
 /// The limit of a layer that has none.
-const NONE: u64 = u64::MAX;
+pub(super) const NONE: u64 = u64::MAX;
 
 impl Layer {
     /// Gives the layer another size in bytes, which is durable on return. If it becomes smaller, what is cut off must have been zeroed and flushed.
