@@ -8,6 +8,7 @@ use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::layer::volatile;
+use forkdisk::store::history::{At, Limits};
 use forkdisk::store::{ImportMode, ImportSource, Member, Quiet, QuotaChange, Store};
 use std::path::Path;
 use std::sync::Arc;
@@ -467,6 +468,16 @@ fn dies_in_the_middle(
     change: impl Fn(&Store, &CowDisk),
     after: &dyn Fn(&[u8]) -> Vec<u8>,
 ) {
+    dies_with_a_history(None, what, change, after);
+}
+
+/// The same of a disk that keeps its history.
+fn dies_with_a_history(
+    keeps: Option<Limits>,
+    what: &str,
+    change: impl Fn(&Store, &CowDisk),
+    after: &dyn Fn(&[u8]) -> Vec<u8>,
+) {
     let mut whole = 0;
     for at in 0.. {
         let sim = SimDisk::new(at);
@@ -480,6 +491,7 @@ fn dies_in_the_middle(
         store.snapshot_running(&disk, "d", "s", None).unwrap();
         disk.close().unwrap();
         drop(disk);
+        store.set_history(&["d".to_string()], keeps).unwrap();
         let memory = volatile::private().unwrap();
         let object = store.resolve("d").unwrap();
         let disk = store.open_cow_on(&object, memory.clone()).unwrap();
@@ -521,6 +533,25 @@ fn dies_in_the_middle(
             }
         }
     }
+}
+
+#[test]
+fn a_death_in_a_rewind_leaves_the_one_or_the_other() {
+    let back = |_: &[u8]| {
+        let mut all = base();
+        all[..B as usize].fill(1);
+        all
+    };
+    let change = |store: &Store, disk: &CowDisk| {
+        let oldest = store.history("d").unwrap().points[0].number;
+        let done = store.rewind_running(disk, "d", At::Number(oldest)).unwrap();
+        assert_eq!(done.blocks, 2);
+    };
+    let keeps = Limits {
+        window: Some(1_000_000),
+        bytes: None,
+    };
+    dies_with_a_history(Some(keeps), "rewind", change, &back);
 }
 
 #[test]

@@ -5,18 +5,22 @@
 mod common;
 use common::{Rng, audit, base_image, read_all};
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::error::Kind;
+use forkdisk::error::{Error, Kind, Result};
 use forkdisk::io::count::Counting;
 use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::layer::history::Hold;
 use forkdisk::layer::volatile;
 use forkdisk::store::history::{At, Limits};
+use forkdisk::store::names::Extra;
+use forkdisk::store::past::{Owner, PastFork};
 use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::sys::shared::SharedMemory;
+use forkdisk::units::Id;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 const B: u64 = 4096;
 
@@ -534,6 +538,190 @@ fn an_interrupt_changes_nothing() {
     }
     assert!(world.store.gc(true).expect("gc").layers.is_empty());
     assert!(world.rewind(first));
+}
+
+/// A process that has a disk open while another one reads its past.
+struct Writer {
+    disk: Arc<CowDisk>,
+    hold: Option<Arc<Hold>>,
+}
+
+impl Owner for Writer {
+    fn hold(&mut self, layer: Id, point: u64) -> Result<()> {
+        self.hold = Some(self.disk.hold_point(layer, point)?);
+        Ok(())
+    }
+    fn let_go(&mut self) -> Result<()> {
+        match self.hold.take().is_some_and(|hold| hold.is_whole()) {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Busy, "it went")),
+        }
+    }
+}
+
+/// What happens while a fork is being made.
+struct Meanwhile<F>(Mutex<F>);
+
+impl<F: FnMut(u64) + Send> forkdisk::store::Progress for Meanwhile<F> {
+    fn update(&self, done: u64, _: u64) -> bool {
+        (self.0.lock().expect("one thread"))(done);
+        true
+    }
+}
+
+fn fork_of<'a>(name: &'a str, number: u64, settings: &'a Extra) -> PastFork<'a> {
+    PastFork {
+        name,
+        from: "d",
+        at: At::Number(number),
+        size: None,
+        settings,
+    }
+}
+
+/// A disk that is overwritten many times while its past is copied, with a budget in which none of that finds room: the fork is what the disk was
+/// then, and the disk is what it would be.
+#[test]
+fn a_busy_disk_is_forked_as_it_was() {
+    let blocks = 9000;
+    let mut world = World::new(15, blocks, limits(None, Some(512 * B)));
+    for i in 0..blocks / 500 {
+        world.write(i * 500 * B, &noise(i, 500 * B));
+    }
+    world.flush();
+    for i in 0..6 {
+        world.write(i * 977 * B, &noise(i + 20, 3 * B));
+        world.discard((i * 1301 + 7) * B, 2 * B);
+        world.flush();
+    }
+    world.points.retain(|n, _| *n >= 2);
+    let disk = world.open();
+    let (_, last) = disk.point().expect("writable");
+    let number = last - 4;
+    let then = world.points[&number].clone();
+    let mut now = std::mem::take(&mut world.now);
+    let (mut rounds, mut most) = (0, 0);
+    let meanwhile = Meanwhile(Mutex::new(|_: u64| {
+        for i in 0..8 {
+            let at = (rounds * 8 + i) * 31 % (blocks - 20) * B;
+            let data = noise(rounds ^ i << 20, 20 * B);
+            disk.write(&data, at).expect("write");
+            now[at as usize..at as usize + data.len()].copy_from_slice(&data);
+            disk.flush().expect("flush");
+        }
+        disk.maintain().expect("maintain");
+        most = most.max(disk.history_bytes());
+        rounds += 1;
+    }));
+    let settings = Extra::default();
+    let mut writer = Writer {
+        disk: disk.clone(),
+        hold: None,
+    };
+    let made = world.store.create_at_with(
+        &fork_of("f", number, &settings),
+        Some(&mut writer),
+        &meanwhile,
+    );
+    let made = made.expect("a fork");
+    assert!(rounds > 30 && most > 2 * 512 * B, "{rounds}, {most}");
+    let fork = world.store.open_disk(&made, false).expect("open");
+    same(&read_all(&*fork).expect("read"), &then, number);
+    drop(fork);
+    assert!(read_all(&*disk).expect("read") == now);
+    // Nobody holds it any more: the budget counts again.
+    disk.maintain().expect("maintain");
+    assert!(disk.history_bytes() <= 514 * B);
+    disk.close().expect("close");
+    drop((disk, writer));
+    world.disk = None;
+    audit::layers(&world.sim, "a busy disk");
+}
+
+/// What ends the history while it is read ends that: there is no fork, and nothing is left of it.
+#[test]
+fn a_history_that_ends_while_it_is_read_makes_no_fork() {
+    for how in 0..3 {
+        let mut world = World::new(16 + how, 1000, limits(Some(1_000_000), None));
+        world.write(0, &noise(1, 600 * B));
+        let first = world.flush();
+        world.write(0, &noise(2, 600 * B));
+        let second = world.flush();
+        let disk = world.open();
+        let store = &world.store;
+        let mut done = false;
+        let meanwhile = Meanwhile(Mutex::new(|_: u64| {
+            if std::mem::replace(&mut done, true) {
+                return;
+            }
+            match how {
+                0 => drop(
+                    store
+                        .snapshot_running(&disk, "d", "s", None)
+                        .expect("taken"),
+                ),
+                1 => disk.set_keep(None).expect("off"),
+                _ => drop(
+                    store
+                        .rewind_running(&disk, "d", At::Number(second))
+                        .expect("back"),
+                ),
+            }
+        }));
+        let settings = Extra::default();
+        let mut writer = Writer {
+            disk: disk.clone(),
+            hold: None,
+        };
+        let made = store.create_at_with(
+            &fork_of("f", first, &settings),
+            Some(&mut writer),
+            &meanwhile,
+        );
+        assert_eq!(made.expect_err("it ended").kind(), Kind::Busy, "{how}");
+        assert_eq!(store.resolve("f").expect_err("none").kind(), Kind::NotFound);
+        // What is gone cannot be held.
+        if how < 2 {
+            let (own, _) = disk.point().expect("writable");
+            let held = disk.hold_point(own, first);
+            assert!(held.is_err_and(|e| e.kind() == Kind::NotFound));
+        }
+        drop((disk, writer));
+        world.close();
+        assert!(world.store.gc(true).expect("gc").layers.is_empty());
+        audit::layers(&world.sim, "ended");
+    }
+}
+
+/// A disk goes back while it is attached; what is undone can be done again.
+#[test]
+fn an_attached_disk_goes_back() {
+    let mut world = World::new(19, 300, limits(Some(1_000_000), None));
+    let mut flushes = Vec::new();
+    for i in 0..8 {
+        world.write(i * 30 * B, &noise(i, 50 * B));
+        world.discard(i * 17 * B, 5 * B);
+        flushes.push(world.flush());
+    }
+    world.write(0, &noise(99, 10 * B));
+    let unflushed = world.now.clone();
+    let disk = world.open();
+    let back = |number| world.store.rewind_running(&disk, "d", At::Number(number));
+    back(flushes[2]).expect("back");
+    let found = read_all(&*disk).expect("read");
+    same(&found, &world.points[&flushes[2]], flushes[2]);
+    let points = world.store.history("d").expect("a history").points;
+    let last = points[points.len() - 2].number;
+    back(last).expect("forth");
+    let found = read_all(&*disk).expect("read");
+    same(&found, &unflushed, last);
+    assert_eq!(back(9999).expect_err("none").kind(), Kind::NotFound);
+    disk.write(&noise(7, B), B).expect("it goes on");
+    world.now = unflushed;
+    world.now[B as usize..2 * B as usize].copy_from_slice(&noise(7, B));
+    drop(disk);
+    world.flush();
+    world.look_back(&mut Rng(19));
 }
 
 /// A snapshot ends the history, and its space is free; the disk goes on with a new one. Without the setting nothing is kept.

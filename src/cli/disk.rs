@@ -10,9 +10,13 @@ use crate::{
         resize::QuotaArgs,
         store::counted,
     },
-    daemon::{Attached, Client},
+    daemon::{Attached, Client, PastOwner},
     error::{Error, Kind, Result},
-    store::{Object, ObjectKind, RemovePlan, Store},
+    store::{
+        Object, ObjectKind, RemovePlan, Store,
+        names::Extra,
+        past::{Owner, PastFork},
+    },
     sys::signals,
 };
 use clap::Args;
@@ -92,7 +96,7 @@ impl Create {
             });
         }
         let made = match from.kind {
-            _ if self.at.is_some() => self.past(context, &store, &from, size)?,
+            _ if self.at.is_some() => self.past(context, &store, &from, size, &settings)?,
             ObjectKind::Disk => match context.daemon_of(&store, &from.name)? {
                 Some((mut daemon, _)) => daemon.create(&names, &from.name, size, &quota)?,
                 None => store.create_with(&names, &from.name, size, &settings)?,
@@ -131,14 +135,33 @@ impl Create {
         store: &Store,
         from: &Object,
         size: Option<u64>,
+        settings: &Extra,
     ) -> Result<Vec<Object>> {
         let Some(at) = self.at else {
             return Ok(Vec::new());
         };
+        let fork = PastFork {
+            name: &self.name,
+            from: &from.name,
+            at: at.at(),
+            size,
+            settings,
+        };
+        let mut attached = match from.kind {
+            ObjectKind::Disk => context.daemon_of(store, &from.name)?,
+            _ => None,
+        };
+        // Of one that is attached for reading nothing changes.
+        attached = attached.filter(|(_, a)| !a.read_only);
+        let mut owner = attached.as_mut().map(|(daemon, _)| PastOwner {
+            daemon,
+            disk: &from.name,
+        });
         signals::catch();
         let label = format!("copying {} as it was", from.name);
         let progress = context.ui.progress(&label);
-        let made = store.create_at(&self.name, &from.name, at.at(), size, &*progress)?;
+        let owner = owner.as_mut().map(|o| o as &mut dyn Owner);
+        let made = store.create_at_with(&fork, owner, &*progress)?;
         Ok(vec![made])
     }
 }

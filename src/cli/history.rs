@@ -7,7 +7,7 @@ use crate::{
         render::{size::parse_size, time},
         store::counted,
     },
-    error::{Error, Kind, Result},
+    error::{Kind, Result},
     store::history::{At, Limits, Rewound},
     sys::signals,
 };
@@ -67,10 +67,36 @@ fn span(text: &str) -> Option<u64> {
     (!text.is_empty()).then_some(total)
 }
 
+/// Milliseconds of `12` or `12.345` seconds; of further digits nothing is told.
+fn in_ms(text: &str) -> Option<u64> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    let plain = |digits: &str| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    if !plain(whole) || !plain(fraction) {
+        return None;
+    }
+    let ms: String = fraction.chars().chain("00".chars()).take(3).collect();
+    let whole = whole.parse::<u64>().ok()?.checked_mul(1000)?;
+    whole.checked_add(ms.parse().ok()?)
+}
+
+/// Milliseconds of what [`span`] reads, of which the seconds may have a fraction: `1.5s`, `1m0.25s`.
+fn span_ms(text: &str) -> Option<u64> {
+    let Some((_, fraction)) = text.split_once('.') else {
+        return span(text)?.checked_mul(1000);
+    };
+    fraction.strip_suffix('s')?;
+    let seconds = text.rfind(['d', 'h', 'm']).map_or(0, |at| at + 1);
+    let before = match seconds {
+        0 => 0,
+        at => span(&text[..at])?.checked_mul(1000)?,
+    };
+    before.checked_add(in_ms(&text[seconds..text.len() - 1])?)
+}
+
 /// A point of a history: `-90s`, `2026-11-27T23:10:00Z`, seconds since 1970, `#N`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum TimeArg {
-    /// So many seconds ago.
+    /// So many milliseconds ago.
     Ago(u64),
     /// This point.
     Is(At),
@@ -79,9 +105,7 @@ pub(crate) enum TimeArg {
 impl TimeArg {
     pub(crate) fn at(self) -> At {
         match self {
-            TimeArg::Ago(seconds) => {
-                At::Time(time::now_ms().saturating_sub(seconds.saturating_mul(1000)))
-            }
+            TimeArg::Ago(ms) => At::Time(time::now_ms().saturating_sub(ms)),
             TimeArg::Is(at) => at,
         }
     }
@@ -94,16 +118,19 @@ impl FromStr for TimeArg {
         let found = if let Some(number) = text.strip_prefix('#') {
             number.parse().ok().map(|n| TimeArg::Is(At::Number(n)))
         } else if let Some(past) = text.strip_prefix('-') {
-            span(past).map(TimeArg::Ago)
+            span_ms(past).map(TimeArg::Ago)
         } else if text.contains('T') || text.contains(' ') || text.contains('t') {
             time::parse_rfc3339(text).map(|ms| TimeArg::Is(At::Time(ms)))
         } else {
-            let seconds = text.parse::<u64>().ok();
-            let ms = seconds.and_then(|s| s.checked_mul(1000)?.checked_add(999));
+            let ms = match text.contains('.') {
+                true => in_ms(text),
+                // All of that second.
+                false => in_ms(text).and_then(|ms| ms.checked_add(999)),
+            };
             ms.map(|ms| TimeArg::Is(At::Time(ms)))
         };
         found.ok_or_else(|| {
-            "write how long ago (-90s, -2h), a time (2026-11-27T23:10:00Z, seconds since 1970), or a point (#12)".into()
+            "write how long ago (-90s, -1.5s, -2h), a time (2026-11-27T23:10:00Z, seconds since 1970), or a point (#12)".into()
         })
     }
 }
@@ -121,7 +148,7 @@ pub(crate) fn when(ms: u64) -> String {
 /// Make a disk what it was at a point of its history
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The disk must be detached. What is undone is a point of the history, too: it can be undone.\n\
+    after_help = "The disk may be attached, but not mounted or in use. What is undone is a point of the history, too: it can be undone.\n\
         `forkdisk create NEW --from DISK --at TIME` leaves the disk as it is."
 )]
 pub(crate) struct Rewind {
@@ -148,19 +175,20 @@ impl Rewind {
         let ui = &context.ui;
         let store = context.open_to_change()?;
         let name = store.resolve(&self.disk)?.name;
-        if let Some(a) = context.attached(&store)?.iter().find(|a| a.name == name) {
-            return Err(Error::new(Kind::Busy, format!("{} is attached", a.name))
-                .hint(format!("`forkdisk detach {}` first; or `forkdisk create NEW --from {0} --at TIME` after that, which leaves it as it is", a.name))
-                .into());
-        }
         // The same instant in all that follows.
         let at = self.at.at();
-        let plan = store.look_back(&name, at)?;
+        let mut attached = context
+            .daemon_of(&store, &name)?
+            .filter(|(_, a)| !a.read_only);
+        let plan = match attached {
+            None => store.look_back(&name, at)?,
+            Some(_) => store.look_back_busy(&name, at)?,
+        };
         let exact = At::Number(plan.point.number);
         let done = if context.dry_run {
             plan
         } else {
-            if !plan.undoable {
+            if !plan.undoable && attached.is_none() {
                 ui.confirm(
                     &format!(
                         "{} have changed since, too many to take back in one step: the history of {name} begins anew.\n",
@@ -169,11 +197,21 @@ impl Rewind {
                     "Go back all the same?",
                 )?;
             }
-            signals::catch();
-            let progress = ui.progress(&format!("rewinding {name}"));
-            let done = store.rewind(&name, exact, &*progress);
-            drop(progress);
-            done?
+            match &mut attached {
+                Some((daemon, a)) => {
+                    daemon
+                        .rewind(a, plan.point.number)
+                        .map_err(|e| match e.kind() {
+                            Kind::Busy => e.context(format!("cannot take {name} back")),
+                            _ => e,
+                        })?
+                }
+                None => {
+                    signals::catch();
+                    let progress = ui.progress(&format!("rewinding {name}"));
+                    store.rewind(&name, exact, &*progress)?
+                }
+            }
         };
         let Rewound {
             point,
@@ -244,8 +282,12 @@ mod tests {
     fn times_are_read() {
         let at = |ms| Ok(TimeArg::Is(At::Time(ms)));
         for (text, expected) in [
-            ("-90s", Ok(TimeArg::Ago(90))),
-            ("-1h30m", Ok(TimeArg::Ago(5400))),
+            ("-90s", Ok(TimeArg::Ago(90_000))),
+            ("-1h30m", Ok(TimeArg::Ago(5_400_000))),
+            ("-1.5s", Ok(TimeArg::Ago(1500))),
+            ("-0.0129s", Ok(TimeArg::Ago(12))),
+            ("-1m0.25s", Ok(TimeArg::Ago(60_250))),
+            ("1700000000.25", at(1_700_000_000_250)),
             ("#12", Ok(TimeArg::Is(At::Number(12)))),
             // All of that second.
             ("1700000000", at(1_700_000_000_999)),
@@ -261,6 +303,16 @@ mod tests {
             "#x",
             "-",
             "-5",
+            "-1.5",
+            "-1.5m",
+            "-.5s",
+            "-1.s",
+            "-1.5s3m",
+            "-1.5.5s",
+            "-1.+5s",
+            "1700000000.",
+            "1700000000.x",
+            "18446744073709551615",
             "5m",
             "yesterday",
             "2026-13-01T00:00:00Z",

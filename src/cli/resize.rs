@@ -154,7 +154,10 @@ impl Resize {
             };
         }
         if let Some(HistoryArg(limits)) = self.history {
-            store.set_history(std::slice::from_ref(&name), limits)?;
+            match &mut attached {
+                Some((daemon, a)) if !a.read_only => daemon.set_history(&name, limits)?,
+                _ => store.set_history(std::slice::from_ref(&name), limits)?,
+            }
         }
         let object = store.resolve(&name)?;
         let now = context.quota_of(&store, &object, attached.is_some());
@@ -183,11 +186,7 @@ impl Resize {
                 Some(_) => "keeps its history",
                 None => "keeps no history",
             };
-            let when = match attached.is_some() {
-                true => " from its next attach on",
-                false => "",
-            };
-            ui.talk(format_args!("{name} {what}{when}"));
+            ui.talk(format_args!("{name} {what}"));
         }
         Ok(())
     }

@@ -1,8 +1,10 @@
 //! How commands talk to the daemon.
 
 mod changes;
+mod past;
 
 pub use changes::Waiting;
+pub use past::PastOwner;
 
 use super::changes::quota_json;
 use super::protocol::{

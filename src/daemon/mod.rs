@@ -19,11 +19,12 @@ mod keeper;
 mod layers;
 mod log;
 mod metrics;
+mod past;
 pub mod protocol;
 mod server;
 pub mod stats;
 
-pub use client::{Client, TakenOver, Waiting};
+pub use client::{Client, PastOwner, TakenOver, Waiting};
 pub use dead::{Dead, dead_devices};
 pub use keeper::{Keep, keep, run, serve};
 

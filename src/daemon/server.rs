@@ -339,6 +339,7 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
         return;
     };
     let mut reader = BufReader::new(stream);
+    let mut held = None;
     loop {
         let request = match receive(&mut reader) {
             Ok(Some(request)) => request,
@@ -358,7 +359,8 @@ fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
             return;
         }
         let said = server
-            .answer(&request, begun)
+            .answer_on_past(&request, &mut held)
+            .unwrap_or_else(|| server.answer(&request, begun))
             .unwrap_or_else(|e| failure(&e));
         let sent = send(&mut writer, &said);
         // Only now: a server that leaves waits for that.

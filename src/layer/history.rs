@@ -5,15 +5,16 @@
 //!
 //! Not here: what is kept and for how long; that is the writer's business.
 
-use super::ReadLayer;
+use super::{ReadLayer, recover};
 use crate::error::{Error, Kind, Result};
 use crate::format::{JOURNAL_SLOTS, MAX_SEGMENTS, Pointer, SegmentHeader, Step, Superblock};
 use crate::io::File;
 use crate::map::RegionMap;
 use crate::map::undo::Undo;
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// How much of its past a layer keeps.
 #[derive(Clone)]
@@ -24,6 +25,58 @@ pub struct Keep {
     pub bytes: Option<u64>,
     /// The time now, in milliseconds since 1970. It labels points and orders nothing.
     pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+/// As long as somebody has it, a point of a layer that is open for writing stays: also where it is too old, or too much. It goes all the same
+/// where room is needed, or where the history ends.
+#[derive(Debug)]
+pub struct Hold {
+    /// Number of the point.
+    pub number: u64,
+    gone: AtomicBool,
+}
+
+impl Hold {
+    /// Was the point there all the time, so that what it showed could be read?
+    pub fn is_whole(&self) -> bool {
+        !self.gone.load(SeqCst)
+    }
+}
+
+/// The points that somebody holds. When this goes, nobody keeps them any more.
+#[derive(Default)]
+pub(super) struct Holds(Vec<Weak<Hold>>);
+
+impl Holds {
+    /// Holds point `number`.
+    pub fn add(&mut self, number: u64) -> Arc<Hold> {
+        let hold = Arc::new(Hold {
+            number,
+            gone: AtomicBool::new(false),
+        });
+        self.0.retain(|held| held.strong_count() > 0);
+        self.0.push(Arc::downgrade(&hold));
+        hold
+    }
+    fn all(&self) -> impl Iterator<Item = Arc<Hold>> + '_ {
+        self.0.iter().filter_map(Weak::upgrade)
+    }
+    /// The oldest that must stay.
+    pub fn oldest(&self) -> Option<u64> {
+        self.all().map(|hold| hold.number).min()
+    }
+    /// What is before point `oldest` can be shown no more.
+    pub fn begin_at(&self, oldest: u64) {
+        for hold in self.all().filter(|hold| hold.number < oldest) {
+            hold.gone.store(true, SeqCst);
+        }
+    }
+}
+
+impl Drop for Holds {
+    fn drop(&mut self) {
+        self.begin_at(u64::MAX);
+    }
 }
 
 /// A history segment of a layer file.
@@ -138,6 +191,12 @@ pub fn read_segment(file: &dyn File, layer: &Id, segment: &Segment) -> Result<Ve
 }
 
 impl ReadLayer {
+    /// Has nothing that was read of it been let go of since it was opened? A layer that somebody writes into is read before this is asked, and
+    /// again if it is not so.
+    pub fn is_current(&self) -> Result<bool> {
+        let now = recover::superblock(&**self.file(), self.header())?.superblock;
+        Ok(now.sequence == self.superblock().sequence)
+    }
     /// Does it keep its history?
     pub fn has_history(&self) -> bool {
         self.superblock().has_history()

@@ -2,29 +2,26 @@
 //!
 //! Always true: a disk that goes back is all that it was at that point, or all that it was before.
 
-use super::names::{self, NameRecord, check_part, stage};
-use super::objects::{disk_size, taken};
-use super::{Below, Object, ObjectKind, Progress, Store, in_use, layer_file, parent_of};
+use super::graph::TRIES;
+use super::names::{self, NameRecord, stage};
+use super::objects::must_be;
+use super::past::{Past, step};
+use super::{Below, Object, ObjectKind, Progress, Quiet, Store, in_use, layer_file, parent_of};
 use crate::chain::Chain;
 use crate::disk::cow::MAX_REWIND;
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
-use crate::format::Pointer;
 use crate::io::{Access, File};
 use crate::layer::history::Keep;
 pub use crate::layer::history::Point;
 use crate::layer::{Layer, ReadLayer, volatile};
-use crate::map::Item;
-use crate::map::undo::Undo;
-use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
+use crate::units::BLOCK;
 use std::sync::Arc;
 
 /// The setting of a disk in the record of its name.
 const KEY: &str = "history";
 /// Longest window: 100 years. A longer one is a mistake.
 const MAX_WINDOW: u64 = 100 * 366 * 86_400;
-/// Blocks copied in one go.
-const PIECE: usize = 256;
 
 /// How much of its past a disk keeps: at least one of the two.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -164,26 +161,28 @@ impl Store {
     }
     /// The history of a disk, attached or not.
     pub fn history(&self, disk: &str) -> Result<HistoryReport> {
-        /// How often a layer that is being written is looked at again.
-        const TRIES: u32 = 20;
         let object = self.disk_named(disk)?;
         let record = names::read_name(&*self.names, &object.name)?;
         let limits = self.limits_of(&record)?;
-        let look = || -> Result<HistoryReport> {
+        let look = || -> Result<(HistoryReport, bool)> {
             let file = self.layers.open(&layer_file(object.id), Access::Read)?;
             let layer = ReadLayer::open(file)?;
-            Ok(HistoryReport {
+            let report = HistoryReport {
                 limits,
                 points: layer.points()?,
                 bytes: layer.history_slots() * BLOCK,
-            })
+            };
+            Ok((report, layer.is_current()?))
         };
         let mut tries = 0;
         loop {
+            tries += 1;
             match look() {
+                Ok((report, current)) if current || tries >= TRIES => return Ok(report),
                 // Its writer may have put a checkpoint in between.
-                Err(e) if tries < TRIES && e.kind() != Kind::NotFound => tries += 1,
-                other => return other,
+                Ok(_) => {}
+                Err(e) if tries >= TRIES || e.kind() == Kind::NotFound => return Err(e),
+                Err(_) => {}
             }
         }
     }
@@ -201,25 +200,12 @@ impl Store {
             }
         }
     }
-    fn disk_named(&self, disk: &str) -> Result<Object> {
+    pub(super) fn disk_named(&self, disk: &str) -> Result<Object> {
         let object = self.resolve(disk)?;
         match object.kind {
             ObjectKind::Disk => Ok(object),
             kind => Err(no_disk(&object.name, kind)),
         }
-    }
-    /// The layer of a disk at rest for reading; nobody writes into it as long as the file is held.
-    fn past_of(&self, object: &Object, file: Arc<dyn File>, at: At) -> Result<(ReadLayer, Point)> {
-        let layer = ReadLayer::open(file)?;
-        let point = choose(&layer.points()?, at).map_err(|e| match layer.has_history() {
-            true => e.context(format!("the history of `{}`", object.name)),
-            false => Error::new(
-                Kind::NotFound,
-                format!("`{}` keeps no history", object.name),
-            )
-            .hint("a history is kept from its beginning on: `forkdisk create --history 10m`"),
-        })?;
-        Ok((layer, point))
     }
     /// The point that `at` means in the history of a disk at rest, and how many blocks changed since.
     pub fn look_back(&self, disk: &str, at: At) -> Result<Rewound> {
@@ -227,7 +213,7 @@ impl Store {
         let file = self.layers.open(&layer_file(object.id), Access::Read)?;
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
-        let (layer, point) = self.past_of(&object, file, at)?;
+        let (layer, point) = past_of(&object, file, at)?;
         let blocks = layer.undone_to(point.number)?.blocks();
         Ok(Rewound {
             point,
@@ -235,13 +221,37 @@ impl Store {
             undoable: blocks <= MAX_REWIND,
         })
     }
+    /// The same of a disk that is attached, as far as can be told: it may be written to.
+    pub fn look_back_busy(&self, disk: &str, at: At) -> Result<Rewound> {
+        let object = self.disk_named(disk)?;
+        let mut tries = 0;
+        loop {
+            let file = self.layers.open(&layer_file(object.id), Access::Read)?;
+            let look = || -> Result<(Rewound, bool)> {
+                let (layer, point) = past_of(&object, file, at)?;
+                let blocks = layer.undone_to(point.number)?.blocks();
+                let rewound = Rewound {
+                    point,
+                    blocks,
+                    undoable: blocks <= MAX_REWIND,
+                };
+                Ok((rewound, layer.is_current()?))
+            };
+            tries += 1;
+            match look() {
+                Ok((rewound, current)) if current || tries >= TRIES => return Ok(rewound),
+                Err(e) if tries >= TRIES => return Err(e),
+                _ => {}
+            }
+        }
+    }
     /// A disk at rest as it was at a point of its history, for reading.
     pub fn open_at(&self, disk: &str, at: At) -> Result<Arc<dyn Disk>> {
         let object = self.disk_named(disk)?;
         let file = self.layers.open(&layer_file(object.id), Access::Read)?;
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
-        let (layer, point) = self.past_of(&object, file, at)?;
+        let (layer, point) = past_of(&object, file, at)?;
         let below = self.chain(parent_of(layer.header()))?;
         let mut layers = vec![Arc::new(layer.at_point(point.number)?)];
         layers.extend(below.layers().iter().cloned());
@@ -256,25 +266,24 @@ impl Store {
             return Err(no_disk(&object.name, object.kind));
         }
         let file = self.open_exclusive(&object)?;
-        let (layer, point) = self.past_of(&object, file.clone(), at)?;
+        let (layer, point) = past_of(&object, file.clone(), at)?;
         let tag = |e: Error| e.context(format!("point #{} of `{}`", point.number, object.name));
-        let undo = layer.undone_to(point.number).map_err(tag)?;
+        let mut past = Past::at_rest(object.clone(), file, layer, point).map_err(tag)?;
         let rewound = Rewound {
             point,
-            blocks: undo.blocks(),
-            undoable: undo.blocks() <= MAX_REWIND,
+            blocks: past.changed(),
+            undoable: past.changed() <= MAX_REWIND,
         };
         if rewound.undoable {
-            drop((layer, file));
+            drop(past);
             self.rewind_in_place(&object, point, progress)?;
             return Ok(rewound);
         }
         // Too much for one commit: in a new layer, which takes the place of the old one when it is complete. Nobody else changes the disk
         // meanwhile, as its layer is locked.
-        let header = *layer.header();
         let (id, new) = self.new_layer(
-            parent_of(&header),
-            header.depth.get(),
+            past.parent,
+            past.rank,
             object.size,
             (self.env.now)(),
             &object.name,
@@ -282,8 +291,7 @@ impl Store {
         new.lock(true)?;
         drop(lock);
         let done = self
-            .copy_past(&layer, &undo, new.clone(), progress)
-            .map_err(tag)
+            .copy_past(&mut past, new.clone(), progress)
             .and_then(|()| {
                 let _lock = self.lock(true)?;
                 let mut record = names::read_name(&*self.names, &object.name)?;
@@ -304,7 +312,7 @@ impl Store {
             }
             return Err(e);
         }
-        drop((layer, file));
+        drop(past);
         let _ = self.layers.remove(&layer_file(object.id));
         Ok(rewound)
     }
@@ -318,7 +326,17 @@ impl Store {
         // Whatever is too old or too much, goes when the disk is opened the next time: the point must not.
         let keep = self.keep(Limits::default());
         let (layer, chain) = self.open_top_keeping(object, volatile::private()?, Some(keep))?;
-        let past = ReadLayer::open(layer.file().clone())?;
+        self.go_back(layer, chain, (object, point), progress)
+    }
+    fn go_back(
+        &self,
+        layer: Layer,
+        chain: Arc<Chain>,
+        (object, point): (&Object, Point),
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        // If the host disk is full, the history may have gone when the layer was opened.
+        let (past, point) = past_of(object, layer.file().clone(), At::Number(point.number))?;
         let undo = past.undone_to(point.number)?;
         let total = undo.blocks() * BLOCK;
         let disk = CowDisk::writable(layer, chain);
@@ -329,181 +347,74 @@ impl Store {
             })?;
         disk.close()
     }
-    /// Makes a disk from what a disk at rest was at a point of its history.
-    pub fn create_at(
-        &self,
-        name: &str,
-        from: &str,
-        at: At,
-        size: Option<u64>,
-        progress: &dyn Progress,
-    ) -> Result<Object> {
-        let lock = self.lock(true)?;
-        let source = self.resolve_locked(from)?;
-        if source.kind != ObjectKind::Disk {
-            return Err(no_disk(&source.name, source.kind));
-        }
-        check_part(name)?;
-        if self.names.entry(name)?.is_some() {
-            return Err(taken(name));
-        }
-        let size = disk_size(&source, size)?;
-        let file = self.layers.open(&layer_file(source.id), Access::Read)?;
-        file.lock(false)
-            .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", source.name)))?;
-        let (layer, point) = self.past_of(&source, file, at)?;
-        let tag = |e: Error| e.context(format!("point #{} of `{}`", point.number, source.name));
-        let undo = layer.undone_to(point.number).map_err(tag)?;
-        let header = *layer.header();
-        let parent = parent_of(&header);
-        let created = (self.env.now)();
-        let (id, new) = self.new_layer(parent, header.depth.get(), size, created, name)?;
-        // Who collects garbage leaves alone what is locked: until it has its name.
-        new.lock(true)?;
-        drop(lock);
-        let done = self
-            .copy_past(&layer, &undo, new.clone(), progress)
-            .map_err(tag)
-            .and_then(|()| {
-                let _lock = self.lock(true)?;
-                if self.names.entry(name)?.is_some() {
-                    return Err(taken(name));
-                }
-                let record = NameRecord {
-                    kind: ObjectKind::Disk,
-                    target: Below::Layer(id),
-                    created,
-                    message: None,
-                    opened: true,
-                    extra: names::Extra::default(),
-                };
-                let (temporary, named) = stage(&*self.names, name, &record.encode(name))?;
-                named.sync()?;
-                self.layers.sync()?;
-                self.names.rename_new(&temporary, name)?;
-                self.names.sync()
-            });
-        match done {
-            Ok(()) => self.resolve(name),
-            Err(e) => {
-                if self.names.entry(name).is_ok_and(|entry| entry.is_none()) {
-                    let _ = self.layers.remove(&layer_file(id));
-                }
-                Err(e.or_hint("nothing was created"))
-            }
-        }
-    }
-    /// Fills a new layer with what `layer` says, but of the blocks of `undo` with what that says; closes it.
-    fn copy_past(
-        &self,
-        layer: &ReadLayer,
-        undo: &Undo,
-        new: Arc<dyn File>,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let chain = self.chain(parent_of(layer.header()))?;
-        let disk = CowDisk::writable(Layer::open(new)?, chain);
-        let blocks = layer.counts().0 + undo.blocks();
-        let mut copy = Copy {
-            layer,
-            disk: &disk,
-            progress,
-            done: 0,
-            total: blocks * BLOCK,
-            run: Vec::new(),
-            first: 0,
+    /// [`Store::rewind`] of an attached disk that `running` is, where all fits into one commit. Nobody uses it meanwhile: what is in others' caches does
+    /// not go back.
+    pub fn rewind_running(&self, running: &CowDisk, disk: &str, at: At) -> Result<Rewound> {
+        let _lock = self.lock(true)?;
+        let object = self.resolve_locked(disk)?;
+        must_be(running, &object)?;
+        let keep = self.keep_of(disk)?;
+        let private = volatile::private()?;
+        let halted = running.halt();
+        // A successor of this process must find nothing in the volatile log: neither of what is undone, nor of half of the way back.
+        halted.flush()?;
+        let file = halted.file()?;
+        let (layer, point) = past_of(&object, file.clone(), at)?;
+        let rewound = Rewound {
+            point,
+            blocks: layer.undone_to(point.number)?.blocks(),
+            undoable: true,
         };
-        for item in layer.items(Region(0)) {
-            match item? {
-                Item::Zeros(region, n) => {
-                    let start = u64::from(region.0) * REGION_BLOCKS as u64;
-                    let end = start + u64::from(n) * REGION_BLOCKS as u64;
-                    for (from, to) in undo.gaps(start, end) {
-                        copy.range(from, to, Pointer::Zero)?;
-                    }
-                }
-                Item::Region(region, map) => {
-                    let start = u64::from(region.0) * REGION_BLOCKS as u64;
-                    for (from, to) in undo.gaps(start, start + REGION_BLOCKS as u64) {
-                        for block in from..to {
-                            copy.range(block, block + 1, map.get((block - start) as usize))?;
-                        }
-                    }
-                }
+        if rewound.blocks > MAX_REWIND {
+            return Err(Error::new(
+                Kind::Busy,
+                format!(
+                    "{} blocks have changed since, too many to take back in one step",
+                    rewound.blocks
+                ),
+            )
+            .hint(format!(
+                "`forkdisk detach {disk}` first: at rest it can go back all the same"
+            )));
+        }
+        drop(layer);
+        let chain = halted.chain();
+        let memory = halted.rest(point.number)?;
+        // As at rest: if that fails, it is dropped without a flush, and was never there.
+        let done = Layer::open_on(file.clone(), private, Some(self.keep(Limits::default())))
+            .and_then(|layer| self.go_back(layer, chain.clone(), (&object, point), &Quiet));
+        match Layer::open_on(file, memory, keep) {
+            Ok(layer) => halted.go_on(layer, chain),
+            Err(e) => {
+                halted.stop(&e);
+                return Err(done.err().unwrap_or(e).context(format!("`{disk}` cannot go on")).hint(
+                    "`forkdisk detach --force` it and attach it again: it is what it was, or what it was to be",
+                ));
             }
         }
-        for (start, end, pointer) in undo.iter() {
-            copy.range(start, end, pointer)?;
-        }
-        copy.flush()?;
-        disk.close()
+        done.map(|()| rewound)
     }
 }
 
-/// Copying blocks of one layer into another.
-struct Copy<'a> {
-    layer: &'a ReadLayer,
-    disk: &'a CowDisk,
-    progress: &'a dyn Progress,
-    done: u64,
-    total: u64,
-    /// Slots and sums of neighbouring blocks from `first` on that are to be copied.
-    run: Vec<(u32, u32)>,
-    first: u64,
-}
-
-impl Copy<'_> {
-    /// What the layer says of blocks `start` to before `end` of the new one.
-    fn range(&mut self, start: u64, end: u64, pointer: Pointer) -> Result<()> {
-        // What lies past the end of the disk is nobody's.
-        let end = end.min(self.disk.size() / BLOCK);
-        match pointer {
-            _ if start >= end => Ok(()),
-            Pointer::Absent => Ok(()),
-            Pointer::Zero => {
-                self.flush()?;
-                self.disk.discard(start * BLOCK, (end - start) * BLOCK)
-            }
-            Pointer::Data { slot, sum } => {
-                if self.first + self.run.len() as u64 != start || self.run.len() == PIECE {
-                    self.flush()?;
-                    self.first = start;
-                }
-                self.run.push((slot.0, sum));
-                Ok(())
-            }
-        }
-    }
-    fn flush(&mut self) -> Result<()> {
-        if self.run.is_empty() {
-            return Ok(());
-        }
-        let mut buf = vec![0; self.run.len() * BLOCK_SIZE];
-        let mut at = 0;
-        // Neighbours in the file are read together.
-        for row in self.run.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0)) {
-            let sums: Vec<u32> = row.iter().map(|(_, sum)| *sum).collect();
-            let part = &mut buf[at * BLOCK_SIZE..(at + row.len()) * BLOCK_SIZE];
-            let lba = Lba((self.first + at as u64) as u32);
-            self.layer.read_blocks(Slot(row[0].0), &sums, lba, part)?;
-            at += row.len();
-        }
-        self.disk.write(&buf, self.first * BLOCK)?;
-        self.run.clear();
-        self.done += buf.len() as u64;
-        step(self.progress, self.done.min(self.total), self.total)
-    }
-}
-
-fn step(progress: &dyn Progress, done: u64, total: u64) -> Result<()> {
-    match progress.update(done, total) {
-        true => Ok(()),
-        false => Err(Error::new(Kind::Interrupted, "interrupted").hint("nothing was changed")),
-    }
+/// The layer of a disk for reading, and the point of its history that is meant.
+pub(super) fn past_of(object: &Object, file: Arc<dyn File>, at: At) -> Result<(ReadLayer, Point)> {
+    let layer = ReadLayer::open(file)?;
+    let point = choose(&layer.points()?, at).map_err(|e| match layer.has_history() {
+        true => e.context(format!("the history of `{}`", object.name)),
+        false => Error::new(
+            Kind::NotFound,
+            format!("`{}` keeps no history", object.name),
+        )
+        .hint(format!(
+            "`forkdisk resize {} --history 10m` keeps one from now on",
+            object.name
+        )),
+    })?;
+    Ok((layer, point))
 }
 
 /// The point that `at` means. Times are labels: the last point that is not later, by its number, is meant.
-fn choose(points: &[Point], at: At) -> Result<Point> {
+pub(super) fn choose(points: &[Point], at: At) -> Result<Point> {
     let found = match at {
         At::Number(number) => points.iter().find(|p| p.number == number),
         At::Time(time) => points.iter().rev().find(|p| p.time <= time && p.time > 0),
@@ -525,7 +436,7 @@ fn choose(points: &[Point], at: At) -> Result<Point> {
     found.copied().ok_or_else(none)
 }
 
-fn no_disk(name: &str, kind: ObjectKind) -> Error {
+pub(super) fn no_disk(name: &str, kind: ObjectKind) -> Error {
     Error::new(
         Kind::Invalid,
         format!("`{name}` is {}, not a disk", kind.one()),

@@ -20,6 +20,7 @@ mod look;
 mod many;
 pub mod names;
 mod objects;
+pub mod past;
 mod quota;
 mod reclaim;
 mod refer;

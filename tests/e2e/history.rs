@@ -1,6 +1,7 @@
 //! The history of a disk from the outside: a file that was deleted is back.
 
 use crate::rig::*;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::{fs, thread, time::Duration};
 
 /// The number of the last point of a disk's history.
@@ -36,8 +37,8 @@ fn a_deleted_file_comes_back() {
     fs::write(m.join("other"), "later").unwrap();
     tool("sync", ["-f", s(&m)]);
     assert!(last(&w, "web") > good);
-    w.fails_here(11, &["rewind", "web", "--at", "-90s"]);
-    w.fails_here(11, &["create", "x", "--from", "web", "--at", "-90s"]);
+    // It is mounted.
+    w.fails_here(11, &["rewind", "web", "--at", &between.to_string()]);
     w.ok(["detach", "web"]);
 
     // A fork of then leaves the disk as it is.
@@ -96,4 +97,95 @@ fn a_deleted_file_comes_back() {
     w.ok(["snapshot", "web@s"]);
     assert_eq!(w.json(["info", "web"])["history_bytes"], 0);
     w.finish();
+}
+
+/// A filesystem that is written to is forked as it was, and its history goes on; when nobody uses the disk any more it goes back while it is attached.
+#[test]
+fn an_attached_disk_shows_its_past() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "web", "--from", "base", "--history", "1h,32M"]);
+    let (m, m2) = (w.mkdir("m"), w.mkdir("m2"));
+    let device = w.ok(["attach", "web", "--mount", s(&m)]);
+    let device = device.split_whitespace().next().unwrap().to_string();
+    let content = "important\n".repeat(5000);
+    fs::write(m.join("report"), &content).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let good = format!("#{}", last(&w, "web"));
+    fs::remove_file(m.join("report")).unwrap();
+    tool("sync", ["-f", s(&m)]);
+
+    // What is overwritten meanwhile is more than the history may hold.
+    let end = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            let mut rounds = 0u32;
+            while !end.load(SeqCst) {
+                fs::write(m.join("busy"), vec![rounds as u8; 3 << 20]).unwrap();
+                tool("sync", ["-f", s(&m)]);
+                rounds += 1;
+            }
+            rounds
+        });
+        let fork = w.json([
+            "create", "then", "--from", "web", "--at", &good, "--quota", "1G",
+        ]);
+        let listed = w.json(["ls", "--history", "web"]);
+        end.store(true, SeqCst);
+        assert!(busy.join().unwrap() > 0);
+        assert_eq!(fork["name"], "then");
+        assert!(listed["points"].as_array().unwrap().len() > 1);
+    });
+    assert_eq!(w.json(["info", "then"])["quota"], 1u64 << 30);
+    w.ok(["attach", "then", "--mount", s(&m2)]);
+    assert_eq!(fs::read_to_string(m2.join("report")).unwrap(), content);
+    w.ok(["detach", "then"]);
+    assert!(!m.join("report").exists());
+
+    // Back while it is attached, and forth again.
+    tool("umount", [s(&m)]);
+    let good = format!("#{}", good_point(&w, &device, &m, &content));
+    w.fails(
+        2,
+        &[
+            "create", "x", "--from", "web", "--at", &good, "--count", "2",
+        ],
+    );
+    let undone = last(&w, "web");
+    let done = w.json(["rewind", "web", "--at", &good]);
+    assert!(done["blocks"].as_u64().unwrap() > 0, "{done}");
+    tool("mount", [device.as_str(), s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("report")).unwrap(), content);
+    w.fails_here(11, &["rewind", "web", "--at", &format!("#{undone}")]);
+    tool("umount", [s(&m)]);
+    w.ok(["rewind", "web", "--at", &format!("#{undone}")]);
+    tool("mount", [device.as_str(), s(&m)]);
+    assert!(!m.join("report").exists());
+    tool("umount", [s(&m)]);
+    tool("e2fsck", ["-fn", device.as_str()]);
+
+    // A setting counts at once.
+    w.ok(["resize", "web", "--history", "none"]);
+    let error = w.fails_here(12, &["rewind", "web", "--at", "-0.5s"]);
+    assert!(error.contains("resize web --history"), "{error}");
+    w.ok(["resize", "web", "--history", "10m"]);
+    assert_eq!(w.json(["ls", "--history", "web"])["window"], 600);
+    let now = format!("#{}", last(&w, "web"));
+    w.ok(["rewind", "web", "--at", &now]);
+    w.ok(["detach", "web"]);
+    w.finish();
+}
+
+/// A point at which the report is there, before it is gone again. The disk is attached and not mounted.
+fn good_point(w: &World, device: &str, m: &std::path::Path, content: &str) -> u64 {
+    tool("mount", [device, s(m)]);
+    fs::write(m.join("report"), content).unwrap();
+    tool("umount", [s(m)]);
+    let good = last(w, "web");
+    tool("mount", [device, s(m)]);
+    fs::remove_file(m.join("report")).unwrap();
+    tool("umount", [s(m)]);
+    good
 }

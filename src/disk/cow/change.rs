@@ -167,6 +167,23 @@ impl Halted<'_> {
         layer.close(State::Sealed, name)?;
         Ok((layer.file().clone(), layer.volatile().clone()))
     }
+    /// The file of its layer.
+    pub fn file(&self) -> Result<Arc<dyn File>> {
+        Ok(self.layer()?.file().clone())
+    }
+    /// What lies below its layer.
+    pub fn chain(&self) -> Arc<Chain> {
+        self.top.chain.clone()
+    }
+    /// Closes its layer cleanly, without letting go of point `number` of its history; returns the memory of the volatile log. Until [`Halted::go_on`]
+    /// the disk accepts nothing.
+    pub fn rest(&self, number: u64) -> Result<Arc<SharedMemory>> {
+        let layer = self.layer()?;
+        let hold = layer.hold(number)?;
+        layer.close(State::Clean, None)?;
+        drop(hold);
+        Ok(layer.volatile().clone())
+    }
     /// The memory of the volatile log.
     pub fn volatile(&self) -> Result<Arc<SharedMemory>> {
         Ok(self.layer()?.volatile().clone())

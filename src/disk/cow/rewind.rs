@@ -3,12 +3,13 @@
 //! Always true: all of it becomes one commit, which can be undone as any other; until that is durable the disk is what it was.
 
 use super::{CowDisk, PIECE, Top, read_only};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::format::Pointer;
-use crate::layer::history::Keep;
+use crate::layer::history::{Hold, Keep};
 use crate::layer::{Layer, ReadLayer};
 use crate::map::undo::Undo;
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba};
+use std::sync::Arc;
 
 /// Blocks that can be taken back in one commit: each needs four entries of its record at most.
 pub const MAX_REWIND: u64 = 60_000;
@@ -79,6 +80,17 @@ impl CowDisk {
         let top = self.top.read();
         let layer = top.layer.as_ref().ok_or_else(read_only)?;
         layer.set_keep(keep)
+    }
+    /// Keeps point `number` of its layer `own` as long as the result lives; [`Kind::NotFound`] if that is gone, or the disk goes on in another layer.
+    pub fn hold_point(&self, own: Id, number: u64) -> Result<Arc<Hold>> {
+        let top = self.top.read();
+        match &top.layer {
+            Some(layer) if layer.id() == own => layer.hold(number),
+            _ => Err(
+                Error::new(Kind::NotFound, "the history began anew meanwhile")
+                    .hint("a snapshot, a fork or a rollback of the disk ends its history"),
+            ),
+        }
     }
     /// Its layer, and the number of the last commit in that which is durable: the point that a history, if it keeps one, has of that flush.
     pub fn point(&self) -> Option<(Id, u64)> {

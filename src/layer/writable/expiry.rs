@@ -3,7 +3,7 @@
 //! Always true: what goes is a beginning of the history. A limit costs at most a segment more than it must, and a segment is a small part of
 //! the limit, or one commit.
 
-use super::history::History;
+use super::history::{History, Part};
 use super::{Layer, limit};
 use crate::format::{MAX_SEGMENTS, Step};
 use crate::layer::history::Keep;
@@ -44,6 +44,11 @@ impl History {
     /// Is it so much more than `room` bytes that it cannot wait for the housekeeping?
     pub fn is_over(&self, room: u64) -> bool {
         self.bytes() > room.saturating_add(grain(room).max(LEAST))
+            && self.parts().next().is_some_and(|part| self.may_go(&part))
+    }
+    /// Does nobody read a point that is before its end?
+    fn may_go(&self, part: &Part) -> bool {
+        self.holds.oldest().is_none_or(|held| part.number <= held)
     }
     /// The oldest point that is to stay, and how many bytes go with what is before it.
     pub fn expired(&self, keep: &Keep, room: u64) -> ((u64, u64), u64) {
@@ -62,7 +67,8 @@ impl History {
         for part in self.parts() {
             let gone = part.number <= self.oldest.0;
             let old = since.is_some_and(|since| part.time <= since);
-            if !gone && !old && left <= stays && segments + MAX_NEW <= MAX_SEGMENTS {
+            let due = self.may_go(&part) && (old || left > stays);
+            if !gone && !due && segments + MAX_NEW <= MAX_SEGMENTS {
                 break;
             }
             if !gone {

@@ -7,14 +7,15 @@
 
 use super::expiry::{WORTH, bytes_of};
 use super::{Commit, HOT_SLOTS, Layer, State};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::format::{CommitEntry, Pointer, SegmentHeader, Step, Superblock};
 use crate::io::File;
-use crate::layer::history::{Keep, Segment, read_segment, segments};
+use crate::layer::history::{Hold, Holds, Keep, Segment, read_segment, segments};
 use crate::map::{RegionMap, WORDS, undo};
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
 use std::collections::VecDeque;
+use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
 
 /// Regions with pointers of their own that a discard zeroes under one reservation: each may replace 512 blocks.
@@ -38,6 +39,8 @@ pub(super) struct History {
     own: u64,
     /// Slots of which nobody can say any more whether they are held: a segment was damaged.
     lost: u64,
+    /// Points that somebody reads.
+    pub holds: Holds,
 }
 
 /// What goes as a whole: a segment, or a commit of the journal.
@@ -128,6 +131,7 @@ impl History {
     /// A commit was made that cannot be undone: the history begins with it.
     pub fn cut(&mut self, number: u64, time: u64) {
         self.oldest = (number, time);
+        self.holds.begin_at(number);
     }
     /// What goes one after the other, the oldest first.
     pub fn parts(&self) -> impl Iterator<Item = Part> + '_ {
@@ -171,6 +175,20 @@ impl Layer {
     /// The number of its last durable commit.
     pub fn point(&self) -> u64 {
         self.commit.lock().next_commit.saturating_sub(1)
+    }
+    /// Keeps point `number` as long as the result lives; [`Kind::NotFound`] if it is gone already.
+    pub fn hold(&self, number: u64) -> Result<Arc<Hold>> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        let (oldest, next) = (commit.history.oldest.0, commit.next_commit);
+        if commit.history.keep.is_none() || !(oldest..next).contains(&number) {
+            return Err(
+                Error::new(Kind::NotFound, format!("there is no point #{number}"))
+                    .layer(self.id)
+                    .hint("`forkdisk ls --history` lists the points"),
+            );
+        }
+        Ok(commit.history.holds.add(number))
     }
     /// Slots that its history occupies.
     pub fn history_slots(&self) -> u64 {
@@ -354,7 +372,9 @@ impl Turn {
     }
     /// The superblock is durable: it is so.
     pub fn done(self, history: &mut History) {
+        history.holds.begin_at(self.oldest.0);
         *history = History {
+            holds: std::mem::take(&mut history.holds),
             keep: history.keep.take(),
             oldest: self.oldest,
             own: own_slots(&self.segments),
