@@ -81,4 +81,40 @@ fn main() {
     });
     say("ls", || drop(again().list().expect("listed")));
     say("ls layers", || drop(again().layers().expect("listed")));
+    many_blocks();
+}
+
+/// Few disks with many blocks each: what is looked at for a disk must not grow with what is in it.
+fn many_blocks() {
+    let (disks, blocks) = match measuring() {
+        true => (20, 1 << 20),
+        false => (2, 1 << 10),
+    };
+    let world = World::new(1 << 20);
+    let names: Vec<String> = (0..disks).map(|i| format!("m{i}")).collect();
+    world
+        .store
+        .create(&names, "base", Some(blocks * BLOCK))
+        .expect("created");
+    for name in &names {
+        let object = world.store.resolve(name).expect("there");
+        let disk = world.store.open_cow(&object, true).expect("opened");
+        // Each block has a pointer of its own; most are zeros, which take no room on the host.
+        let mut piece = vec![0; 64 * 4096];
+        piece[0] = 7;
+        for at in (0..blocks).step_by(64) {
+            disk.write(&piece, at * BLOCK).expect("written");
+        }
+        disk.close().expect("closed");
+    }
+    println!("{disks} disks with {blocks} pointers of their own");
+    say("du: what each refers to, and alone holds", || {
+        let store = Store::open(world.dir.path()).expect("a store");
+        let objects = store.list().expect("listed");
+        let space = store.space(objects).expect("known");
+        assert!(space.objects.damaged.is_empty());
+        for (object, usage) in space.objects.sound {
+            assert!(object.name == "base" || usage.refer >= blocks / 64 * BLOCK);
+        }
+    });
 }

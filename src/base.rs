@@ -16,6 +16,10 @@ pub struct Base {
     len: u64,
     /// `scrub` may add them while the base is open.
     sums: OnceLock<Mapping>,
+    /// How many of its blocks hold data, once that is known.
+    data: OnceLock<u64>,
+    /// What was counted over this base is true over this one, too.
+    counts_as: Option<Id>,
     /// Its lock says that the base is in use.
     _held: Arc<dyn File>,
 }
@@ -44,12 +48,40 @@ impl Base {
             file,
             len,
             sums: OnceLock::new(),
+            data: OnceLock::new(),
+            counts_as: None,
             _held: held,
         };
         if let Some(sums) = sums {
             base.add_sums(&*sums)?;
         }
         Ok(base)
+    }
+    /// With what is known of it: how many of its blocks hold data, and what other base shows the same ones.
+    pub fn with_counts(mut self, data: Option<u64>, counts_as: Option<Id>) -> Base {
+        if let Some(data) = data {
+            self.data = data.into();
+        }
+        self.counts_as = counts_as;
+        self
+    }
+    /// Is what was counted over base `id` true of this one, too?
+    pub fn counts_as(&self, id: Id) -> bool {
+        self.id == id || self.counts_as == Some(id)
+    }
+    /// How many of its blocks hold data.
+    pub fn data_blocks(&self) -> Result<u64> {
+        if let Some(known) = self.data.get() {
+            return Ok(*known);
+        }
+        let data = data_blocks(&*self.file, 0, self.len)?;
+        let counted = data.iter().map(|(start, end)| end - start).sum();
+        Ok(*self.data.get_or_init(|| counted))
+    }
+    /// Its blocks that hold data, of `start` to before `end`: ranges in order.
+    pub fn data_in(&self, start: u64, end: u64) -> Result<Vec<(u64, u64)>> {
+        let at = (start * BLOCK).min(self.len);
+        data_blocks(&*self.file, at, (end * BLOCK).min(self.len) - at)
     }
     /// Takes a file of checksums into use, from now on. Those that are in use already stay.
     pub fn add_sums(&self, sums: &dyn File) -> Result<()> {
@@ -134,4 +166,17 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// The blocks of an image that hold data, from byte `at` on, which begins a block: disjoint ranges in order.
+pub fn data_blocks(image: &dyn File, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    for (at, len) in image.data_ranges(at, len)? {
+        let (start, end) = (at / BLOCK, (at + len).div_ceil(BLOCK));
+        match found.last_mut() {
+            Some((_, last)) if *last >= start => *last = (*last).max(end),
+            _ => found.push((start, end)),
+        }
+    }
+    Ok(found)
 }

@@ -3,6 +3,10 @@
 //! A chain is a sealed layer, the layers below it, and the base. It never changes, so an answer once found holds for ever, and all
 //! disks over the same parent share the chain and its answers. Depth costs at the first touch of a region only.
 
+// Told where, so that it is found when this file is a module of another program, too.
+#[path = "chain/refer.rs"]
+mod refer;
+
 use crate::base::Base;
 use crate::error::Result;
 use crate::format::Pointer;

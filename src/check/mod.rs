@@ -4,6 +4,7 @@
 //! Shares only `format`, `map`, recovery's reading and the seam with the code that writes: it must not trust the code that made the mess.
 //! `check` and `scrub` change nothing (but that `scrub` adds the checksums of a base that has none).
 
+mod counts;
 mod inside;
 mod past;
 pub mod repair;
@@ -66,6 +67,7 @@ pub fn check(
         c.references();
         c.leftovers()?;
     }
+    c.counts(&among)?;
     match c.unable {
         Some(e) => Err(e.context("the check could not be done")),
         None => Ok(c.report),

@@ -13,7 +13,7 @@ use crate::format::{Header, JOURNAL_START, STATE_SEALED, STATE_WRITABLE, Superbl
 use crate::io::{Access, Dir, EntryKind, File};
 use crate::layer::recover;
 use crate::store::names::{Extra, NameRecord, TEMPORARY, check_part, split_snapshot, stage};
-use crate::store::{Below, ObjectKind, Progress, Store, layer_file};
+use crate::store::{Below, ObjectKind, Progress, Recount, Store, layer_file};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Slot};
 use std::collections::BTreeSet;
 use zerocopy::little_endian::U64;
@@ -38,6 +38,8 @@ enum Action {
     Punch(Id, Vec<(u64, u64)>),
     /// So many slots are neither used nor free: the layer's superblock says so.
     Forget(Id, u64),
+    /// Notes how much data something shows.
+    Count(Recount),
     /// Removes a layer that is empty and that nothing needs.
     Layer(Id),
     /// Removes what an interrupted operation left.
@@ -167,6 +169,16 @@ fn plan_locked(store: &Store, progress: &dyn Progress) -> Result<Vec<Step>> {
             if !check.survey.needed(Below::Layer(*id)) && never_written(store, *id) {
                 steps.push(removal(*id, "a layer that was never completed: removed"));
             }
+        }
+    }
+    // Of layers that were damaged otherwise too: what can be read of them is counted.
+    for found in store.recount(&|_| true)? {
+        if found.kept != Some(found.counted) {
+            steps.push(Step {
+                what: check.survey.called(found.below),
+                message: format!("it is noted that it shows {} blocks of data", found.counted),
+                action: Action::Count(found),
+            });
         }
     }
     for name in leftovers(store)? {
@@ -411,7 +423,7 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
             let (file, header) = open(*id)?;
             let mut superblock = recover::superblock(&*file, &header)?.superblock;
             superblock.forgotten = U64::new(*lost);
-            superblock.sequence = U64::new(superblock.sequence.get().saturating_add(1));
+            superblock.advance();
             let bytes: [u8; BLOCK_SIZE] = superblock
                 .encode()
                 .try_into()
@@ -422,6 +434,7 @@ fn apply(store: &Store, step: &Step) -> Result<()> {
             }
             Ok(())
         }
+        Action::Count(found) => store.note_count(found),
         Action::Layer(id) => {
             let name = layer_file(*id);
             let file = store.layers_dir().open(&name, Access::Read)?;

@@ -106,6 +106,7 @@ impl At {
 impl CowDisk {
     /// A disk that writes into `layer`, over `chain`.
     pub fn writable(layer: Layer, chain: Arc<Chain>) -> CowDisk {
+        layer.lies_over(chain.clone());
         CowDisk::of(
             layer.size(),
             Top {
@@ -151,6 +152,7 @@ impl CowDisk {
             if let Some(layer) = &top.layer {
                 // What counts below it may have become less.
                 self.limit(layer, &chain);
+                layer.lies_over(chain.clone());
             }
             std::mem::replace(&mut top.chain, chain)
         };
@@ -194,6 +196,7 @@ impl CowDisk {
         self.flush()?;
         if let Some(layer) = &self.top.read().layer {
             layer.forget_history()?;
+            layer.checkpoint_ahead()?;
         }
         let mut top = self.top.write();
         let Some(layer) = &top.layer else {

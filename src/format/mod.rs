@@ -102,6 +102,7 @@ macro_rules! record {
 }
 
 mod history;
+mod refer;
 pub mod stream;
 pub use history::*;
 use stream::{StreamHeader, StreamRecord, StreamTrailer};
@@ -229,8 +230,14 @@ record! {
         history_time: U64,
         /// Slots that the history occupies.
         history_blocks: U64,
+        /// Data blocks that are seen through the layer: its own, and those below that it does not hide.
+        refer: U64,
+        /// The sequence with which `refer` was written; another: it is not known.
+        refer_at: U64,
+        /// Id of the base over which it was counted.
+        refer_over: [u8; 16],
         /// Zeros.
-        reserved3: [u8; 76],
+        reserved3: [u8; 44],
         /// CRC of the bytes before.
         crc: U32,
     }
@@ -659,7 +666,10 @@ impl Superblock {
             history_oldest: U64::new(0),
             history_time: U64::new(0),
             history_blocks: U64::new(0),
-            reserved3: [0; 76],
+            refer: U64::new(0),
+            refer_at: U64::new(0),
+            refer_over: [0; 16],
+            reserved3: [0; 44],
             crc: U32::new(0),
         }
     }

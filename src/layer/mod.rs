@@ -8,6 +8,7 @@ pub mod history;
 pub mod prune;
 pub mod quiesce;
 pub mod recover;
+pub mod refer;
 pub mod rewrite;
 pub mod space;
 pub mod unsettled;
@@ -51,7 +52,8 @@ impl State {
             State::Sealed => "sealed",
         }
     }
-    fn of(superblock: &Superblock) -> State {
+    /// What a superblock says.
+    pub fn of(superblock: &Superblock) -> State {
         match superblock.state.get() {
             STATE_SEALED => State::Sealed,
             STATE_CLEAN => State::Clean,

@@ -46,7 +46,7 @@ fn settled(file: &dyn File, header: &Header) -> Result<Superblock> {
 
 /// Writes the next superblock.
 fn put(file: &dyn File, superblock: &mut Superblock) -> Result<()> {
-    superblock.sequence = U64::new(superblock.sequence.get() + 1);
+    superblock.advance();
     let bytes = superblock.encode().to_vec();
     for copy in [1, 2] {
         file.write_at(&bytes, Slot(copy).at())?;
@@ -63,6 +63,13 @@ pub fn unlabel(file: &dyn File, header: &Header) -> Result<()> {
     }
     let mut superblock = settled(file, header)?;
     superblock.set_name("");
+    put(file, &mut superblock)
+}
+
+/// Notes in a layer at rest how many data blocks are seen through it, and over which base that was counted. Its readers need not care.
+pub fn note_refer(file: &dyn File, header: &Header, refer: (u64, Id)) -> Result<()> {
+    let mut superblock = settled(file, header)?;
+    superblock.set_refer(Some(refer));
     put(file, &mut superblock)
 }
 
@@ -111,6 +118,8 @@ pub fn prune(file: &Arc<dyn File>, header: &Header, hidden: Hidden<'_>) -> Resul
         }
     };
     drop(layer);
+    // What it shows by itself is another thing now, though nobody sees it.
+    work.next.set_refer(None);
     put(&**file, &mut work.next)?;
     punch(&**file, freed.into_iter())?;
     Ok(Pruned { blocks: found })

@@ -92,13 +92,13 @@ fn marked(number: usize, map: RegionMap) -> Option<RegionMap> {
     RegionMap::from_parts(*map.present(), pointers.collect(), map.fill())
 }
 
-/// Writes what `layers` (the topmost first) hold together as a sealed layer with this header, this label and this virtual size, and makes it
-/// durable. `measure` is theirs. `copied` is told of each piece in bytes; its error ends the work, and what was done so far can be taken up again.
+/// Writes what `layers` (the topmost first) hold together as a sealed layer with this header, this label, this virtual size, and what is
+/// seen through it, if that is known; and makes it durable. `measure` is theirs. `copied` is told of each piece in bytes; its error ends the work, and what was done so far can be taken up again.
 /// Returns the bytes that were copied.
 pub fn write(
     file: &dyn File,
     header: &Header,
-    (label, size): (Option<&str>, u64),
+    (label, size, refer): (Option<&str>, u64, Option<(u64, Id)>),
     layers: &[Arc<ReadLayer>],
     measure: &Measure,
     copied: &mut dyn FnMut(u64) -> Result<()>,
@@ -175,6 +175,7 @@ pub fn write(
     debug_assert_eq!(Slot(next), run_slot, "sealed layers do not change");
     let mut superblock = Superblock::empty(header);
     superblock.sequence = U64::new(1);
+    superblock.set_refer(refer);
     superblock.generation = U64::new(1);
     superblock.state = U32::new(STATE_SEALED);
     superblock.size = U64::new(size);

@@ -15,6 +15,7 @@ mod expiry;
 mod history;
 mod host;
 mod limit;
+mod refer;
 mod resume;
 mod stats;
 mod zero;
@@ -26,6 +27,7 @@ use super::early::{Early, Errand};
 use super::history::Keep;
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
+use super::refer::Below;
 use super::space::{Extents, FreeSet, SPARE, Space};
 use super::unsettled::Unsettled;
 use super::volatile::{self, VolatileLog};
@@ -207,6 +209,10 @@ pub struct Layer {
     past: AtomicU64,
     /// The last commit left the history much larger than it may be.
     over: AtomicBool,
+    /// What lies below it, where that is known.
+    below: Mutex<Option<Arc<dyn Below>>>,
+    /// What is seen through it could not be counted.
+    uncounted: AtomicBool,
 }
 
 /// Slots that were taken and hold no published data yet. They must go to [`Layer::publish`], or back by
@@ -251,6 +257,16 @@ impl Layer {
         file: Arc<dyn File>,
         memory: Arc<SharedMemory>,
         keep: Option<Keep>,
+    ) -> Result<Layer> {
+        Layer::open_over(file, memory, keep, None)
+    }
+
+    /// [`Layer::open_on`], counting from the first superblock on what is seen over `below`.
+    pub fn open_over(
+        file: Arc<dyn File>,
+        memory: Arc<SharedMemory>,
+        keep: Option<Keep>,
+        below: Option<Arc<dyn Below>>,
     ) -> Result<Layer> {
         let header = read_header(&*file)?;
         let id = Id(header.layer);
@@ -321,6 +337,7 @@ impl Layer {
         );
         // Then copy 1 may be ahead of copy 2 for a while.
         let sound = state == State::Clean && !found.fresh && !found.damaged_copy;
+        *layer.below.lock() = below;
         layer.begin(state, found.second_differs, sound)?;
         Ok(layer)
     }
@@ -387,6 +404,8 @@ impl Layer {
             keeps: AtomicBool::new(keeps),
             past: AtomicU64::new(past),
             over: AtomicBool::new(false),
+            below: Mutex::new(None),
+            uncounted: AtomicBool::new(false),
             file: host.clone(),
             host,
         }
@@ -900,7 +919,7 @@ impl Layer {
             c.superblock.set_name(name);
         }
         let mut next = c.superblock;
-        next.sequence = U64::new(next.sequence.get() + 1);
+        next.advance();
         next.state = U32::new(state.number());
         self.host.note(&mut next);
         let bytes = next.encode().to_vec();

@@ -3,13 +3,14 @@
 //! Always true: the topmost sealed layer keeps its id, and becomes an empty one over the new base, in one rename. The base is durable before
 //! that. It has no name: the layer needs it, and so it goes with it.
 
-use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Sink};
+use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Sink, counted};
 use super::names::TEMPORARY;
 use super::{Below, Object, ObjectKind, Progress, Store};
 use crate::chain::Chain;
 use crate::disk::{CowDisk, Disk, Source};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, Dir, File};
+use crate::layer::refer::Below as _;
 use crate::layer::rewrite::{self, Measure};
 use crate::units::{BLOCK, Id};
 use std::sync::Arc;
@@ -73,10 +74,10 @@ impl Store {
         let layer = self.begin_replacement(top.id())?;
         let id = (self.env.id)();
         let done = self.begin_base(id).and_then(|(dir, running)| {
-            let copied = self.copy_content(&*dir, id, &chain, progress)?;
+            let (copied, data) = self.copy_content(&*dir, id, &chain, progress)?;
             let header = top.header().over(id, false);
             let label = self.label_of(top.id());
-            let label = (label.as_deref(), top.size());
+            let label = (label.as_deref(), top.size(), Some((data, id)));
             rewrite::write(
                 &*layer,
                 &header,
@@ -160,14 +161,15 @@ impl Store {
             }
         }
     }
-    /// Copies what a chain shows into the files of a new base; all of it is durable on return. The digest, and how many bytes are data.
+    /// Copies what a chain shows into the files of a new base; all of it is durable on return. The digest, how many bytes were copied, and how many
+    /// blocks hold data now.
     fn copy_content(
         &self,
         dir: &dyn Dir,
         id: Id,
         chain: &Arc<Chain>,
         progress: &dyn Progress,
-    ) -> Result<(Option<String>, u64)> {
+    ) -> Result<((Option<String>, u64), u64)> {
         let view = CowDisk::read_only(chain.clone());
         let size = view.size();
         let mut sink = Sink::new(dir, size, size <= DIGEST_MAX, progress)?;
@@ -191,6 +193,10 @@ impl Store {
             }
         }
         let digest = sink.finish(id, size).map_err(told)?;
+        let data = counted(&*dir.open("image", Access::Read)?, size)?;
+        // Blocks of zeros became holes, and nothing else is another than it was: as many are the same ones.
+        let before = chain.layers().first().and_then(|l| l.superblock().refer());
+        let same = before.filter(|(refer, over)| chain.counts_over(*over) && *refer == data);
         let meta = BaseMeta {
             id,
             len: size,
@@ -198,11 +204,13 @@ impl Store {
             mode: "copy".to_string(),
             digest: digest.clone(),
             link: None,
+            data: Some(data),
+            counts_as: same.map(|(_, over)| over),
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;
         file.sync()?;
-        Ok((digest, bytes))
+        Ok(((digest, bytes), data))
     }
 }
 

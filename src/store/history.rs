@@ -381,9 +381,11 @@ impl Store {
         let chain = halted.chain();
         let memory = halted.rest(point.number)?;
         // As at rest: if that fails, it is dropped without a flush, and was never there.
-        let done = Layer::open_on(file.clone(), private, Some(self.keep(Limits::default())))
+        let limits = Some(self.keep(Limits::default()));
+        let below = || Some(chain.clone() as Arc<dyn crate::layer::refer::Below>);
+        let done = Layer::open_over(file.clone(), private, limits, below())
             .and_then(|layer| self.go_back(layer, chain.clone(), (&object, point), &Quiet));
-        match Layer::open_on(file, memory, keep) {
+        match Layer::open_over(file, memory, keep, below()) {
             Ok(layer) => halted.go_on(layer, chain),
             Err(e) => {
                 halted.stop(&e);

@@ -2,7 +2,7 @@
 
 use super::names::{self, Extra, NameRecord, TEMPORARY, check_part, read_record};
 use super::{Below, ImportMode, ImportSource, Object, ObjectKind, Progress, Store};
-use crate::base::Base;
+use crate::base::{Base, data_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::format::text::Record;
 use crate::format::{self, SumsHeader, ZERO_SUM};
@@ -41,6 +41,10 @@ pub struct BaseMeta {
     pub digest: Option<String>,
     /// For a linked base: the file, and what it looked like.
     pub link: Option<Link>,
+    /// How many of its blocks hold data, where that was counted.
+    pub data: Option<u64>,
+    /// Another base: what was counted over that is true over this one, too.
+    pub counts_as: Option<Id>,
 }
 
 /// A file outside of the store, as it was when it was linked.
@@ -68,7 +72,9 @@ impl BaseMeta {
             .with("mode", &self.mode)
             .with("name", &self.name)
             .with("created", created.to_string())
-            .with_some("digest", self.digest.as_deref());
+            .with_some("digest", self.digest.as_deref())
+            .with_some("data", self.data.map(|n| n.to_string()))
+            .with_some("counts_as", self.counts_as.map(|id| id.to_string()));
         if let Some(link) = &self.link {
             record = record.with("link", link.path.to_string_lossy());
             for (key, value) in ["size", "mtime", "inode", "device"]
@@ -107,6 +113,9 @@ impl BaseMeta {
             mode: record.get("mode").unwrap_or_default().to_string(),
             digest: record.get("digest").map(String::from),
             link,
+            // Whatever is there and is no count counts as if it were not there.
+            data: record.number("data").ok().filter(|n| *n <= blocks(len)),
+            counts_as: record.get("counts_as").and_then(Id::parse),
         })
     }
 }
@@ -255,6 +264,11 @@ impl Store {
     }
     fn write_meta(&self, dir: &dyn Dir, mut meta: BaseMeta, name: &str) -> Result<()> {
         meta.name = name.to_string();
+        let image = match &meta.link {
+            None => dir.open("image", Access::Read)?,
+            Some(link) => open_link(meta.id, link)?,
+        };
+        meta.data = Some(counted(&*image, meta.len)?);
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;
         file.sync()
@@ -269,17 +283,30 @@ impl Store {
     }
 }
 
+/// How many blocks of an image hold data.
+pub(super) fn counted(image: &dyn File, len: u64) -> Result<u64> {
+    let data = data_blocks(image, 0, len)?;
+    Ok(data.iter().map(|(start, end)| end - start).sum())
+}
+
 /// Opens the image of a base, and its sums.
 pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
     let dir = store.bases.subdir(&meta.id.to_string())?;
     // As long as anyone has it open it is not removed.
-    let held = dir.open("meta", Access::Read)?;
-    held.lock(false)?;
+    let held = loop {
+        let held = dir.open("meta", Access::Read)?;
+        held.lock(false)?;
+        // Unless it was written anew just now.
+        if dir.open("meta", Access::Read)?.number()? == held.number()? {
+            break held;
+        }
+    };
     let image: Arc<dyn File> = match &meta.link {
         None => dir.open("image", Access::Read)?,
         Some(link) => open_link(meta.id, link)?,
     };
-    Base::open(meta.id, image, meta.len, open_sums(&*dir)?, held)
+    let base = Base::open(meta.id, image, meta.len, open_sums(&*dir)?, held)?;
+    Ok(base.with_counts(meta.data, meta.counts_as))
 }
 
 /// The checksums of a base, if it has them.
@@ -394,6 +421,8 @@ fn import_file(
         mode: "link".to_string(),
         digest: None,
         link: None,
+        data: None,
+        counts_as: None,
     };
     if mode == ImportMode::Link {
         meta.link = Some(Link {
@@ -625,5 +654,7 @@ fn copy_stream(
         mode: "copy".to_string(),
         digest,
         link: None,
+        data: None,
+        counts_as: None,
     })
 }

@@ -15,6 +15,7 @@ mod flatten;
 mod graph;
 pub mod history;
 mod import;
+mod kept;
 mod leaf;
 mod look;
 mod many;
@@ -35,6 +36,7 @@ mod written;
 pub use changes::{Change, Changes, State, changes};
 pub use digest::Effort;
 pub use flatten::Flattened;
+pub use kept::Recount;
 pub use objects::Member;
 pub use quota::{QuotaChange, QuotaUse};
 pub use resize::whole_blocks;
@@ -731,12 +733,12 @@ impl Store {
             let object = self.object_of(&object.name, fresh)?;
             return self.open_top_keeping(&object, memory, keep);
         }
-        let layer = Layer::open_on(file, memory, keep)
+        let chain = self.chain(parent_of(&header))?;
+        let layer = Layer::open_over(file, memory, keep, Some(chain.clone()))
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not
         // vanish with the name.
         layer.rest_on(self.names.clone());
-        let chain = self.chain(parent_of(&header))?;
         let opened = layer.opened();
         if opened.recovered {
             tracing::info!(

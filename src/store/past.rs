@@ -303,7 +303,9 @@ impl Store {
         let (number, name) = (past.point.number, past.object.name.clone());
         let tag = |e: Error| e.context(format!("point #{number} of `{name}`"));
         let chain = self.chain(past.parent)?;
-        let disk = CowDisk::writable(Layer::open(new)?, chain);
+        let memory = crate::layer::volatile::private()?;
+        let filled = Layer::open_over(new, memory, None, Some(chain.clone()))?;
+        let disk = CowDisk::writable(filled, chain);
         let blocks = past.seen.0.counts().0 + past.changed();
         let mut copy = Copy {
             file: &*past.file.clone(),

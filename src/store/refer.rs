@@ -1,17 +1,19 @@
 //! REFER: how much data an object shows, whoever holds it.
 //!
-//! Counted from the base upwards. What is shown is carried along, a bit for each block of the regions that some layer knows; a layer adds its
+//! Layers keep that count ([`super::kept`]). Where it is not known, it is counted from the base upwards. What is shown is carried along, a bit for each block of the regions that some layer knows; a layer adds its
 //! blocks and takes away what they, and its zeros, hide. Layers stand on each other as a tree: what a layer changed is taken back before its
 //! neighbour's turn. So each map is read once, however deep it lies and however many stand on it.
 
 use super::graph::Graph;
+use super::kept::Kept;
 use super::{Below, Store, layer_file};
+use crate::base::data_blocks as data_blocks_of;
 use crate::error::{Error, Kind, Result};
 use crate::format::Pointer;
 use crate::io::Access;
 use crate::layer::ReadLayer;
 use crate::map::{Item, Ranges, RegionMap, WORDS};
-use crate::units::{BLOCK, Id, REGION_BLOCKS, Region};
+use crate::units::{Id, REGION_BLOCKS, Region};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
@@ -43,8 +45,31 @@ struct Count {
 }
 
 impl Refer {
-    /// Counts what `tops` show, and all they stand on.
+    /// What `tops` show: as it was kept, else counted.
     pub fn of(store: &Store, graph: &Graph, tops: impl IntoIterator<Item = Below>) -> Refer {
+        let mut kept = Kept::new(store, graph);
+        let mut known = Vec::new();
+        let mut unknown = Vec::new();
+        for top in tops {
+            match kept.of(top) {
+                Some(counts) => known.push((top, counts)),
+                None => unknown.push(top),
+            }
+        }
+        let mut refer = Refer::counted(store, graph, unknown);
+        for (top, (shown, own)) in known {
+            let count = Count {
+                shown,
+                own,
+                failed: None,
+                done: true,
+            };
+            refer.counts.entry(top).or_insert(count);
+        }
+        refer
+    }
+    /// Counts what `tops` show, and all they stand on.
+    pub fn counted(store: &Store, graph: &Graph, tops: impl IntoIterator<Item = Below>) -> Refer {
         let mut needed = HashSet::new();
         let mut above: HashMap<Below, Vec<Below>> = HashMap::new();
         let mut bases = Vec::new();
@@ -410,7 +435,7 @@ fn within(data: &[(u64, u64)], start: u64, end: u64) -> u64 {
 }
 
 /// Ranges of blocks of a base that hold data: disjoint, in order.
-fn data_blocks(store: &Store, id: Id) -> Result<Vec<(u64, u64)>> {
+pub(super) fn data_blocks(store: &Store, id: Id) -> Result<Vec<(u64, u64)>> {
     let base = match store.base(id) {
         Ok(base) => base,
         // It cannot be read, so nothing of it can be shown to be a hole: looking goes on.
@@ -419,13 +444,5 @@ fn data_blocks(store: &Store, id: Id) -> Result<Vec<(u64, u64)>> {
         }
         Err(e) => return Err(e),
     };
-    let mut blocks: Vec<(u64, u64)> = Vec::new();
-    for (at, len) in base.file().data_ranges(0, base.len())? {
-        let (start, end) = (at / BLOCK, (at + len).div_ceil(BLOCK));
-        match blocks.last_mut() {
-            Some((_, last)) if *last >= start => *last = (*last).max(end),
-            _ => blocks.push((start, end)),
-        }
-    }
-    Ok(blocks)
+    data_blocks_of(&**base.file(), 0, base.len())
 }

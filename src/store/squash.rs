@@ -379,7 +379,8 @@ impl Store {
         };
         // Not as it was when it was opened: its name may have been removed since.
         let label = self.label_of(id);
-        let label = (label.as_deref(), top.size());
+        // It shows what it showed, over the same base.
+        let label = (label.as_deref(), top.size(), top.superblock().refer());
         let written = rewrite::write(
             &*file,
             &header,

@@ -285,7 +285,8 @@ impl Store {
         let growing = self.plant(parent, stream.header(), name)?;
         let mut reached = Reached::Temporary;
         let done = (|| {
-            let layer = Layer::open_on(growing.file.clone(), volatile::private()?, None)?;
+            let below: Option<Arc<dyn layer::refer::Below>> = Some(chain.clone());
+            let layer = Layer::open_over(growing.file.clone(), volatile::private()?, None, below)?;
             let disk = CowDisk::writable(layer, chain.clone());
             pour(stream, &disk, &chain, progress)?;
             disk.close_sealed(name)?;
@@ -435,5 +436,7 @@ fn copy_full(
         mode: "copy".to_string(),
         digest,
         link: None,
+        data: None,
+        counts_as: None,
     })
 }

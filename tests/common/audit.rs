@@ -1,11 +1,11 @@
 //! The accounts of layer files at rest: every slot below the high-water mark is data, run, free list, free or forgotten, and only one of
 //! these; what the superblock counts is what the runs say.
 
-use forkdisk::format::{FreeExtent, Header, Superblock};
+use forkdisk::format::{FreeExtent, Header, Pointer, Superblock};
 use forkdisk::io::sim::SimDisk;
 use forkdisk::io::{Access, Dir};
 use forkdisk::layer::history::segments;
-use forkdisk::layer::{ReadLayer, State};
+use forkdisk::layer::{MappedRun, ReadLayer, State};
 use forkdisk::map::Item;
 use forkdisk::units::{Id, Region};
 use std::sync::Arc;
@@ -19,8 +19,72 @@ pub fn layers(sim: &SimDisk, story: &str) {
     for (name, _) in dir.list().expect("list") {
         let file = dir.open(&name, Access::Read).expect("a layer file");
         let layer = ReadLayer::open(file).unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
+        let story = format!("{story}: {name}");
         if layer.state() != State::Writable {
-            audit(&layer, &format!("{story}: {name}"));
+            audit(&layer, &story);
+        }
+        seen(sim, &layer, &story);
+    }
+}
+
+/// What is seen through a layer is as much data as its superblock says: a truth for each block, from the base upwards.
+fn seen(sim: &SimDisk, top: &ReadLayer, story: &str) {
+    let kept = top.superblock().refer();
+    // Of what only layers above it show nobody asks, and blocks that all of these hide may be gone.
+    let asked = top.state() == State::Clean || top.superblock().name().is_some();
+    assert!(kept.is_some() || !asked, "{story}: nobody counted");
+    let Some((kept, over)) = kept else { return };
+    let mut truth = vec![false; 1 << 16];
+    let below = top.header();
+    let base = show(
+        sim,
+        Id(below.parent),
+        below.parent_kind.get() == 1,
+        &mut truth,
+    );
+    assert_eq!(base, over, "{story}: counted over another base");
+    lay(top.runs(), &mut truth);
+    let count = truth.iter().filter(|seen| **seen).count() as u64;
+    assert_eq!(kept, count, "{story}: data blocks seen through it");
+}
+
+fn show(sim: &SimDisk, id: Id, is_layer: bool, truth: &mut [bool]) -> Id {
+    if !is_layer {
+        let base = sim.root().subdir("bases").expect("bases");
+        let base = base.subdir(&id.to_string()).expect("a base");
+        let image = base.open("image", Access::Read).expect("an image");
+        let len = image.len().expect("its length");
+        for (at, len) in image.data_ranges(0, len).expect("ranges") {
+            truth[at as usize / SLOT..(at + len).div_ceil(4096) as usize].fill(true);
+        }
+        return id;
+    }
+    let dir = sim.root().subdir("layers").expect("layers");
+    let file = dir.open(&format!("{id}.layer"), Access::Read);
+    let layer = ReadLayer::open(file.expect("a layer below")).expect("a layer below");
+    let below = layer.header();
+    let base = show(sim, Id(below.parent), below.parent_kind.get() == 1, truth);
+    lay(layer.runs(), truth);
+    base
+}
+
+/// What the runs say, the newest last.
+fn lay(runs: &[Arc<MappedRun>], truth: &mut [bool]) {
+    for run in runs.iter().rev() {
+        for item in run.items(Region(0)) {
+            let item = item.expect("a block map");
+            for region in item.start()..item.end().min(128) {
+                for index in 0..512 {
+                    let pointer = match &item {
+                        Item::Zeros(..) => Pointer::Zero,
+                        Item::Region(_, map) => map.get(index),
+                    };
+                    if pointer != Pointer::Absent {
+                        truth[region as usize * 512 + index] =
+                            matches!(pointer, Pointer::Data { .. });
+                    }
+                }
+            }
         }
     }
 }

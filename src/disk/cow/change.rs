@@ -137,11 +137,18 @@ impl CowDisk {
     /// Puts another layer and what lies below it in the place of the present ones.
     pub(super) fn go_on_in(&self, top: &mut Top, layer: Layer, chain: Arc<Chain>) {
         self.limit(&layer, &chain);
+        layer.lies_over(chain.clone());
         self.size.store(layer.size(), SeqCst);
         *top = Top {
             layer: Some(layer),
             chain,
         };
+    }
+    /// Flushes, and does what a seal would have to do while the disk is halted.
+    pub fn flush_ahead(&self) -> Result<()> {
+        self.flush()?;
+        let top = self.top.read();
+        top.layer.as_ref().map_or(Ok(()), Layer::checkpoint_ahead)
     }
     /// Halts the disk: waits for the requests under way. For milliseconds, as its users wait. Several disks are halted in the order of their
     /// names, so that two who do that do not wait for each other.

@@ -262,6 +262,7 @@ impl Layer {
             // What is in the page cache only must not be what the new superblock rests on; and the free slots must be all there.
             self.sync(c)?;
         }
+        let refer = self.refer(c);
         let mut runs: Vec<Arc<MappedRun>> = self.runs.read().to_vec();
         let mut replaced: Vec<(u32, u32)> = Vec::new();
         let mut new_extent = None;
@@ -322,6 +323,7 @@ impl Layer {
             })?;
         history.describe(&mut next, c.history.keep.is_some());
         next.sequence = U64::new(next.sequence.get() + 1);
+        next.set_refer(refer);
         next.state = U32::new(state.number());
         next.next_commit = U64::new(c.next_commit);
         next.data_blocks = U64::new(c.data_blocks.max(0) as u64);

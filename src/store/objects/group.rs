@@ -93,7 +93,7 @@ impl Store {
                 }
             }
             // Most of the dirty data goes out while requests still run.
-            m.running.map_or(Ok(()), crate::disk::Disk::flush)
+            m.running.map_or(Ok(()), CowDisk::flush_ahead)
         });
         if let Err(e) = done {
             for (made, layer) in &prepared {
@@ -191,8 +191,9 @@ impl Store {
         let next = layer_file(prepared.next);
         let file = self.layers.open(&next, Access::Write)?;
         file.lock(true)?;
-        let layer = Layer::open_on(file, memory, self.keep_of(disk)?)?;
-        Ok((layer, self.chain(Below::Layer(sealed.id()))?))
+        let chain = self.chain(Below::Layer(sealed.id()))?;
+        let layer = Layer::open_over(file, memory, self.keep_of(disk)?, Some(chain.clone()))?;
+        Ok((layer, chain))
     }
 }
 

@@ -66,7 +66,7 @@ impl Store {
             }
             return Err(e);
         }
-        match Layer::open_on(file, memory, keep) {
+        match Layer::open_over(file, memory, keep, Some(chain.clone())) {
             Ok(layer) => halted.go_on(layer, chain),
             Err(e) => {
                 // Its name says otherwise already.
