@@ -51,7 +51,7 @@ fn main() {
             rewrite::write(
                 &*file,
                 &header,
-                (None, SIZE),
+                (None, SIZE, None),
                 chain.layers(),
                 &measure,
                 &mut |_| Ok(()),

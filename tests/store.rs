@@ -11,6 +11,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+#[allow(dead_code, reason = "not all of it is used here")]
+#[path = "common/audit.rs"]
+mod audit;
+#[path = "store/counts.rs"]
+mod counts;
 #[path = "store/usage.rs"]
 mod usage;
 
@@ -18,12 +23,16 @@ const BLOCK: u64 = 4096;
 
 /// A store with an image `base`: 64 blocks of data, then 1,000 blocks of hole.
 fn store() -> Store {
+    store_on(&SimDisk::new(1))
+}
+
+fn store_on(sim: &SimDisk) -> Store {
     let next = AtomicU64::new(1);
     let env = Env {
         id: Arc::new(move || Id(u128::from(next.fetch_add(1, SeqCst)).to_be_bytes())),
         now: Arc::new(|| 0),
     };
-    let store = Store::init_on(SimDisk::new(1).root(), Path::new("/sim"), env).expect("a store");
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env).expect("a store");
     let mut image = vec![7u8; 64 * BLOCK as usize];
     image.resize(1064 * BLOCK as usize, 0);
     store

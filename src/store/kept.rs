@@ -134,8 +134,23 @@ pub struct Recount {
     pub over: Id,
 }
 
+impl Graph {
+    /// Is what it shows of interest: by its name, or through what was never written and stands on it?
+    fn asked(&self, below: Below) -> bool {
+        let bare = |below: &Below| self.nodes.get(below).is_some_and(|node| node.bare);
+        let children = self.children.get(&below);
+        matches!(below, Below::Base(_))
+            || self
+                .names
+                .get(&below)
+                .is_some_and(|names| !names.is_empty())
+            || children.is_some_and(|children| children.iter().any(bare))
+    }
+}
+
 impl Store {
-    /// Counts anew what the layers and bases of `among` that are at rest and can be read show. The names lock is held.
+    /// Counts anew what the layers and bases of `among` that are at rest and can be read show; of what is not known, that which somebody may ask for.
+    /// The names lock is held.
     pub(crate) fn recount(&self, among: &dyn Fn(Below) -> bool) -> Result<Vec<Recount>> {
         let graph = self.graph()?;
         let mut kept = Kept::new(self, &graph);
@@ -155,7 +170,8 @@ impl Store {
                 Below::Base(id) => self.base_meta(id).ok().map(|meta| meta.data),
                 Below::Layer(id) => self.at_rest(id).ok().flatten().map(|s| ground.refer(&s)),
             };
-            tops.extend(known.map(|known| (below, ground, known)));
+            let asked = known.is_some_and(|known| known.is_some()) || graph.asked(below);
+            tops.extend(known.filter(|_| asked).map(|known| (below, ground, known)));
         }
         let refer = Refer::counted(self, &graph, tops.iter().map(|top| top.0));
         let recount = |(below, ground, kept): (Below, Ground, Option<u64>)| {
