@@ -194,3 +194,19 @@ fn files_that_differ_in_ext4() {
 fn files_that_differ_in_xfs() {
     changed_between_snapshots(&["mkfs.xfs", "-qf"], 320);
 }
+
+#[test]
+fn files_of_two_kinds_of_filesystems_are_not_compared() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    for (name, mkfs) in [("four", ["mkfs.ext4", "-qF"]), ("x", ["mkfs.xfs", "-qf"])] {
+        let image = w.sparse(name, 320 << 20);
+        tool(mkfs[0], [mkfs[1], s(&image)]);
+        w.ok(["import", s(&image), name]);
+    }
+    let said = w.fails_here(1, &["diff", "four", "x", "--files"]);
+    assert!(said.contains("an ext4 filesystem"), "{said}");
+    w.finish();
+}

@@ -112,6 +112,8 @@ fn chains_stay_short_by_themselves() {
     }
     let depth = || w.json(["info", "d"])["depth"].as_u64().unwrap();
     eventually("the chain is short", || depth() <= 12);
+    // What was joined goes a moment after it is replaced.
+    eventually("nothing is left over", || w.run(["check"]).code == 0);
     for n in 0..24 {
         let found = fs::read(m.join(format!("f{n}"))).unwrap();
         assert!(found == noise(n, 20_000), "f{n}");
