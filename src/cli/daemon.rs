@@ -49,6 +49,12 @@ pub(crate) enum Daemon {
         #[command(flatten)]
         transport: TransportArg,
     },
+    /// Let the device of an attached disk have the disk's size
+    #[command(hide = true)]
+    Fit {
+        /// The disk
+        disk: String,
+    },
     /// Tell whether it runs, and its processes and places
     #[command(after_help = "Exit code 1: no daemon runs.")]
     Status,
@@ -101,6 +107,10 @@ impl Daemon {
                 Ok(daemon::keep(store, how, foreground)?)
             }
             Daemon::Serve { transport } => Ok(daemon::serve(store, transport.or_default())?),
+            Daemon::Fit { disk } => match Client::connect(&store)? {
+                Some(mut client) => Ok(client.fit(&disk)?),
+                None => Ok(()),
+            },
             Daemon::Takeover => {
                 let Some(mut client) = Client::connect(&store)? else {
                     return Err(

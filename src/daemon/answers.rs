@@ -83,10 +83,8 @@ impl Server {
                 self.refresh(disk);
                 Ok(json!({"object": object_json(&object)}))
             }
-            op
-            @ ("rollback" | "resize" | "quota" | "used" | "rename" | "snapshots" | "waiting") => {
-                self.change(op, request)
-            }
+            op @ ("rollback" | "resize" | "fit" | "quota" | "used" | "rename" | "snapshots"
+            | "waiting") => self.change(op, request),
             "commit" => {
                 let (disk, name) = (text(request, "disk")?, text(request, "name")?);
                 let running = self.running(disk)?;

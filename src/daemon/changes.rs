@@ -10,6 +10,7 @@ use crate::store::{Member, QuotaChange};
 use crate::sys::holders;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 impl Server {
     pub(super) fn change(&self, op: &str, request: &Value) -> Result<Value> {
@@ -23,6 +24,7 @@ impl Server {
                 let object = self.store.set_quota(disk, change, Some(&running))?;
                 Ok(json!({"object": object_json(&object)}))
             }
+            "fit" => self.fit(request),
             "rename" => self.rename(text(request, "old")?, text(request, "new")?),
             "snapshots" => self.snapshots(request),
             "used" => {
@@ -47,6 +49,7 @@ impl Server {
         // Also after a failure: it may have come late.
         self.refresh(disk);
         let object = done?;
+        self.resized.store(true, SeqCst);
         let mut said = self.tell_size(disk, &running)?;
         said["object"] = object_json(&object);
         Ok(said)
@@ -74,12 +77,13 @@ impl Server {
     fn resize(&self, disk: &str, size: u64) -> Result<Value> {
         let running = self.running(disk)?;
         let object = self.store.resize_running(&running, disk, size)?;
+        self.resized.store(true, SeqCst);
         let mut said = self.tell_size(disk, &running)?;
         said["object"] = object_json(&object);
         Ok(said)
     }
     /// Tells the kernel and the successor of a disk's present size; the command tells the device.
-    fn tell_size(&self, disk: &str, running: &CowDisk) -> Result<Value> {
+    pub(super) fn tell_size(&self, disk: &str, running: &CowDisk) -> Result<Value> {
         let (ino, mut said) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(disk).ok_or_else(|| not_attached(disk))?;

@@ -74,7 +74,8 @@ fn store_of(run_dir: &File) -> PathBuf {
     run_dir.parent().unwrap_or(&run_dir).to_path_buf()
 }
 
-fn own_command(store: &Path, command: &str) -> Result<Command> {
+/// A hidden command of the program that we are.
+pub(super) fn own_command(store: &Path, command: &str) -> Result<Command> {
     let exe = own_program()?;
     let mut child = Command::new(exe);
     child

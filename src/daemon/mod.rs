@@ -5,7 +5,7 @@
 //! through a [`Client`].
 //!
 //! Loop devices are configured and mounted by the command, not here: each of those steps waits for requests on the served
-//! file, and a process that waits for itself cannot even be killed. What is attached where is known from the kernel, so a command
+//! file, and a process that waits for itself cannot even be killed; where nobody is left to tell a device its size, a process of its own does (`fit`). What is attached where is known from the kernel, so a command
 //! that dies half-way leaves nothing that the next one does not find.
 
 mod answers;
@@ -14,6 +14,7 @@ mod client;
 mod dead;
 mod entry;
 pub mod files;
+mod fit;
 mod handover;
 mod keeper;
 mod layers;

@@ -75,6 +75,8 @@ pub(super) struct Server {
     pub(super) before: u64,
     /// A successor is about to take over: no conversation begins any more.
     pub(super) leaving: AtomicBool,
+    /// A disk got another size, and its device is to follow.
+    pub(super) resized: AtomicBool,
 }
 
 /// Why the server ends.
@@ -156,6 +158,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         answering: AtomicI32::new(0),
         before,
         leaving: AtomicBool::new(false),
+        resized: AtomicBool::new(false),
     });
     server.note_session()?;
     if before > 0 {
@@ -223,6 +226,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         }),
     )?;
     if before > 0 {
+        server.fit_devices();
         let server = server.clone();
         spawn("inherited", Box::new(move || server.settle_inherited()))?;
     }
@@ -324,6 +328,7 @@ fn accept(server: &Arc<Server>, listener: &UnixListener) {
                     server2.broken_off(&name);
                 }
                 server2.settled.notify_all();
+                server2.fit_after();
                 *server2.conversations.lock() -= 1;
             });
         if let Err(e) = thread {

@@ -3,7 +3,9 @@
 use crate::rig::*;
 use std::{
     fs::{self, File},
+    io::{BufRead, BufReader, Write},
     os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::net::UnixStream,
     path::Path,
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -115,6 +117,55 @@ fn a_mounted_ext4_grows() {
 fn a_mounted_xfs_grows() {
     let grow = |_: &str, dir: &Path| drop(tool("xfs_growfs", [s(dir)]));
     grows(&["mkfs.xfs", "-qf"], &grow, &["xfs_repair", "-n"]);
+}
+
+/// A conversation in which a disk was made larger; nobody has told its device yet.
+fn larger(w: &World, size: u64) -> UnixStream {
+    let mut stream = UnixStream::connect(w.store.join("run/control.sock")).unwrap();
+    let request = format!("{{\"op\":\"resize\",\"disk\":\"d\",\"size\":{size}}}\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut said = String::new();
+    BufReader::new(&stream).read_line(&mut said).unwrap();
+    assert!(said.contains(&size.to_string()), "{said}");
+    stream
+}
+
+/// Whoever makes a disk larger may die before its device has the size: then whoever comes next sees to that.
+#[test]
+fn a_device_gets_the_size_of_its_disk_whoever_died() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    let mut size = sectors(&device) * 512;
+    let mut step = || {
+        size += 1 << 20;
+        let conversation = larger(&w, size);
+        assert_eq!(sectors(&device) * 512, size - (1 << 20));
+        (conversation, size)
+    };
+    // The next command about it.
+    let (one, size) = step();
+    w.ok(["resize", "d", &size.to_string()]);
+    assert_eq!(sectors(&device) * 512, size);
+    drop(one);
+    // The daemon, when the command died.
+    let (two, size) = step();
+    drop(two);
+    eventually("the device grows", || sectors(&device) * 512 == size);
+    // The next server, when that died, too.
+    let (three, size) = step();
+    kill_and_wait(w.pid("server_pid"));
+    eventually("the device grows", || sectors(&device) * 512 == size);
+    drop(three);
+    let mut last = Block::new();
+    let at = size - 4096;
+    last.bytes().fill(5);
+    direct(&device).write_all_at(last.bytes(), at).unwrap();
+    w.ok(["detach", "d"]);
+    w.finish();
 }
 
 #[test]

@@ -48,6 +48,11 @@ impl Client {
         self.tell_device(&answer)?;
         object(&answer["object"])
     }
+    /// Lets the device of an attached disk have the disk's size, if it does not.
+    pub fn fit(&mut self, disk: &str) -> Result<()> {
+        let answer = self.ask_again(json!({"op": "fit", "disk": disk}))?;
+        self.tell_device(&answer)
+    }
     /// Lets the kernel ask for the size of a served file, and the device take it over.
     fn tell_device(&self, answer: &Value) -> Result<()> {
         let said = attached(&answer["attached"])?;
