@@ -13,7 +13,7 @@ use forkdisk::layer::volatile;
 use forkdisk::store::history::{At, Limits};
 use forkdisk::store::names::Extra;
 use forkdisk::store::past::{Owner, PastFork};
-use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, QuotaChange, Store};
 use forkdisk::sys::shared::SharedMemory;
 use forkdisk::units::Id;
 use proptest::prelude::*;
@@ -382,6 +382,37 @@ fn a_burst_leaves_a_full_budget() {
         );
         assert_eq!(world.look_back(&mut Rng(seed)), numbers);
     }
+}
+
+/// A quota holds for the history, too: that has the room which the data leave, and no write is refused for it.
+#[test]
+fn a_history_has_the_room_that_the_quota_leaves() {
+    let quota = 400;
+    let mut world = World::new(20, 300, limits(Some(1_000_000), None));
+    let change = QuotaChange {
+        bytes: Some(Some(quota * B)),
+        waits: None,
+    };
+    let disk = world.open();
+    let store = &world.store;
+    store.set_quota("d", change, Some(&disk)).expect("a quota");
+    for (data, rounds) in [(100, 12), (300, 6)] {
+        let mut most = 0;
+        for i in 0..rounds * 10 {
+            let at = i * data / 10 % data;
+            world.write(at * B, &noise(i ^ data << 20, data / 10 * B));
+            world.flush();
+            let all = disk.used() + disk.history_bytes();
+            most = most.max(all);
+            // What is more than a sixteenth, or 64 blocks, goes with the flush.
+            assert!(all <= (quota + 64 + 2) * B, "{all}");
+            assert!(disk.used() <= data.max(100) * B);
+        }
+        assert!(most >= quota * 3 / 4 * B, "{most}");
+        assert_eq!(disk.used(), data * B);
+    }
+    drop(disk);
+    assert!(world.look_back(&mut Rng(20)).len() > 1);
 }
 
 /// What is too old goes little by little, whatever the journal holds.

@@ -79,7 +79,7 @@ impl Create {
             None => vec![self.name.clone()],
             Some(n) => (1..=n).map(|i| format!("{}-{i}", self.name)).collect(),
         };
-        let quota = self.quota.change();
+        let quota = self.quota.change(|| Ok(None))?;
         let settings = quota.settings()?;
         let what = match &names[..] {
             [one] => one.clone(),

@@ -1,12 +1,7 @@
 //! Sizes and quotas of disks: `resize`.
 
 use crate::{
-    cli::{
-        Outcome,
-        context::Context,
-        history::HistoryArg,
-        render::size::{SizeArg, parse_size},
-    },
+    cli::{Outcome, context::Context, history::HistoryArg, render::size::SizeArg},
     error::{Error, Kind, Result},
     store::{ObjectKind, QuotaChange, QuotaUse, whole_blocks},
 };
@@ -23,16 +18,16 @@ pub(crate) enum OnFull {
     Pause,
 }
 
-/// A quota, or none.
+/// A quota, so much more than there is (`+SIZE`), or none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct QuotaSize(Option<u64>);
+pub(crate) struct QuotaSize(Option<SizeArg>);
 
 impl FromStr for QuotaSize {
     type Err = String;
     fn from_str(text: &str) -> std::result::Result<QuotaSize, String> {
         match text {
             "none" => Ok(QuotaSize(None)),
-            _ => parse_size(text).map(|bytes| QuotaSize(Some(bytes))),
+            _ => text.parse().map(|size| QuotaSize(Some(size))),
         }
     }
 }
@@ -40,7 +35,7 @@ impl FromStr for QuotaSize {
 /// The options about quotas.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct QuotaArgs {
-    /// How much the disk may have for itself, its snapshots included: a size, or none
+    /// How much the disk may have for itself, its snapshots included: a size, +SIZE for more than it may now, or none
     #[arg(long, value_name = "SIZE")]
     quota: Option<QuotaSize>,
     /// What becomes of a write for which the quota leaves no room [default: error]
@@ -49,11 +44,28 @@ pub(crate) struct QuotaArgs {
 }
 
 impl QuotaArgs {
-    pub(crate) fn change(self) -> QuotaChange {
-        QuotaChange {
-            bytes: self.quota.map(|q| q.0),
+    /// What they change. `present` tells the quota that there is, where it matters.
+    pub(crate) fn change(
+        self,
+        present: impl FnOnce() -> Result<Option<u64>>,
+    ) -> Result<QuotaChange> {
+        let bytes = match self.quota.map(|q| q.0) {
+            None => None,
+            Some(None) => Some(None),
+            Some(Some(SizeArg::Exactly(bytes))) => Some(Some(bytes)),
+            Some(Some(more)) => {
+                let quota = present()?.and_then(|quota| more.apply(quota));
+                let none = || {
+                    Error::new(Kind::Invalid, format!("there is no quota to add {more} to"))
+                        .hint("say how much it may have: `--quota SIZE`")
+                };
+                Some(Some(quota.ok_or_else(none)?))
+            }
+        };
+        Ok(QuotaChange {
+            bytes,
             waits: self.on_full.map(|what| what == OnFull::Pause),
-        }
+        })
     }
 }
 
@@ -94,7 +106,9 @@ impl Resize {
         }
         let name = former.name.clone();
         let size = self.new_size(former.size)?;
-        let change = self.quota.change();
+        let change = self
+            .quota
+            .change(|| Ok(store.quota(&former)?.and_then(|q| q.quota)))?;
         // Refused before anything is changed.
         store.may_set_quota(&name, change)?;
         let mut attached = context.daemon_of(&store, &name)?;

@@ -310,7 +310,8 @@ fn a_quota_is_a_full_disk_to_its_filesystem() {
         "{listed}"
     );
     assert!(fs::read(m.join("kept")).unwrap() == noise(1, 10 << 20));
-    w.ok(["resize", "d", "--quota", "200M"]);
+    let raised = w.json(["resize", "d", "--quota", "+160M"]);
+    assert_eq!(raised["quota"], 200u64 << 20);
     let out = dd(&[
         "if=/dev/urandom",
         &format!("of={}", s(&big)),
@@ -329,6 +330,7 @@ fn a_quota_is_a_full_disk_to_its_filesystem() {
     ]);
     assert!(out.code != 0, "{out:?}");
     w.ok(["resize", "d", "--quota", "none"]);
+    w.fails_here(2, &["resize", "d", "--quota", "+4M"]);
     w.ok(["detach", "d"]);
     assert!(w.json(["info", "d"])["quota"].is_null());
     w.finish();
