@@ -548,9 +548,16 @@ impl World {
         }
     }
     fn remove(&mut self, what: usize) -> Result<()> {
-        let Some(name) = self.pick_any(what) else {
+        let Some(mut name) = self.pick_any(what) else {
             return Ok(());
         };
+        let moving = &self.under_way.moving;
+        if moving.iter().any(|(old, new)| [old, new].contains(&&name)) {
+            // A renaming of it failed: once it is gone nobody could tell which of the two names it had.
+            self.store.gc(false)?;
+            self.certain_names();
+            name = self.pick_any(what).unwrap_or(name);
+        }
         match self.store.plan_removal(std::slice::from_ref(&name), false) {
             Ok(plan) => {
                 self.under_way.removing.push(name.clone());
