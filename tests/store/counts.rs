@@ -100,8 +100,8 @@ fn what_is_kept_is_what_a_plain_model_shows() {
                     truths.insert(format!("{disk}@{snap}"), truths[disk].clone());
                 }
                 2 => {
-                    let snaps = all.iter().filter_map(|name| name.split_once('@'));
-                    if let Some((disk, snap)) = snaps.last() {
+                    let mut snaps = all.iter().filter_map(|name| name.split_once('@'));
+                    if let Some((disk, snap)) = snaps.next_back() {
                         store.rollback(disk, snap).expect("rollback");
                         truths.insert(disk.to_string(), truths[&format!("{disk}@{snap}")].clone());
                     }
