@@ -26,8 +26,7 @@ impl First {
         // What is in the page cache only of a predecessor: copy 2, without which copy 1 must not be touched.
         self.file.sync()?;
         volatile::syncing(&self.memory, Syncing::Superblock);
-        self.file
-            .write_at(&self.superblock.encode().to_vec(), Slot(1).at())?;
+        self.file.write_at(self.superblock.encode(), Slot(1).at())?;
         self.file.sync()
     }
 }

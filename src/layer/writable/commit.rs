@@ -245,9 +245,7 @@ impl Layer {
         let settled = self.host.unsettled().settle();
         settled.map_err(|e| self.poison(e))?;
         if c.first_pending {
-            let written = self
-                .file
-                .write_at(&c.superblock.encode().to_vec(), Slot(2).at());
+            let written = self.file.write_at(c.superblock.encode(), Slot(2).at());
             written.map_err(|e| self.poison(e))?;
             volatile::syncing(&self.volatile, Syncing::No);
             c.first_pending = false;
