@@ -563,7 +563,13 @@ impl World {
                 self.under_way.removing.push(name.clone());
                 let used = self.sim.used();
                 self.store.remove(&plan)?;
-                if plan.frees == 0 && name.contains('@') {
+                let file = format!("{}.layer", plan.names[0].id);
+                let stays = self
+                    .store
+                    .layers_dir()
+                    .entry(&file)
+                    .is_ok_and(|e| e.is_some());
+                if stays && name.contains('@') {
                     self.reached.note("removal of what others stand on");
                     // More than the file of its name.
                     if self.sim.used() + 4096 < used {
