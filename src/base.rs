@@ -171,7 +171,7 @@ impl Base {
 /// The blocks of an image that hold data, from byte `at` on, which begins a block: disjoint ranges in order.
 pub fn data_blocks(image: &dyn File, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
-    for (at, len) in image.data_ranges(at, len)? {
+    for (at, len) in image.written_ranges(at, len)? {
         let (start, end) = (at / BLOCK, (at + len).div_ceil(BLOCK));
         match found.last_mut() {
             Some((_, last)) if *last >= start => *last = (*last).max(end),

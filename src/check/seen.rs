@@ -79,6 +79,9 @@ impl File for Seen {
     fn lock(&self, exclusive: bool) -> Result<()> {
         self.0.lock(exclusive)
     }
+    fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        self.0.written_ranges(at, len)
+    }
     fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
         self.0.data_ranges(at, len)
     }

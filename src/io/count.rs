@@ -230,6 +230,9 @@ impl File for CountingFile {
     fn lock(&self, exclusive: bool) -> Result<()> {
         self.inner.lock(exclusive)
     }
+    fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        self.inner.written_ranges(at, len)
+    }
     fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
         self.inner.data_ranges(at, len)
     }

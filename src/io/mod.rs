@@ -135,6 +135,11 @@ pub trait File: Send + Sync {
     /// The ranges `(at, len)` within `at..at+len` that hold data on the host; what is between them reads as zeros.
     /// May report holes as data.
     fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>>;
+    /// The ranges `(at, len)` within `at..at+len` that were ever written, as far as the filesystem tells: other than [`File::data_ranges`], which
+    /// may call data what was only reserved and then read, always the same. For counts, not for contents.
+    fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        self.data_ranges(at, len)
+    }
     /// Bytes the host has allocated for this file.
     fn allocated(&self) -> Result<u64>;
     /// Where this is, for messages.

@@ -16,6 +16,7 @@ use super::{
     },
 };
 use crate::error::{Error, Result};
+use crate::sys::fiemap;
 use rustix::{
     fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
     io::{Errno, ReadWriteFlags, retry_on_intr},
@@ -537,6 +538,27 @@ impl File for OsFile {
             Errno::WOULDBLOCK => locked(&self.path),
             e => self.fail("lock", e),
         })
+    }
+
+    fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        let end = check_range(&self.path, at, len)?;
+        let end = end.min(self.len()?);
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let told =
+            fiemap::each_written(
+                self.fd.as_fd(),
+                at,
+                end.saturating_sub(at),
+                |at, len| match ranges.last_mut() {
+                    Some((start, so_far)) if *start + *so_far == at => *so_far += len,
+                    _ => ranges.push((at, len)),
+                },
+            );
+        match told {
+            Ok(()) => Ok(ranges),
+            // tmpfs and others have no such call.
+            Err(_) => self.data_ranges(at, len),
+        }
     }
 
     fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {

@@ -130,6 +130,9 @@ impl File for Written {
     fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
         self.inner.data_ranges(at, len)
     }
+    fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        self.inner.written_ranges(at, len)
+    }
     fn allocated(&self) -> Result<u64> {
         self.inner.allocated()
     }

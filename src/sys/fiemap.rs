@@ -13,6 +13,11 @@ const LAST: u32 = 0x1;
 /// Extents that are nowhere, or not as they are on the device: unknown, delayed, encoded, inside an inode, packed with others.
 const NOWHERE: u32 = 0x2 | 0x4 | 0x8 | 0x200 | 0x400;
 
+/// Allocated, but never written: reads as zeros.
+const UNWRITTEN: u32 = 0x800;
+/// What waits to be allocated is written first.
+const SYNC: u32 = 0x1;
+
 /// Extents asked for at once.
 const BATCH: usize = 128;
 
@@ -54,6 +59,43 @@ pub struct Extent {
 /// Calls `each` with the extents of a file, in the order of the file. What has no place of its own on the device is left out: holes, and what is
 /// kept in an inode.
 pub fn each_extent(file: BorrowedFd<'_>, mut each: impl FnMut(Extent)) -> io::Result<()> {
+    each_raw(file, 0, u64::MAX, 0, |extent| {
+        if extent.flags & NOWHERE == 0 {
+            each(Extent {
+                at: extent.physical,
+                len: extent.length,
+            });
+        }
+    })
+}
+
+/// Calls `each` with what was ever written of `at..at + len` of a file: offset and length, in order. Other than what `lseek(2)` calls data it does
+/// not depend on what of it is in memory.
+pub fn each_written(
+    file: BorrowedFd<'_>,
+    at: u64,
+    len: u64,
+    mut each: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let end = at.saturating_add(len);
+    each_raw(file, at, end, SYNC, |extent| {
+        let (from, to) = (
+            extent.logical.max(at),
+            extent.logical.saturating_add(extent.length).min(end),
+        );
+        if extent.flags & UNWRITTEN == 0 && from < to {
+            each(from, to - from);
+        }
+    })
+}
+
+fn each_raw(
+    file: BorrowedFd<'_>,
+    mut start: u64,
+    end: u64,
+    flags: u32,
+    mut each: impl FnMut(&RawExtent),
+) -> io::Result<()> {
     let nothing = RawExtent {
         logical: 0,
         physical: 0,
@@ -62,12 +104,11 @@ pub fn each_extent(file: BorrowedFd<'_>, mut each: impl FnMut(Extent)) -> io::Re
         flags: 0,
         reserved: [0; 3],
     };
-    let mut start = 0;
-    loop {
+    while start < end {
         let mut request = Request {
             start,
-            length: u64::MAX - start,
-            flags: 0,
+            length: end - start,
+            flags,
             mapped: 0,
             count: BATCH as u32,
             reserved: 0,
@@ -80,19 +121,15 @@ pub fn each_extent(file: BorrowedFd<'_>, mut each: impl FnMut(Extent)) -> io::Re
             return Err(io::Error::last_os_error());
         }
         let found = &request.extents[..(request.mapped as usize).min(BATCH)];
-        for extent in found.iter().filter(|e| e.flags & NOWHERE == 0) {
-            each(Extent {
-                at: extent.physical,
-                len: extent.length,
-            });
-        }
+        found.iter().for_each(&mut each);
         match found.last() {
             Some(last) if last.flags & LAST == 0 && last.length > 0 => {
                 start = last.logical.saturating_add(last.length);
             }
-            _ => return Ok(()),
+            _ => break,
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

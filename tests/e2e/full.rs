@@ -107,7 +107,8 @@ impl Small {
     }
     fn end(self) {
         let w = &self.w;
-        assert_eq!(w.run(["check"]).code, 0);
+        let checked = w.run(["check"]);
+        assert_eq!(checked.code, 0, "{checked:?}");
         assert_eq!(w.attached(), [""; 0]);
         w.ok(["daemon", "stop"]);
         tool("umount", [s(&self.host)]);

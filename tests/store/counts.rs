@@ -301,7 +301,7 @@ fn a_base_with_other_holes_is_counted_anew() {
         .write_at(&[0; 4096], 500 * BLOCK)
         .expect("zeros, where there was a hole");
     drop(image);
-    assert_eq!(findings(&store).len(), 3, "base, snapshot, disk");
+    assert!(findings(&store).is_empty(), "other holes are no damage");
     assert_eq!(repairs(&store), 3);
     assert!(findings(&store).is_empty());
     let counts = |store: &Store| ["base", "d@s", "d"].map(|name| refer(store, name));
