@@ -335,8 +335,11 @@ impl Layer {
                 history,
             },
         );
-        // Then copy 1 may be ahead of copy 2 for a while.
-        let sound = state == State::Clean && !found.fresh && !found.damaged_copy;
+        // Of a history something may have to go now, which whoever looks at the file is to see.
+        let sound = state == State::Clean
+            && !found.fresh
+            && !found.damaged_copy
+            && !superblock.has_history();
         *layer.below.lock() = below;
         layer.begin(state, found.second_differs, sound)?;
         Ok(layer)
