@@ -1,4 +1,6 @@
 //! What of `src/sys` the core uses.
 
+#[path = "../../src/sys/fiemap.rs"]
+pub mod fiemap;
 #[path = "../../src/sys/shared.rs"]
 pub mod shared;
