@@ -21,7 +21,8 @@ const FLOORS: &[&[&str]] = &[
     &["base", "layer"],
     &["map"],
     &["format"],
-    &["io", "sys"],
+    &["io"],
+    &["sys"],
     &["error"],
     &["sync", "units"],
 ];
