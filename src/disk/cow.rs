@@ -633,6 +633,23 @@ impl Disk for CowDisk {
             None => Ok(()),
         }
     }
+    fn flush_first(&self) -> Result<()> {
+        let top = self.top.read();
+        self.counters.flushes.fetch_add(1, Relaxed);
+        match &top.layer {
+            Some(layer) => layer.flush_first().map(|_| ()),
+            None => Ok(()),
+        }
+    }
+    fn after_flush(&self) {
+        let top = self.top.read();
+        if let Some(layer) = &top.layer
+            && let Err(e) = layer.after_flush()
+        {
+            // The next request says so, if it is of any consequence.
+            tracing::warn!(layer = %layer.id(), "after a flush: {e}");
+        }
+    }
     fn plain_file(&self) -> Result<OwnedFd> {
         let no = |why: String| Error::new(Kind::Unsupported, why);
         let top = self.top.read();

@@ -12,34 +12,45 @@ pub struct FreeSet {
     total: u64,
 }
 
-/// Extents in order, of which the first takes no memory of its own: nearly always it is the only one.
+/// Extents in order, of which the first few take no memory of their own: nearly always they are all.
 #[derive(Default)]
 pub struct Extents {
-    first: Option<(u32, u32)>,
+    few: [(u32, u32); FEW],
+    /// How many of `few` count.
+    len: usize,
     rest: Vec<(u32, u32)>,
 }
+
+/// Extents that need no memory of their own.
+pub const FEW: usize = 8;
 
 impl Extents {
     /// Adds one at the end; if it continues the last one, that becomes longer.
     pub fn push(&mut self, start: u32, len: u32) {
-        let last = self.rest.last_mut().or(self.first.as_mut());
+        let few = self.few.get_mut(..self.len).unwrap_or_default();
+        let last = self.rest.last_mut().or(few.last_mut());
         match last {
             Some((s, l)) if *s + *l == start => *l += len,
-            Some(_) => self.rest.push((start, len)),
-            None => self.first = Some((start, len)),
+            _ => match self.few.get_mut(self.len) {
+                Some(free) => {
+                    *free = (start, len);
+                    self.len += 1;
+                }
+                None => self.rest.push((start, len)),
+            },
         }
     }
     /// The first one.
     pub fn first(&self) -> Option<(u32, u32)> {
-        self.first
+        self.iter().next()
     }
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
-        self.first.iter().chain(&self.rest).copied()
+        self.few.iter().take(self.len).chain(&self.rest).copied()
     }
     /// Is there none?
     pub fn is_empty(&self) -> bool {
-        self.first.is_none()
+        self.len == 0
     }
 }
 
@@ -202,8 +213,8 @@ impl Space {
             start as u32
         })
     }
-    /// `n` slots, side by side where that is cheap.
-    pub fn alloc(&mut self, n: u32, quiesce: &Quiesce) -> Result<Extents> {
+    /// `n` slots, side by side where that is cheap. `written`: those with host blocks are worth more than that, if it is few slots that are needed.
+    pub fn alloc(&mut self, n: u32, quiesce: &Quiesce, written: bool) -> Result<Extents> {
         self.settle(quiesce);
         // The last ones with host blocks are for emptying the journal.
         let hot = self.hot.total() >= SPARE + u64::from(n);
@@ -215,12 +226,21 @@ impl Space {
             found = self.hot.take(n);
         }
         let mut got = Extents::default();
+        let mut left = n;
+        if found.is_none() && hot && written && n as usize <= FEW {
+            while left > 0
+                && let Some((start, len)) = self.hot.take_some(left)
+            {
+                got.push(start, len);
+                left -= len;
+            }
+            return Ok(got);
+        }
         if let Some(start) = found.or_else(|| self.fresh(n)) {
             got.push(start, n);
             return Ok(got);
         }
         // The file is at its largest: gather what is left.
-        let mut left = n;
         while left > 0 {
             match self
                 .hot

@@ -28,7 +28,7 @@ use super::history::Keep;
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::refer::Below;
-use super::space::{Extents, FreeSet, SPARE, Space};
+use super::space::{Extents, FEW, FreeSet, SPARE, Space};
 use super::unsettled::Unsettled;
 use super::volatile::{self, VolatileLog};
 use super::written::Written;
@@ -195,6 +195,10 @@ pub struct Layer {
     busy: AtomicBool,
     /// Small flushes since housekeeping last looked.
     syncs: AtomicU32,
+    /// Somebody does what flushes have left.
+    tidying: AtomicBool,
+    /// Were these many, up to the last look?
+    often: AtomicBool,
     /// Slots to be written ahead the next time.
     ahead: AtomicU32,
     /// Looks of the housekeeping in a row that found nothing new.
@@ -399,6 +403,8 @@ impl Layer {
             early: Early::default(),
             busy: AtomicBool::new(false),
             syncs: AtomicU32::new(0),
+            tidying: AtomicBool::new(false),
+            often: AtomicBool::new(false),
             ahead: AtomicU32::new(AHEAD.0),
             idle: AtomicU32::new(0),
             poison: Mutex::new(None),
@@ -642,7 +648,7 @@ impl Layer {
                     .reserve_journal(&mut space, end)
                     .and_then(|()| match slots {
                         0 => Ok(Extents::default()),
-                        _ => space.alloc(slots, &self.quiesce),
+                        _ => space.alloc(slots, &self.quiesce, self.syncs_often()),
                     });
                 let extents = match extents {
                     Ok(extents) => extents,

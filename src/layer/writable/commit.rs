@@ -25,12 +25,21 @@ impl Layer {
     /// Makes all that was published before the call durable: one commit record, one sync. Flushes that come while one is
     /// under way join the next.
     pub fn flush(&self) -> Result<()> {
+        if self.flush_first()? {
+            self.after_flush()?;
+        }
+        Ok(())
+    }
+
+    /// [`Layer::flush`] without what need not be done before it is answered: [`Layer::after_flush`] is to be called soon. Says whether it committed
+    /// anything itself.
+    pub fn flush_first(&self) -> Result<bool> {
         let target = self.epoch.load(SeqCst);
         let mut group = self.group.lock();
         loop {
             self.check_poison()?;
             if group.durable >= target {
-                return Ok(());
+                return Ok(false);
             }
             if !group.running {
                 break;
@@ -48,7 +57,21 @@ impl Layer {
         self.joined.notify_all();
         drop(group);
         done?;
-        // After the acknowledgement of the others, who need not wait for it.
+        Ok(true)
+    }
+
+    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead, space that goes
+    /// back to the host. Where another thread is at it, there is nothing to do.
+    pub fn after_flush(&self) -> Result<()> {
+        if self.tidying.swap(true, SeqCst) {
+            return Ok(());
+        }
+        let done = self.tidy();
+        self.tidying.store(false, SeqCst);
+        done
+    }
+
+    fn tidy(&self) -> Result<()> {
         if self.space.lock().journal_head > CHECKPOINT_SLOTS || self.over.load(SeqCst) {
             match self.checkpoint_now() {
                 // The journal still has room: nothing is lost, and writers will be told in time.

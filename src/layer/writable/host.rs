@@ -4,7 +4,7 @@
 //! empties the journal, so that a full host disk fails writes and nothing else.
 
 use super::{
-    AHEAD, Errand, HOT_SLOTS, IDLE_SLOTS, Layer, OFTEN, RESERVE_STEP, SPARE, Space, Taken,
+    AHEAD, Errand, FEW, HOT_SLOTS, IDLE_SLOTS, Layer, OFTEN, RESERVE_STEP, SPARE, Space, Taken,
 };
 use crate::error::{Kind, Result};
 use crate::format::{JOURNAL_SLOTS, JOURNAL_START, commit_slots};
@@ -23,15 +23,18 @@ impl Layer {
             self.reserve_spare(space);
             space.spare = true;
         }
-        let step = end.next_multiple_of(RESERVE_STEP).min(JOURNAL_SLOTS);
+        // Each step makes one flush slow.
+        let often = self.syncs_often();
+        let step = if often { AHEAD.1 } else { RESERVE_STEP };
+        let step = end.next_multiple_of(step).min(JOURNAL_SLOTS);
         // Never what may hold a record: of two writers who counted on one record, the slower may have been committed with one of its own, behind
         // what was reserved for both.
         let from = space
             .journal_reserved
             .max(space.journal_head + space.committing);
-        let done = match self.reserve(from, step) {
+        let done = match self.reserve(from, step, often) {
             Err(e) if e.kind() == Kind::NoSpace && step > end => {
-                self.reserve(from, end).map(|()| end)
+                self.reserve(from, end, often).map(|()| end)
             }
             other => other.map(|()| step),
         };
@@ -63,12 +66,12 @@ impl Layer {
         }
     }
 
-    /// Reserves journal slots `from..to`, all or none.
-    fn reserve(&self, from: u32, to: u32) -> Result<()> {
+    /// Reserves journal slots `from..to`, all or none. `often`: for many records.
+    fn reserve(&self, from: u32, to: u32, often: bool) -> Result<()> {
         let (at, slots) = (Slot(JOURNAL_START + from).at(), to - from);
         let done = match self.file.allocate(at, u64::from(slots) * BLOCK) {
             // Enough for one record that is seldom so large.
-            Ok(()) if slots > RESERVE_STEP => Ok(()),
+            Ok(()) if slots > RESERVE_STEP && !often => Ok(()),
             Err(e) if e.kind() != Kind::Unsupported => Err(e),
             // Of space that is only reserved, each commit would make the filesystem note that it is written now, with a commit of its own.
             // And where the filesystem cannot reserve, zeros take the space as well.
@@ -139,17 +142,22 @@ impl Layer {
         }
     }
 
-    /// A disk that syncs often gets slots whose host blocks are written, before it needs them. At the end of a flush, and only if there
-    /// are none; where the host has no room it does without.
+    /// Does the disk sync so often that written host blocks matter more to it than neighbourhood?
+    pub(super) fn syncs_often(&self) -> bool {
+        self.often.load(Relaxed) || self.syncs.load(Relaxed) >= OFTEN
+    }
+
+    /// A disk that syncs often gets slots whose host blocks are written, before it needs them. After a flush, and only if there are not
+    /// many left; where the host has no room it does without.
     pub(super) fn write_ahead(&self) {
-        if self.syncs.load(Relaxed) < OFTEN {
+        if !self.syncs_often() {
             return;
         }
         let slots = self.ahead.load(Relaxed);
         let start = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
-            if space.hot.total() > SPARE {
+            if space.hot.total() >= SPARE + FEW as u64 + u64::from(slots) / 4 {
                 return;
             }
             match space.fresh(slots) {
@@ -157,13 +165,18 @@ impl Layer {
                 None => return,
             }
         };
-        let zeros = vec![0; slots as usize * BLOCK_SIZE];
-        if let Err(e) = self.file.write_at(&zeros, Slot(start).at()) {
+        let (at, bytes) = (Slot(start).at(), u64::from(slots) * BLOCK);
+        let zeros = vec![0; bytes as usize];
+        if let Err(e) = self.file.write_at(&zeros, at) {
             tracing::debug!(layer = %self.id, "no slots are written ahead: {e}");
             self.unused(start, slots);
             self.syncs.store(0, Relaxed);
+            self.often.store(false, Relaxed);
             return;
         }
+        // The next flush is not to wait for all of it.
+        self.file.start_writeback(at, bytes);
+        self.file.await_writeback(at, bytes);
         self.ahead.store((slots * 2).min(AHEAD.1), Relaxed);
         self.space.lock().hot.insert(start, slots);
     }
@@ -220,7 +233,9 @@ impl Layer {
             self.demand.store(demand / 2, Relaxed);
         }
         let mut keep = HOT_SLOTS.max(demand);
-        if self.syncs.swap(0, Relaxed) == 0 && self.taken.load(Relaxed) == 0 {
+        let syncs = self.syncs.swap(0, Relaxed);
+        self.often.store(syncs >= OFTEN, Relaxed);
+        if syncs == 0 && self.taken.load(Relaxed) == 0 {
             if self.idle.fetch_add(1, Relaxed) >= 2 && demand == 0 {
                 self.ahead.store(AHEAD.0, Relaxed);
                 keep = IDLE_SLOTS;

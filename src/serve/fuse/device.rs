@@ -235,7 +235,12 @@ impl Pool {
         } else {
             Some(Reply::failed(libc::EIO))
         };
-        let Some(Reply { error, len }) = reply else {
+        let Some(Reply {
+            error,
+            len,
+            flushed,
+        }) = reply
+        else {
             return;
         };
         match rustix::io::write(&self.fd, buffer.answer(header.unique, error, len)) {
@@ -249,6 +254,9 @@ impl Pool {
                 // It must not wait for ever.
                 let _ = rustix::io::write(&self.fd, buffer.answer(header.unique, -libc::EIO, 0));
             }
+        }
+        if let Some(ino) = flushed {
+            self.service.after_flush(ino);
         }
     }
 }

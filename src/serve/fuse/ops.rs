@@ -53,16 +53,22 @@ pub(super) struct Reply {
     pub(super) error: i32,
     /// Length of the body.
     pub(super) len: usize,
+    /// A file was flushed: [`Service::after_flush`] is to be called with its number, after the answer went.
+    pub(super) flushed: Option<u64>,
 }
 
 impl Reply {
     /// Done, and nothing to tell.
-    pub(super) const DONE: Reply = Reply { error: 0, len: 0 };
+    pub(super) const DONE: Reply = Reply {
+        error: 0,
+        len: 0,
+        flushed: None,
+    };
     /// Failed with `errno`.
     pub(super) fn failed(errno: i32) -> Reply {
         Reply {
             error: -errno,
-            len: 0,
+            ..Reply::DONE
         }
     }
 }
@@ -92,6 +98,14 @@ impl Service {
     pub(super) fn may_log(&self) -> bool {
         self.log.allow()
     }
+    /// Does what the flush of a file has left. As any request it holds the disk, which may be another by now, or none.
+    pub(super) fn after_flush(&self, ino: u64) {
+        if let Some(file) = self.files.get(ino)
+            && let Some(disk) = file.disk()
+        {
+            disk.after_flush();
+        }
+    }
     /// Serves one request; `None` if no answer is expected.
     pub(super) fn serve(&self, header: &abi::InHeader, message: &mut dyn Message) -> Option<Reply> {
         let request = Request {
@@ -101,7 +115,11 @@ impl Service {
         };
         match request.dispatch() {
             Ok(Answer::Silence) => None,
-            Ok(Answer::Body(len)) => Some(Reply { error: 0, len }),
+            Ok(Answer::Body(len)) => Some(Reply { len, ..Reply::DONE }),
+            Ok(Answer::Flushed) => Some(Reply {
+                flushed: Some(header.nodeid),
+                ..Reply::DONE
+            }),
             Err(errno) => Some(Reply::failed(errno)),
         }
     }
@@ -113,6 +131,8 @@ enum Answer {
     Silence,
     /// Done, with so many bytes in the room.
     Body(usize),
+    /// Done; a file was flushed.
+    Flushed,
 }
 
 /// An `errno`, or an answer.
@@ -263,9 +283,9 @@ impl Request<'_> {
 
     fn fsync(&mut self) -> Outcome {
         let file = self.file()?;
-        let result = file.request(Op::Flush, |disk| disk.flush());
+        let result = file.request(Op::Flush, |disk| disk.flush_first());
         self.result(&file, "flush", 0, 0, result)?;
-        DONE
+        Ok(Answer::Flushed)
     }
 
     fn fallocate(&mut self) -> Outcome {

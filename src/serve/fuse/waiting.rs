@@ -182,8 +182,8 @@ impl Waiting {
         };
         match disk.write(&write.data, write.at) {
             Ok(()) => Some(Reply {
-                error: 0,
                 len: write.data.len(),
+                ..Reply::DONE
             }),
             Err(e) if e.waits() => None,
             Err(e) => {
