@@ -79,6 +79,62 @@ fn slots_are_written_ahead_for_a_disk_that_syncs_often() {
     assert!(rest <= (500 + 64 + 520) * B, "{rest}");
 }
 
+/// Two blocks of such a disk need no two free slots side by side: written ones are worth more.
+#[test]
+fn a_disk_that_syncs_often_takes_written_slots_wherever_they_are() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 600 * 4096]));
+    let (store, _) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let layers = sim.root().subdir("layers").expect("layers");
+    let id = store.resolve("d").expect("d").id;
+    let file = layers
+        .open(&format!("{id}.layer"), Access::Read)
+        .expect("its file");
+    let sync = |at: u64, blocks: usize| {
+        disk.write(&vec![at as u8; blocks * 4096], at * B)
+            .expect("write");
+        disk.flush().expect("flush");
+    };
+    // Every second block anew, one by one: what becomes free has no free neighbours.
+    (0..400).for_each(|n| sync(n, 1));
+    (0..200).for_each(|n| sync(n * 2, 1));
+    let before = file.allocated().expect("known");
+    (0..150).for_each(|n| sync(n * 2, 2));
+    let after = file.allocated().expect("known");
+    // Whatever it takes is written ahead; a place for two that had to be made each time would be 300.
+    assert!(after - before <= 256 * B, "{before} {after}");
+    let mut buf = [0; 2 * 4096];
+    for n in 0..150 {
+        disk.read(&mut buf, n * 2 * B).expect("read");
+        assert!(buf.iter().all(|&b| b == (n * 2) as u8), "{n}");
+    }
+}
+
+/// Who waits for a flush does not wait for what comes after it.
+#[test]
+fn what_can_wait_is_left_to_after_the_flush() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 1400 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let mut later = Counts::default();
+    for n in 0..1300 {
+        disk.write(&[7; 4096], n * B).expect("write");
+        let flush = cost(&counting, || disk.flush_first().expect("flush"));
+        assert_eq!((flush.writes, flush.syncs), (1, 1), "{n}: {flush:?}");
+        assert_eq!(flush.bytes_written, B, "{n}: {flush:?}");
+        let after = cost(&counting, || disk.after_flush());
+        later.bytes_written += after.bytes_written;
+        later.syncs += after.syncs;
+    }
+    // Slots written ahead, and checkpoints.
+    assert!(later.bytes_written >= 1000 * B, "{later:?}");
+    assert!(later.syncs > 0, "{later:?}");
+    let idle = cost(&counting, || disk.after_flush());
+    assert_eq!(idle.syncs, 0, "{idle:?}");
+}
+
 #[test]
 fn a_flush_of_nothing_costs_nothing() {
     let sim = SimDisk::new(1);
