@@ -41,7 +41,7 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
     );
     book.row(g, CHANGE, &title, "ms", low, None);
     book.row(g, BYTES, "host bytes of that change", "bytes", low, None);
-    let rounds = size.rounds.min(2);
+    let rounds = size.rounds.min(4);
     let mut jobs = vec![Job {
         name: "a small change".to_string(),
         rounds,
