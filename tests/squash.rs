@@ -115,7 +115,9 @@ fn a_hundred_layers_become_one_and_then_a_base() {
         .map(|n| format!("d@s{n}"))
         .collect();
     let plan = store.plan_removal(&most, false).expect("plan");
-    assert_eq!((plan.names.len(), plan.frees), (90, 0));
+    assert_eq!(plan.names.len(), 90);
+    // What is hidden by now, though it stays as long as this disk is open here.
+    assert!(plan.frees > 0);
     store.remove(&plan).expect("remove");
     disk.close().expect("close");
     drop(disk);

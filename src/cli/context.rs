@@ -6,6 +6,7 @@ use crate::{
     daemon::{Attached, Client},
     error::{Error, Kind, Result},
     store::{Object, ObjectKind, QuotaUse, Store},
+    units::Id,
 };
 use std::path::{Path, PathBuf};
 
@@ -49,6 +50,20 @@ impl Context {
     pub fn await_server(&self, store: &Store) {
         // Without an answer the locks alone decide.
         let _ = Client::connect(store);
+    }
+    /// Lets the daemon give back what nobody sees of nameless layers below attached disks: bytes, and the layers. What it cannot do now it does later.
+    pub fn reclaim_attached(&self, store: &Store) -> Option<(u64, Vec<Id>)> {
+        let mut daemon = Client::connect(store).ok()??;
+        match daemon.reclaim() {
+            Ok(done) => Some(done),
+            // A daemon of an earlier version does not know how.
+            Err(e) if e.kind() == Kind::Invalid => None,
+            Err(e) => {
+                self.ui
+                    .warn(format_args!("not all space could be given back yet: {e}"));
+                None
+            }
+        }
     }
     /// Opens the store, and makes it if there is none.
     pub fn open_or_init(&self) -> Result<Store> {

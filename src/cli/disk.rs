@@ -274,6 +274,9 @@ impl Rm {
                 context.await_server(&store);
             }
             store.remove(&plan)?;
+            if plan.names.iter().any(|o| o.kind == ObjectKind::Snapshot) {
+                context.reclaim_attached(&store);
+            }
         }
         if ui.json {
             let names = Names::from_objects(&plan.names);

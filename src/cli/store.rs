@@ -141,7 +141,14 @@ impl Gc {
                 }
             }
         }
-        let report = store.gc(context.dry_run)?;
+        let mut report = store.gc(context.dry_run)?;
+        if !context.dry_run
+            && let Some((bytes, shrunk)) = context.reclaim_attached(&store)
+        {
+            report.reclaimed += bytes;
+            report.bytes += bytes;
+            report.shrunk.extend(shrunk);
+        }
         if ui.json {
             let layers: Vec<String> = report.layers.iter().map(|id| id.to_string()).collect();
             return ui.document(json!({

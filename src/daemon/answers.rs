@@ -162,7 +162,7 @@ impl Server {
             }
             "stats" => self.stats_said(),
             "metrics" => Ok(self.metrics_said()),
-            "rechain" | "seal" => self.answer_on_layers(request),
+            "rechain" | "reclaim" | "seal" => self.answer_on_layers(request),
             "takeover" => self.leave(request),
             other => Err(Error::new(
                 Kind::Invalid,

@@ -3,15 +3,20 @@
 //! Policy of the joining: when [`STRETCH`] or more neighbouring layers have no name and one child each, nobody can ever need one of them alone, and
 //! they become one: in the background, at most [`RATE`] bytes a second, and given up when the disk is detached or the server leaves. What has a
 //! name is never touched. `FORKDISK_AUTO_SQUASH=0` in the daemon's environment switches it off.
+//!
+//! A layer below an attached disk that has lost its name gives back what nobody sees ([`Store::reclaim_open`](crate::store::Store::reclaim_open)): at
+//! once, and again whenever a chain has got another layer on top, for then more of it may be hidden.
 
 use super::client::Client;
 use super::protocol::{number, object, object_json, text};
 use super::server::Server;
 use crate::disk::CowDisk;
 use crate::error::{Kind, Result};
-use crate::store::{Object, Progress};
+use crate::store::{Object, Progress, Reclaimed};
+use crate::units::Id;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -22,6 +27,8 @@ const STRETCH: usize = 16;
 const RATE: u64 = 64 << 20;
 /// How often chains are looked at.
 const PAUSE: Duration = Duration::from_secs(2);
+/// To look at nameless layers takes at most one part in so many of the time: nobody else uses the names meanwhile.
+const SHARE: u32 = 50;
 /// How long a chain in which nothing was found is left alone at most; at first it is [`PAUSE`].
 const LONGEST: Duration = Duration::from_secs(300);
 
@@ -51,10 +58,39 @@ impl Server {
         }
         changed
     }
-    /// What `rechain` and `seal` answer.
+    /// Gives back what nobody sees of nameless layers below attached disks.
+    fn reclaim(&self) -> Result<Reclaimed> {
+        self.nameless.store(true, SeqCst);
+        // Whoever joins layers reads all of them. He is asked again.
+        let Some(_joining) = self.joining.try_lock() else {
+            return Ok(Reclaimed::default());
+        };
+        let done = self.store.reclaim_open()?;
+        if !done.shrunk.is_empty() {
+            self.rechain();
+            // Nobody reads by the former maps now.
+            self.store.reclaim_open()?;
+            tracing::info!(
+                bytes = done.bytes,
+                layers = done.shrunk.len(),
+                "blocks that nobody sees were given back"
+            );
+        }
+        if done.left == 0 {
+            self.nameless.store(false, SeqCst);
+        }
+        Ok(done)
+    }
+    /// What `rechain`, `reclaim` and `seal` answer.
     pub(super) fn answer_on_layers(&self, request: &Value) -> Result<Value> {
-        if text(request, "op")? == "rechain" {
-            return Ok(json!({"changed": self.rechain()}));
+        match text(request, "op")? {
+            "rechain" => return Ok(json!({"changed": self.rechain()})),
+            "reclaim" => {
+                let done = self.reclaim()?;
+                let shrunk = done.shrunk.iter().map(|id| id.to_string());
+                return Ok(json!({"bytes": done.bytes, "shrunk": shrunk.collect::<Vec<_>>()}));
+            }
+            _ => {}
         }
         let disk = text(request, "disk")?;
         let running = self.running(disk)?;
@@ -64,6 +100,7 @@ impl Server {
     }
     /// Joins what nobody needs one by one below an attached disk; says whether there was anything.
     fn join_idle(&self, name: &str, disk: Arc<CowDisk>) -> Result<bool> {
+        let _joining = self.joining.lock();
         let found = self.store.idle_stretch(name, &disk, STRETCH)?;
         // It may be detached while layers are copied: then nothing of it may be held here.
         drop(disk);
@@ -129,13 +166,70 @@ struct Look {
     wait: Duration,
 }
 
+/// When nameless layers are looked at again.
+#[derive(Default)]
+struct Nameless {
+    /// The chains at the last look.
+    seen: u64,
+    at: Option<Instant>,
+    wait: Duration,
+    /// Not before this, whatever changes.
+    soon: Option<Instant>,
+}
+
+impl Nameless {
+    /// Looks if a chain has changed, and not too often: all names of the store are read for it.
+    fn look(&mut self, server: &Server) {
+        let mut hash = DefaultHasher::new();
+        let mut nameless = server.nameless.load(SeqCst);
+        for (_, disk) in server.disks() {
+            let chain = disk.chain();
+            // What has its name still may have lost it since; then the daemon was told.
+            let below = chain.layers().iter().skip(1);
+            nameless |= below.clone().any(|l| l.superblock().name().is_none());
+            let ids = chain.layers().iter().map(|layer| layer.id());
+            ids.collect::<Vec<_>>().hash(&mut hash);
+        }
+        if !nameless {
+            return;
+        }
+        let chains = hash.finish();
+        if chains != std::mem::replace(&mut self.seen, chains) {
+            (self.wait, self.at) = (PAUSE, self.soon);
+        }
+        let began = Instant::now();
+        if self.at.is_some_and(|at| began < at) {
+            return;
+        }
+        self.wait = match server.reclaim() {
+            Ok(done) if done.bytes > 0 => PAUSE,
+            Ok(_) => (self.wait * 2).min(LONGEST),
+            Err(e) => {
+                tracing::info!("nothing was given back: {e}");
+                LONGEST
+            }
+        };
+        let ended = Instant::now();
+        self.soon = Some(ended + (ended - began) * SHARE);
+        self.at = self.soon.max(Some(ended + self.wait));
+    }
+}
+
 /// Looks after the chains of attached disks, as long as the server lives.
 pub(super) fn look_after(server: &Server) {
     // Of this thread alone. Without it the rest goes on as well.
     let _ = rustix::process::setpriority_process(None, 19);
     let mut looks: BTreeMap<String, Look> = BTreeMap::new();
+    let mut nameless = Nameless::default();
     loop {
         std::thread::sleep(PAUSE);
+        if server.leaving.load(SeqCst) {
+            continue;
+        }
+        nameless.look(server);
+        if !wanted() {
+            continue;
+        }
         let names: Vec<String> = server.disks().into_iter().map(|(name, _)| name).collect();
         looks.retain(|name, _| names.contains(name));
         for name in names {
@@ -175,6 +269,13 @@ impl Client {
     /// Tells the daemon that files of layers were replaced; how many attached disks had others open.
     pub fn rechain(&mut self) -> Result<u64> {
         number(&self.ask_again(json!({"op": "rechain"}))?, "changed")
+    }
+    /// Lets the daemon give back what nobody sees of nameless layers below attached disks: bytes, and the layers they were of.
+    pub fn reclaim(&mut self) -> Result<(u64, Vec<Id>)> {
+        let answer = self.ask_again(json!({"op": "reclaim"}))?;
+        let shrunk = answer["shrunk"].as_array().into_iter().flatten();
+        let shrunk = shrunk.filter_map(|id| Id::parse(id.as_str()?));
+        Ok((number(&answer, "bytes")?, shrunk.collect()))
     }
     /// Seals the layer of an attached disk, if it holds anything or stands on a base.
     pub fn seal(&mut self, disk: &str) -> Result<Object> {

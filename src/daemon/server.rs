@@ -77,6 +77,10 @@ pub(super) struct Server {
     pub(super) leaving: AtomicBool,
     /// A disk got another size, and its device is to follow.
     pub(super) resized: AtomicBool,
+    /// Held while layers are joined here, or give back what nobody sees.
+    pub(super) joining: Mutex<()>,
+    /// A layer below an attached disk lost its name.
+    pub(super) nameless: AtomicBool,
 }
 
 /// Why the server ends.
@@ -158,6 +162,8 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         answering: AtomicI32::new(0),
         before,
         leaving: AtomicBool::new(false),
+        joining: Mutex::new(()),
+        nameless: AtomicBool::new(false),
         resized: AtomicBool::new(false),
     });
     server.note_session()?;
@@ -230,7 +236,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         let server = server.clone();
         spawn("inherited", Box::new(move || server.settle_inherited()))?;
     }
-    if layers::wanted() {
+    {
         let server = server.clone();
         spawn("layers", Box::new(move || layers::look_after(&server)))?;
     }

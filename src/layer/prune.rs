@@ -3,7 +3,8 @@
 //! The only change that a sealed layer's file ever sees in place, but for the label in its superblock. Always true:
 //! - the slots that the superblock on the disk names are not written to, and are given back only when both copies of the next one are
 //!   durable;
-//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory.
+//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory, or this process alone ([`Users::Here`]). Such a map may be of
+//!   any earlier time: then nothing is written to a slot that was ever used, and nothing but the data that nobody sees is given back.
 
 use super::recover;
 use super::writable::read_free_list;
@@ -29,6 +30,18 @@ pub type Hidden<'a> = &'a dyn Fn(Region) -> Result<[u64; WORDS]>;
 pub struct Pruned {
     /// Data blocks that nobody sees.
     pub blocks: u64,
+}
+
+/// Who may have a map of the layer in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Users {
+    /// Nobody.
+    Nobody,
+    /// This process, and no other. It sees none of what is hidden.
+    Here {
+        /// Its map is the one that the superblock names.
+        newest: bool,
+    },
 }
 
 /// The superblock that counts, both copies of it durable.
@@ -89,39 +102,52 @@ pub fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
 
 /// Gives back the data blocks of a sealed layer that nobody sees, where that is worth a new block map. The caller has the file's lock
 /// for himself.
-pub fn prune(file: &Arc<dyn File>, header: &Header, hidden: Hidden<'_>) -> Result<Pruned> {
+pub fn prune(
+    file: &Arc<dyn File>,
+    header: &Header,
+    hidden: Hidden<'_>,
+    users: Users,
+) -> Result<Pruned> {
+    // What an earlier superblock named, and this one calls free.
+    let punch_free = |superblock: &Superblock| match users {
+        Users::Here { newest: false } => Ok(()),
+        _ => punch(&**file, read_free_list(&**file, superblock)?.iter()),
+    };
     let superblock = settled(&**file, header)?;
+    // What a predecessor wrote that no superblock ever named.
+    let end = superblock.high_water.get().saturating_mul(BLOCK);
+    if file.len()? > end {
+        file.set_len(end)?;
+    }
     let layer = ReadLayer::open(file.clone())?;
     let found = count(&layer, hidden)?;
     let run_bytes: u64 = superblock.run_refs().iter().map(|r| r.len.get()).sum();
     if found == 0 || found * BLOCK < run_bytes {
-        // What a power cut kept a predecessor from giving back.
-        let free = read_free_list(&**file, &superblock)?;
-        punch(&**file, free.iter())?;
+        // What a power cut kept a predecessor from giving back, or readers.
+        punch_free(&superblock)?;
         return Ok(Pruned::default());
     }
     let id = layer.id();
     let len = file.len()?;
-    let mut work = Work::new(&layer, &superblock)?;
-    let done = work.write(&**file, &layer, hidden).and_then(|freed| {
+    let mut work = Work::new(&layer, &superblock, users)?;
+    let done = work
+        .write(&**file, &layer, hidden)
         // All of it before the superblock that names it.
-        file.sync()?;
-        Ok(freed)
-    });
-    let freed = match done {
-        Ok(freed) => freed,
-        Err(e) => {
-            // Nothing names what was written.
-            let _ = file.set_len(len);
-            let _ = punch(&**file, read_free_list(&**file, &superblock)?.iter());
-            return Err(e.layer(id));
-        }
-    };
+        .and_then(|()| file.sync());
+    if let Err(e) = done {
+        // Nothing names what was written.
+        let _ = file.set_len(len);
+        let _ = punch_free(&superblock);
+        return Err(e.layer(id));
+    }
     drop(layer);
     // What it shows by itself is another thing now, though nobody sees it.
     work.next.set_refer(None);
     put(&**file, &mut work.next)?;
-    punch(&**file, freed.into_iter())?;
+    punch(&**file, work.data.iter())?;
+    if users == Users::Nobody {
+        punch_free(&work.next)?;
+    }
     Ok(Pruned { blocks: found })
 }
 
@@ -146,25 +172,36 @@ struct Work {
     next: Superblock,
     /// Free by the superblock that counts now: what may be written to.
     free: FreeSet,
+    /// Free as well, but readers of this process may know them.
+    resting: FreeSet,
     high: u64,
-    /// Data, runs and free list that the next superblock does not name.
-    freed: FreeSet,
+    /// Data that the next superblock does not name.
+    data: FreeSet,
+    /// Runs and a free list that it does not name.
+    maps: FreeSet,
 }
 
 impl Work {
-    fn new(layer: &ReadLayer, superblock: &Superblock) -> Result<Work> {
-        let mut freed = FreeSet::default();
+    fn new(layer: &ReadLayer, superblock: &Superblock, users: Users) -> Result<Work> {
+        let mut maps = FreeSet::default();
         for run in superblock.run_refs() {
-            freed.insert(run.slot.get(), run.slots.get());
+            maps.insert(run.slot.get(), run.slots.get());
         }
         if superblock.free_slot.get() != 0 {
-            freed.insert(superblock.free_slot.get(), superblock.free_slots.get());
+            maps.insert(superblock.free_slot.get(), superblock.free_slots.get());
         }
+        let free = read_free_list(&**layer.file(), superblock)?;
+        let (free, resting) = match users {
+            Users::Nobody => (free, FreeSet::default()),
+            Users::Here { .. } => (FreeSet::default(), free),
+        };
         Ok(Work {
             next: *superblock,
-            free: read_free_list(&**layer.file(), superblock)?,
+            free,
+            resting,
             high: superblock.high_water.get(),
-            freed,
+            data: FreeSet::default(),
+            maps,
         })
     }
     /// Neighbouring slots that nothing needs.
@@ -189,13 +226,8 @@ impl Work {
             self.free.insert(start, slots);
         }
     }
-    /// Writes the block map without what is hidden, and the free list; returns the extents to be given back to the host.
-    fn write(
-        &mut self,
-        file: &dyn File,
-        layer: &ReadLayer,
-        hidden: Hidden<'_>,
-    ) -> Result<Vec<(u32, u32)>> {
+    /// Writes the block map without what is hidden, and the free list.
+    fn write(&mut self, file: &dyn File, layer: &ReadLayer, hidden: Hidden<'_>) -> Result<()> {
         let run = self.write_run(file, layer, hidden)?;
         self.next.runs = [RunRef::new_zeroed(); MAX_RUNS];
         self.next.run_count = U32::new(u32::from(run.is_some()));
@@ -205,11 +237,10 @@ impl Work {
         let run = run.unwrap_or_else(RunRef::new_zeroed);
         self.next.data_blocks = run.pointers;
         self.next.zero_blocks = run.zeros;
-        let freed: Vec<(u32, u32)> = self.freed.iter().collect();
-        self.write_free_list(file, &freed)?;
+        self.write_free_list(file)?;
         self.next.high_water = U64::new(self.high);
         self.next.set_name("");
-        Ok(freed)
+        Ok(())
     }
     fn write_run(
         &mut self,
@@ -241,7 +272,7 @@ impl Work {
                         if let Pointer::Data { slot, .. } = pointer
                             && gone[index / 64] >> (index % 64) & 1 == 1
                         {
-                            self.freed.insert(slot.0, 1);
+                            self.data.insert(slot.0, 1);
                         }
                     }
                     // Zeros hold no slot, and may stay.
@@ -267,13 +298,14 @@ impl Work {
             run
         }))
     }
-    fn write_free_list(&mut self, file: &dyn File, freed: &[(u32, u32)]) -> Result<()> {
+    fn write_free_list(&mut self, file: &dyn File) -> Result<()> {
         self.next.free_slot = U32::new(0);
         self.next.free_slots = U32::new(0);
         self.next.free_inline = [FreeExtent::new_zeroed(); INLINE_FREE];
         let all = |work: &Work| {
             let mut all = work.free.clone();
-            for &(start, slots) in freed {
+            let more = [&work.resting, &work.data, &work.maps];
+            for (start, slots) in more.into_iter().flat_map(FreeSet::iter) {
                 all.insert(start, slots);
             }
             let forgotten = all.limit();

@@ -39,6 +39,7 @@ pub use flatten::Flattened;
 pub use kept::Recount;
 pub use objects::Member;
 pub use quota::{QuotaChange, QuotaUse};
+pub use reclaim::Reclaimed;
 pub use resize::whole_blocks;
 pub use squash::{Squash, Squashed};
 pub use stream::{Piece, StreamReader, StreamTotals, write_stream};
@@ -130,6 +131,8 @@ pub struct Store {
     open_layers: Mutex<HashMap<Id, Weak<ReadLayer>>>,
     open_bases: Mutex<HashMap<Id, Weak<Base>>>,
     open_chains: Mutex<HashMap<Below, Weak<Chain>>>,
+    /// Snapshots and images that are open themselves, by their layers.
+    views: Mutex<Vec<(Id, Weak<CowDisk>)>>,
 }
 
 /// The names lock, held while this lives.
@@ -308,6 +311,7 @@ impl Store {
             open_layers: Mutex::default(),
             open_bases: Mutex::default(),
             open_chains: Mutex::default(),
+            views: Mutex::default(),
         })
     }
     /// Its id.
@@ -635,9 +639,14 @@ impl Store {
             ObjectKind::Base => Ok(Arc::new(CowDisk::read_only(
                 self.chain(Below::Base(object.id))?,
             ))),
-            ObjectKind::Image | ObjectKind::Snapshot => Ok(Arc::new(CowDisk::read_only(
-                self.chain(Below::Layer(object.id))?,
-            ))),
+            ObjectKind::Image | ObjectKind::Snapshot => {
+                let chain = self.chain(Below::Layer(object.id))?;
+                let disk = Arc::new(CowDisk::read_only(chain));
+                let mut views = self.views.lock();
+                views.retain(|(_, view)| view.strong_count() > 0);
+                views.push((object.id, Arc::downgrade(&disk)));
+                Ok(disk)
+            }
         }
     }
     /// Opens a disk for writing, with memory ([`volatile::LEN`] bytes) from which [`Store::resume_cow`] can go on after the death of the process.

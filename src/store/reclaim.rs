@@ -4,24 +4,81 @@
 //! Always true:
 //! - only what is durable hides: sealed layers, and disks at rest; what an attached disk has written may be lost in a power cut, and with it
 //!   what it hides;
-//! - a layer that anyone has open is left alone: a later `gc` finds it;
+//! - a layer that another process has open is left alone: a later `gc` finds it. What this process has open shrinks under its readers
+//!   ([`Store::reclaim_open`]), who come to it only through what hides the blocks;
 //! - the names lock is held all the time, so that nothing new can stand on the layer.
 
 use super::graph::Graph;
 use super::objects::object_target;
 use super::{Below, RemovePlan, Store, layer_file, names};
+use crate::chain::Chain;
 use crate::error::{Error, Kind, Result};
-use crate::io::Access;
-use crate::layer::{ReadLayer, State, prune, read_header};
+use crate::io::{Access, File};
+use crate::layer::prune::Users;
+use crate::layer::{ReadLayer, State, prune, read_header, recover};
 use crate::map::WORDS;
 use crate::units::{BLOCK, Id, Region};
 use std::collections::HashSet;
+use std::sync::{Arc, Weak};
 
 /// The file that a scrub has locked: it reads sealed layers without their locks.
 const SCRUB: &str = "scrub";
 
 /// Setting of a disk whose own layer also keeps what it held earlier: that may come back, and so hides nothing for good.
 const HISTORY: &str = "history";
+
+/// Blocks that every one of these hides.
+struct Hiding(Vec<ReadLayer>);
+
+impl Hiding {
+    fn region(&self, region: Region) -> Result<[u64; WORDS]> {
+        let mut bits = [u64::MAX; WORDS];
+        for child in &self.0 {
+            let map = child.region(region)?;
+            if !map.fill() {
+                bits.iter_mut()
+                    .zip(map.present())
+                    .for_each(|(all, own)| *all &= own);
+            }
+        }
+        Ok(bits)
+    }
+}
+
+/// A lock that its readers share, held by one of them for himself as long as this lives. Nobody asks for it in between: that takes the names lock.
+struct Alone<'a>(&'a dyn File);
+
+impl Alone<'_> {
+    /// `None` if others have the file open as well.
+    fn with(file: &dyn File) -> Result<Option<Alone<'_>>> {
+        // Whether it succeeds or not, what was held is given up for it.
+        let alone = Alone(file);
+        match file.lock(true) {
+            Ok(()) => Ok(Some(alone)),
+            Err(e) if e.kind() == Kind::Busy => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.0.lock(false) {
+            tracing::error!("{} is open without its lock: {e}", self.0.path().display());
+        }
+    }
+}
+
+/// What [`Store::reclaim_open`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reclaimed {
+    /// Bytes that were given back.
+    pub bytes: u64,
+    /// The layers that they were of.
+    pub shrunk: Vec<Id>,
+    /// Open layers without names of which more may be given back later.
+    pub left: usize,
+}
 
 /// What is done about blocks that nobody sees.
 #[derive(Clone, Copy)]
@@ -120,22 +177,107 @@ impl Store {
         }
         Ok((bytes, shrunk))
     }
-    /// Gives back the blocks of a layer without a name that each of its children hides; returns the bytes.
-    fn reclaim(&self, graph: &Graph, id: Id, how: How) -> Result<u64> {
+    /// What hides blocks of a layer: all its children. `None` if one of them hides nothing.
+    fn hiding(&self, graph: &Graph, id: Id) -> Result<Option<Hiding>> {
         let children = graph.children.get(&Below::Layer(id));
         let Some(children) = children.filter(|_| !graph.unreadable) else {
-            return Ok(0);
+            return Ok(None);
         };
         let mut hiding = Vec::new();
         for child in children {
             match self.hides(graph, child.id()) {
                 Ok(Some(layer)) => hiding.push(layer),
-                Ok(None) => return Ok(0),
+                Ok(None) => return Ok(None),
                 // It was garbage, and is gone.
                 Err(e) if e.kind() == Kind::NotFound => {}
                 Err(e) => return Err(e),
             }
         }
+        Ok(Some(Hiding(hiding)).filter(|h| !h.0.is_empty()))
+    }
+    /// Gives back what nobody sees of the layers that this process has open and no other: those of attached disks. Afterwards the disks are to be told
+    /// ([`Store::rechain`]); then the former block maps can go as well, if it is called again.
+    pub fn reclaim_open(&self) -> Result<Reclaimed> {
+        let _lock = self.lock(true)?;
+        // A chain with a file that was replaced may come to a layer past all that the names know of.
+        self.forget_replaced();
+        let open = self.open_layers.lock().clone();
+        let mut open: Vec<Arc<ReadLayer>> = open.values().filter_map(Weak::upgrade).collect();
+        let mut done = Reclaimed::default();
+        if open.is_empty() {
+            return Ok(done);
+        }
+        self.names.sync()?;
+        self.layers.sync()?;
+        let graph = self.graph()?;
+        let chains = self.open_chains.lock().clone();
+        let chains: Vec<Arc<Chain>> = chains.values().filter_map(Weak::upgrade).collect();
+        let named = |below: &Below| graph.names.get(below).is_some_and(|n| !n.is_empty());
+        open.retain(|layer| !named(&Below::Layer(layer.id())));
+        // From below: what a layer has given back hides nothing any more.
+        open.sort_by_key(|layer| layer.header().depth.get());
+        for layer in &open {
+            let id = layer.id();
+            let reads = |chain: &&Arc<Chain>| chain.layers().iter().any(|l| Arc::ptr_eq(l, layer));
+            // These chains, and here; whoever else has it got it in another way.
+            if Arc::strong_count(layer) != chains.iter().filter(reads).count() + 1 {
+                done.left += 1;
+                continue;
+            }
+            match self.reclaim_held(&graph, layer) {
+                Ok(None) => done.left += 1,
+                Ok(Some(0)) => {}
+                Ok(Some(bytes)) => {
+                    done.bytes += bytes;
+                    done.shrunk.push(id);
+                }
+                Err(e) => left_alone(id, e)?,
+            }
+        }
+        // Whoever asks for them next reads their new maps.
+        self.open_layers
+            .lock()
+            .retain(|id, _| !done.shrunk.contains(id));
+        self.forget_replaced();
+        Ok(done)
+    }
+    /// [`Store::reclaim`] of a layer that this process has open; `None` if it must wait.
+    fn reclaim_held(&self, graph: &Graph, layer: &ReadLayer) -> Result<Option<u64>> {
+        let id = layer.id();
+        let Some(hiding) = self.hiding(graph, id)? else {
+            return Ok(None);
+        };
+        if self.scrubbing()? || self.is_shown(id) || self.is_replaced(layer) {
+            return Ok(None);
+        }
+        let Some(_alone) = Alone::with(&**layer.file())? else {
+            return Ok(None);
+        };
+        let file = self.layers.open(&layer_file(id), Access::Write)?;
+        let header = read_header(&*file)?;
+        if !prune::may_prune(&*file, &header)? {
+            return Ok(None);
+        }
+        let now = recover::superblock(&*file, &header)?.superblock;
+        let users = Users::Here {
+            newest: now.sequence == layer.superblock().sequence,
+        };
+        let hidden = |region: Region| hiding.region(region);
+        let done = prune::prune(&file, &header, &hidden, users)?;
+        Ok(Some(done.blocks * BLOCK))
+    }
+    /// Is a layer what a snapshot shows that is open here? Its name may be gone.
+    fn is_shown(&self, id: Id) -> bool {
+        let views = self.views.lock();
+        views
+            .iter()
+            .any(|(of, disk)| *of == id && disk.strong_count() > 0)
+    }
+    /// Gives back the blocks of a layer without a name that each of its children hides; returns the bytes.
+    fn reclaim(&self, graph: &Graph, id: Id, how: How) -> Result<u64> {
+        let Some(hiding) = self.hiding(graph, id)? else {
+            return Ok(0);
+        };
         let access = match how {
             How::Do => Access::Write,
             How::Count | How::CountNamed => Access::Read,
@@ -145,30 +287,21 @@ impl Store {
             other => other?,
         };
         match file.lock(true) {
+            // Who has it open reads it, and does not change it.
+            Err(e) if e.kind() == Kind::Busy && !matches!(how, How::Do) => {}
             Err(e) if e.kind() == Kind::Busy => return Ok(0),
             other => other?,
         }
         let header = read_header(&*file)?;
         // One that is still named is labelled as well, until then.
         let may = matches!(how, How::CountNamed) || prune::may_prune(&*file, &header)?;
-        if hiding.is_empty() || self.scrubbing()? || !may {
+        if self.scrubbing()? || !may {
             return Ok(0);
         }
-        let hidden = |region: Region| -> Result<[u64; WORDS]> {
-            let mut bits = [u64::MAX; WORDS];
-            for child in &hiding {
-                let map = child.region(region)?;
-                if !map.fill() {
-                    bits.iter_mut()
-                        .zip(map.present())
-                        .for_each(|(all, own)| *all &= own);
-                }
-            }
-            Ok(bits)
-        };
+        let hidden = |region: Region| hiding.region(region);
         let blocks = match how {
             How::Count | How::CountNamed => prune::count(&ReadLayer::open(file)?, &hidden)?,
-            How::Do => prune::prune(&file, &header, &hidden)?.blocks,
+            How::Do => prune::prune(&file, &header, &hidden, Users::Nobody)?.blocks,
         };
         Ok(blocks * BLOCK)
     }

@@ -111,6 +111,13 @@ impl Store {
             _ => false,
         }
     }
+    /// Was an open layer put out of use for a new opening of the same file ([`Store::reclaim_open`])?
+    fn has_shrunk(&self, layer: &Arc<ReadLayer>) -> bool {
+        let open = self.open_layers.lock();
+        let found = open.get(&layer.id());
+        // A disk's own layer is not among them.
+        layer.state() == State::Sealed && found.is_none_or(|l| l.as_ptr() != Arc::as_ptr(layer))
+    }
     /// Layers whose file was replaced are opened anew by whoever asks for them next.
     pub(super) fn forget_replaced(&self) {
         let current = |layer: &ReadLayer| !self.is_replaced(layer);
@@ -415,7 +422,8 @@ impl Store {
         // Nobody seals its layer meanwhile.
         let _lock = self.lock(false)?;
         let old = disk.chain();
-        if !old.layers().iter().any(|layer| self.is_replaced(layer)) {
+        let changed = |layer: &Arc<ReadLayer>| self.is_replaced(layer) || self.has_shrunk(layer);
+        if !old.layers().iter().any(changed) {
             return Ok(false);
         }
         self.forget_replaced();

@@ -93,6 +93,83 @@ fn squash_and_flatten_under_a_busy_filesystem() {
     w.finish();
 }
 
+/// A snapshot in the middle goes while its disk is mounted and busy: what nobody sees comes back at once, or when the next snapshot hides it.
+#[test]
+fn what_nobody_sees_comes_back_under_a_busy_filesystem() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    busy(&w, &m);
+    let (keep, large) = (m.join("keep"), m.join("large"));
+    let write = |seed: u64| {
+        // In place, past the filesystem's memory.
+        fs::write(m.join("noise"), noise(seed, 8 << 20)).unwrap();
+        let (from, to) = (
+            format!("if={}", s(&m.join("noise"))),
+            format!("of={}", s(&large)),
+        );
+        tool(
+            "dd",
+            [&from, &to, "bs=1M", "conv=notrunc,fsync", "status=none"],
+        );
+        fs::remove_file(m.join("noise")).unwrap();
+    };
+    fs::write(&keep, noise(1, FILE)).unwrap();
+    for n in 0..3 {
+        write(n);
+        tool("sync", ["-f", s(&m)]);
+        w.ok(["snapshot", &format!("d@s{n}")]);
+    }
+    let id = |name: &str| w.json(["info", name])["id"].as_str().unwrap().to_string();
+    let layers = [id("d@s0"), id("d@s1"), id("d@s2")];
+    let used = |id: &str| {
+        let file = w.store.join(format!("layers/{id}.layer"));
+        std::os::unix::fs::MetadataExt::blocks(&fs::metadata(file).unwrap()) * 512
+    };
+    let before = used(&layers[0]);
+    assert!(before > 8 << 20, "{before}");
+    let gone = w.json(["rm", "d@s0"]);
+    assert!(gone["frees"].as_u64().unwrap() >= 7 << 20, "{gone}");
+    let after = used(&layers[0]);
+    assert!(after + (7 << 20) < before, "{before} {after}");
+    // The topmost one: only what is sealed hides for good.
+    let before = used(&layers[2]);
+    w.ok(["rm", "d@s2"]);
+    assert_eq!(used(&layers[2]), before);
+    write(7);
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["snapshot", "d@s3"]);
+    eventually("the daemon looks at it", || {
+        used(&layers[2]) + (7 << 20) < before
+    });
+    let same = |what: &str| {
+        assert!(read_direct(&keep, 0, FILE) == noise(1, FILE), "{what}");
+        assert!(
+            read_direct(&large, 0, 8 << 20) == noise(7, 8 << 20),
+            "{what}"
+        );
+    };
+    same("given back");
+    kill_and_wait(w.pid("server_pid"));
+    same("another server");
+    assert_eq!(w.run(["scrub"]).code, 0, "{}", w.log());
+    w.end_children();
+    eventually("nobody uses it", || w.run(["detach", "d"]).code == 0);
+    for name in ["d@s1", "d@s3", "d"] {
+        let device = w.ok(["attach", name]);
+        if name == "d" {
+            clean(&device);
+        }
+        w.ok(["detach", name]);
+    }
+    w.ok(["gc"]);
+    w.finish();
+}
+
 /// The daemon's own work: nobody asks for it.
 #[test]
 fn chains_stay_short_by_themselves() {

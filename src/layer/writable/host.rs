@@ -174,9 +174,8 @@ impl Layer {
             self.often.store(false, Relaxed);
             return;
         }
-        // The next flush is not to wait for all of it.
+        // The next flush is not to wait for all of it; and there are others to be used first.
         self.file.start_writeback(at, bytes);
-        self.file.await_writeback(at, bytes);
         self.ahead.store((slots * 2).min(AHEAD.1), Relaxed);
         self.space.lock().hot.insert(start, slots);
     }
