@@ -2,6 +2,8 @@
 #![allow(missing_docs, reason = "a test")]
 
 use forkdisk::disk::Disk;
+use forkdisk::error::Kind;
+use forkdisk::io::Access;
 use forkdisk::io::count::Counting;
 use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::SimDisk;
@@ -159,6 +161,22 @@ fn removal_lists_all_that_stands_on_what_goes() {
 }
 
 /// A store on a real directory whose calls are counted, with an image `base` and `n` disks.
+/// What is called by its id is found though the name of something else is damaged.
+#[test]
+fn a_damaged_name_hides_no_other() {
+    let store = store();
+    fork(&store, "a", "base");
+    fork(&store, "b", "base");
+    let id = store.resolve("a").expect("resolve").id.to_string();
+    let file = store.names_dir().open("b", Access::Write).expect("open");
+    file.write_at(b"rot", 0).expect("write");
+    assert_eq!(store.resolve(&id).expect("resolve").name, "a");
+    let e = store.resolve("cafe1cafe1").expect_err("there is none");
+    assert_eq!(e.kind(), Kind::NotFound);
+    let e = store.resolve("b").expect_err("damaged");
+    assert_eq!(e.kind(), Kind::Corrupt);
+}
+
 fn counted(n: usize) -> (tempfile::TempDir, Counting, Store) {
     let dir = tempfile::tempdir().expect("a directory");
     let io = Counting::new(Arc::new(OsDir::open(dir.path()).expect("opened")));

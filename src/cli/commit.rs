@@ -6,7 +6,7 @@ use crate::{
         context::{Context, mounts_of},
         names::Names,
         render::json::ObjectDoc,
-        snapshot::nothing_waits,
+        snapshot::ready_to_freeze,
     },
     daemon::Client,
     error::Result,
@@ -92,7 +92,7 @@ fn kept(
         ));
     }
     if freeze {
-        nothing_waits(&mut daemon, disk)?;
+        ready_to_freeze(&mut daemon, &[disk], &mounts[..mounts.len().min(1)])?;
     }
     // All mounts of one device show one filesystem. From here to the thaw nothing may be written
     // that could end up on it, not even a line of talk.

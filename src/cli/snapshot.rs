@@ -17,7 +17,12 @@ use crate::{
 };
 use clap::Args;
 use serde_json::json;
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
 /// Keep the present state of a disk, also while it is mounted and busy
 #[derive(Args, Debug)]
@@ -125,9 +130,9 @@ impl Snapshot {
         };
         let mut daemon = Client::connect(store)?.ok_or_else(gone)?;
         if self.freeze {
-            for (disk, _) in wanted.iter().filter(|(disk, _)| of(disk).is_some()) {
-                nothing_waits(&mut daemon, disk)?;
-            }
+            let disks = wanted.iter().map(|(disk, _)| disk.as_str());
+            let disks: Vec<&str> = disks.filter(|disk| of(disk).is_some()).collect();
+            ready_to_freeze(&mut daemon, &disks, &to_freeze)?;
         }
         // From here to the thaw nothing may be written that could end up on a frozen filesystem, not even a line of talk.
         signals::catch();
@@ -148,8 +153,38 @@ impl Snapshot {
     }
 }
 
-/// To freeze a filesystem waits for its writes, for ever if those wait for room themselves.
-pub(super) fn nothing_waits(daemon: &mut Client, disk: &str) -> Result<()> {
+/// Lets the filesystems on `dirs` write what they have, so that little is left for the freeze. That waits for its writes, for ever if those wait for
+/// room themselves, and nothing ends it: so this fails as soon as a write to one of the disks does.
+pub(super) fn ready_to_freeze(daemon: &mut Client, disks: &[&str], dirs: &[PathBuf]) -> Result<()> {
+    let mut nothing_waits = || {
+        disks
+            .iter()
+            .try_for_each(|disk| nothing_waits(daemon, disk))
+    };
+    nothing_waits()?;
+    for dir in dirs {
+        // Another process: a thread of this one that waits would not let it end.
+        let mut sync = Command::new("sync");
+        sync.arg("-f").arg("--").arg(dir);
+        sync.stdin(Stdio::null());
+        sync.stdout(Stdio::null()).stderr(Stdio::null());
+        // Where there is no such program the freeze has more to do.
+        let Ok(mut sync) = sync.spawn() else { continue };
+        let mut pause = Duration::from_millis(1);
+        while matches!(sync.try_wait(), Ok(None)) {
+            if let Err(e) = nothing_waits() {
+                // It ends when there is room.
+                let _ = sync.kill();
+                return Err(e);
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+    nothing_waits()
+}
+
+fn nothing_waits(daemon: &mut Client, disk: &str) -> Result<()> {
     match daemon.waiting(disk, Waiting::Stay) {
         // An older server, which lets nobody wait.
         Err(e) if e.kind() == Kind::Invalid => Ok(()),

@@ -467,7 +467,11 @@ impl Store {
         if hex {
             let mut found = Vec::new();
             for name in self.all_names()? {
-                let record = read_name(&*self.names, &name)?;
+                let record = match read_name(&*self.names, &name) {
+                    // Another one's damage; `check` tells.
+                    Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::NotFound) => continue,
+                    other => other?,
+                };
                 if record.target.id().to_string().starts_with(reference) {
                     found.push((name, record));
                 }

@@ -440,6 +440,35 @@ fn writers_wait_for_room_and_keep_nobody_waiting() {
     w.nothing_left();
 }
 
+/// What the filesystem still has to write is more than the disk may have: a freeze would wait for that, and nothing could end it.
+#[test]
+fn a_freeze_does_not_wait_for_room() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    let quota = ["--quota", "24M", "--on-full", "pause"];
+    w.ok(["create", "d", "--from", "base"].iter().chain(&quota));
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("big"), noise(5, 60 << 20)).unwrap();
+    for refused in [
+        &["snapshot", "d@s", "--freeze"][..],
+        &["commit", "d", "i", "--freeze"][..],
+    ] {
+        let out = w.run(refused);
+        assert_eq!(out.code, 11, "{out:?}");
+        assert!(out.stderr.contains("wait for room"), "{out:?}");
+    }
+    w.ok(["resize", "d", "--quota", "none"]);
+    eventually("what waits is written", || {
+        w.run(["snapshot", "d@s", "--freeze"]).code == 0
+    });
+    assert!(fs::read(m.join("big")).unwrap() == noise(5, 60 << 20));
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
 /// One writer, two disks, in turns: each acknowledged before the other is written.
 #[test]
 fn snapshots_of_several_are_of_one_instant() {
