@@ -281,7 +281,7 @@ fn random_lives() {
                     if rng.below(4) == 0 {
                         let fork = format!("f{step}");
                         store
-                            .create(&[fork.clone()], &format!("d@{name}"), None)
+                            .create(std::slice::from_ref(&fork), &format!("d@{name}"), None)
                             .expect("fork");
                         kept.insert(fork, plain.clone());
                     }
