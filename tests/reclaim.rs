@@ -5,7 +5,7 @@ mod common;
 use common::{Rng, data, env, read_all};
 use forkdisk::check::check;
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::io::sim::{FaultKind, Policy, SimDisk};
 use forkdisk::store::{ImportMode, ImportSource, Quiet, Reclaimed, Store};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -243,6 +243,42 @@ fn one_that_is_cut_changes_nothing() {
         drop(disk);
         if let Ok(done) = done {
             assert_eq!((done.bytes, done.left), ((35 + 33) * B, 0));
+            break;
+        }
+    }
+}
+
+/// A call fails at each step, and it is tried again: the readers, with whatever maps they have, see what they saw.
+#[test]
+fn one_that_fails_harms_no_reader() {
+    for failing in 0.. {
+        let (sim, store) = simulated(2000);
+        let disk = stacked(&store);
+        disk.flush().expect("flush");
+        let now = read_all(&*disk).expect("read");
+        remove(&store, "d@s1");
+        let from = sim.calls() + failing;
+        sim.fail_calls(from, 1, FaultKind::Eio);
+        let done = store.reclaim_open();
+        let reached = sim.calls() > from;
+        sim.clear_faults();
+        for _ in 0..2 {
+            let _ = store.reclaim_open();
+            assert!(read_all(&*disk).expect("read") == now, "{failing}");
+        }
+        store.rechain(&disk).expect("rechain");
+        reclaim(&store);
+        assert!(read_all(&*disk).expect("read") == now, "{failing}");
+        disk.close().expect("close");
+        drop(disk);
+        for _ in 0..2 {
+            assert!(contents(&store, "d") == now, "{failing}");
+            store.gc(false).expect("gc");
+        }
+        sound(&store);
+        if !reached {
+            assert_eq!(done.expect("nothing failed").bytes, 900 * B);
+            assert!(failing > 50, "{failing}");
             break;
         }
     }

@@ -3,8 +3,8 @@
 //! The only change that a sealed layer's file ever sees in place, but for the label in its superblock. Always true:
 //! - the slots that the superblock on the disk names are not written to, and are given back only when both copies of the next one are
 //!   durable;
-//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory, or this process alone ([`Users::Here`]). Such a map may be of
-//!   any earlier time: then nothing is written to a slot that was ever used, and nothing but the data that nobody sees is given back.
+//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory, or this process alone ([`Users::Here`]), opened once:
+//!   then what that map lies in stays, until it is opened anew.
 
 use super::recover;
 use super::writable::read_free_list;
@@ -37,11 +37,8 @@ pub struct Pruned {
 pub enum Users {
     /// Nobody.
     Nobody,
-    /// This process, and no other. It sees none of what is hidden.
-    Here {
-        /// Its map is the one that the superblock names.
-        newest: bool,
-    },
+    /// This process, and no other, by the lock that the caller has. It sees none of what is hidden.
+    Here,
 }
 
 /// The superblock that counts, both copies of it durable.
@@ -108,11 +105,8 @@ pub fn prune(
     hidden: Hidden<'_>,
     users: Users,
 ) -> Result<Pruned> {
-    // What an earlier superblock named, and this one calls free.
-    let punch_free = |superblock: &Superblock| match users {
-        Users::Here { newest: false } => Ok(()),
-        _ => punch(&**file, read_free_list(&**file, superblock)?.iter()),
-    };
+    let punch_free =
+        |superblock: &Superblock| punch(&**file, read_free_list(&**file, superblock)?.iter());
     let superblock = settled(&**file, header)?;
     // What a predecessor wrote that no superblock ever named.
     let end = superblock.high_water.get().saturating_mul(BLOCK);
@@ -129,7 +123,7 @@ pub fn prune(
     }
     let id = layer.id();
     let len = file.len()?;
-    let mut work = Work::new(&layer, &superblock, users)?;
+    let mut work = Work::new(&layer, &superblock)?;
     let done = work
         .write(&**file, &layer, hidden)
         // All of it before the superblock that names it.
@@ -172,8 +166,6 @@ struct Work {
     next: Superblock,
     /// Free by the superblock that counts now: what may be written to.
     free: FreeSet,
-    /// Free as well, but readers of this process may know them.
-    resting: FreeSet,
     high: u64,
     /// Data that the next superblock does not name.
     data: FreeSet,
@@ -182,7 +174,7 @@ struct Work {
 }
 
 impl Work {
-    fn new(layer: &ReadLayer, superblock: &Superblock, users: Users) -> Result<Work> {
+    fn new(layer: &ReadLayer, superblock: &Superblock) -> Result<Work> {
         let mut maps = FreeSet::default();
         for run in superblock.run_refs() {
             maps.insert(run.slot.get(), run.slots.get());
@@ -190,15 +182,9 @@ impl Work {
         if superblock.free_slot.get() != 0 {
             maps.insert(superblock.free_slot.get(), superblock.free_slots.get());
         }
-        let free = read_free_list(&**layer.file(), superblock)?;
-        let (free, resting) = match users {
-            Users::Nobody => (free, FreeSet::default()),
-            Users::Here { .. } => (FreeSet::default(), free),
-        };
         Ok(Work {
             next: *superblock,
-            free,
-            resting,
+            free: read_free_list(&**layer.file(), superblock)?,
             high: superblock.high_water.get(),
             data: FreeSet::default(),
             maps,
@@ -304,7 +290,7 @@ impl Work {
         self.next.free_inline = [FreeExtent::new_zeroed(); INLINE_FREE];
         let all = |work: &Work| {
             let mut all = work.free.clone();
-            let more = [&work.resting, &work.data, &work.maps];
+            let more = [&work.data, &work.maps];
             for (start, slots) in more.into_iter().flat_map(FreeSet::iter) {
                 all.insert(start, slots);
             }

@@ -15,7 +15,7 @@ use crate::chain::Chain;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
 use crate::layer::prune::Users;
-use crate::layer::{ReadLayer, State, prune, read_header, recover};
+use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::map::WORDS;
 use crate::units::{BLOCK, Id, Region};
 use std::collections::HashSet;
@@ -63,8 +63,10 @@ impl Alone<'_> {
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        if let Err(e) = self.0.lock(false) {
-            tracing::error!("{} is open without its lock: {e}", self.0.path().display());
+        // Kept for one alone it would keep all others out.
+        let shared = (0..3).any(|_| self.0.lock(false).is_ok());
+        if !shared {
+            tracing::error!("{} is open without its lock", self.0.path().display());
         }
     }
 }
@@ -216,13 +218,14 @@ impl Store {
         open.retain(|layer| !named(&Below::Layer(layer.id())));
         // From below: what a layer has given back hides nothing any more.
         open.sort_by_key(|layer| layer.header().depth.get());
-        for layer in &open {
+        let mut failed = Vec::new();
+        let mut one = |layer: &Arc<ReadLayer>| -> Result<()> {
             let id = layer.id();
             let reads = |chain: &&Arc<Chain>| chain.layers().iter().any(|l| Arc::ptr_eq(l, layer));
             // These chains, and here; whoever else has it got it in another way.
             if Arc::strong_count(layer) != chains.iter().filter(reads).count() + 1 {
                 done.left += 1;
-                continue;
+                return Ok(());
             }
             match self.reclaim_held(&graph, layer) {
                 Ok(None) => done.left += 1,
@@ -231,15 +234,20 @@ impl Store {
                     done.bytes += bytes;
                     done.shrunk.push(id);
                 }
-                Err(e) => left_alone(id, e)?,
+                Err(e) => {
+                    failed.push(id);
+                    left_alone(id, e)?;
+                }
             }
-        }
-        // Whoever asks for them next reads their new maps.
+            Ok(())
+        };
+        let all = open.iter().try_for_each(&mut one);
+        // Whoever asks for them next reads their new maps; those that failed may have one, too, and what their readers know must not be taken for it.
         self.open_layers
             .lock()
-            .retain(|id, _| !done.shrunk.contains(id));
+            .retain(|id, _| !done.shrunk.contains(id) && !failed.contains(id));
         self.forget_replaced();
-        Ok(done)
+        all.map(|()| done)
     }
     /// [`Store::reclaim`] of a layer that this process has open; `None` if it must wait.
     fn reclaim_held(&self, graph: &Graph, layer: &ReadLayer) -> Result<Option<u64>> {
@@ -258,12 +266,8 @@ impl Store {
         if !prune::may_prune(&*file, &header)? {
             return Ok(None);
         }
-        let now = recover::superblock(&*file, &header)?.superblock;
-        let users = Users::Here {
-            newest: now.sequence == layer.superblock().sequence,
-        };
         let hidden = |region: Region| hiding.region(region);
-        let done = prune::prune(&file, &header, &hidden, users)?;
+        let done = prune::prune(&file, &header, &hidden, Users::Here)?;
         Ok(Some(done.blocks * BLOCK))
     }
     /// Is a layer what a snapshot shows that is open here? Its name may be gone.
