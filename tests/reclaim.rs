@@ -5,6 +5,7 @@ mod common;
 use common::{Rng, data, env, read_all};
 use forkdisk::check::check;
 use forkdisk::disk::{CowDisk, Disk};
+use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::{FaultKind, Policy, SimDisk};
 use forkdisk::store::{ImportMode, ImportSource, Quiet, Reclaimed, Store};
 use std::collections::BTreeMap;
@@ -17,6 +18,10 @@ const B: u64 = 4096;
 fn simulated(blocks: u64) -> (SimDisk, Store) {
     let sim = SimDisk::new(1);
     let store = Store::init_on(sim.root(), Path::new("/sim"), env(1)).expect("a store");
+    fill(&store, blocks);
+    (sim, store)
+}
+fn fill(store: &Store, blocks: u64) {
     let image = data(5, blocks * B);
     let source = ImportSource::Reader(&mut &image[..]);
     store
@@ -25,7 +30,6 @@ fn simulated(blocks: u64) -> (SimDisk, Store) {
     store
         .create(&["d".to_string()], "image", None)
         .expect("create");
-    (sim, store)
 }
 fn again(sim: &SimDisk, seed: u64) -> Store {
     Store::open_on(sim.root(), Path::new("/sim"), env(seed << 20)).expect("the store")
@@ -130,6 +134,33 @@ fn a_layer_shrinks_under_its_readers() {
     store.gc(false).expect("gc");
     assert!(sim.used() < used, "{} of {used}", sim.used());
     assert!(contents(&again(&sim, 2), "d") == now);
+    sound(&store);
+}
+
+/// On a real filesystem, where a map in memory is the file itself: readers who have not looked at it yet find it whole.
+#[test]
+fn maps_in_memory_stay_whole() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = Arc::new(OsDir::open(dir.path()).expect("opened"));
+    let store = Store::init_on(root, dir.path(), env(1)).expect("a store");
+    fill(&store, 2000);
+    let mut plain = data(5, 2000 * B);
+    for (seed, at, blocks) in [(1, 0, 1000), (2, 50, 900), (3, 10, 20)] {
+        let at = (at * B) as usize;
+        plain[at..at + (blocks * B) as usize].copy_from_slice(&data(seed, blocks * B));
+    }
+    let disk = stacked(&store);
+    disk.close().expect("close");
+    drop(disk);
+    let disk = open(&store, "d", true);
+    remove(&store, "d@s1");
+    assert_eq!(reclaim(&store).bytes, 900 * B);
+    assert!(read_all(&*disk).expect("read") == plain);
+    assert!(store.rechain(&disk).expect("rechain"));
+    assert_eq!(reclaim(&store).bytes, 0);
+    assert!(read_all(&*disk).expect("read") == plain);
+    disk.close().expect("close");
+    drop(disk);
     sound(&store);
 }
 
