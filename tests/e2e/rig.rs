@@ -432,15 +432,25 @@ pub fn s(path: &Path) -> &str {
 
 /// Runs a program to its end; panics with what it said if it fails.
 pub fn tool<I: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = I>) -> String {
-    let mut command = Command::new("timeout");
-    command
-        .args(["-k", "5", "100", program])
-        .args(args)
-        .stdin(Stdio::null());
-    let shown = format!("{command:?}");
-    let out = finish(command);
-    assert_eq!(out.code, 0, "{shown}\n{out:?}");
-    out.stdout
+    let args: Vec<I> = args.into_iter().collect();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let mut command = Command::new("timeout");
+        command
+            .args(["-k", "5", "100", program])
+            .args(&args)
+            .stdin(Stdio::null());
+        let shown = format!("{command:?}");
+        let out = finish(command);
+        // A program that a test beside this one is starting has all descriptors of this process until
+        // it is executed: a file below the mount that was open at that moment, too.
+        if program == "umount" && out.stderr.contains("busy") && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+            continue;
+        }
+        assert_eq!(out.code, 0, "{shown}\n{out:?}");
+        return out.stdout;
+    }
 }
 
 pub fn shell(script: &str) -> String {
