@@ -152,14 +152,15 @@ impl Attach {
             attach::may_attach_loops()?;
         }
         signals::catch();
-        let mut daemon = Client::connect_or_start(&store, self.transport.wanted())?;
-        let attached = daemon.attach(&AttachRequest {
+        let request = AttachRequest {
             reference: self.reference,
             via,
             read_only: self.ro,
             block_size: if self.block_size == "4096" { 4096 } else { 512 },
             passthrough: self.passthrough,
-        })?;
+        };
+        let (mut daemon, attached) =
+            Client::attach_or_start(&store, self.transport.wanted(), &request)?;
         if let Err(stop) = finish(context, &attached, mount.as_deref()) {
             undo(&mut daemon, &attached, mount.as_deref());
             return Err(stop);

@@ -1,7 +1,9 @@
 //! What the server answers to each request of the control socket.
 
 use super::changes::quota_change;
+use super::conversation::Conversation;
 use super::entry::Phase;
+use super::place_of;
 use super::protocol::{self, below_json, number, object_json, text};
 use super::server::{End, Server, not_attached};
 use crate::disk::Disk;
@@ -10,7 +12,8 @@ use serde_json::{Value, json};
 use std::sync::atomic::Ordering::SeqCst;
 
 impl Server {
-    pub(super) fn answer(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+    pub(super) fn answer(&self, request: &Value, conversation: &mut Conversation) -> Result<Value> {
+        let begun = &mut conversation.begun;
         match text(request, "op")? {
             "hello" => {
                 let version = number(request, "version")?;
@@ -24,7 +27,20 @@ impl Server {
                     )
                     .hint("stop the daemon that an older or newer forkdisk started"));
                 }
-                Ok(json!({"store": self.store.id().to_string()}))
+                let store = self.store.id().to_string();
+                // Whoever says which one it means may go on without waiting for the answer.
+                if request["store"]
+                    .as_str()
+                    .is_some_and(|meant| meant != store)
+                {
+                    return Err(Error::new(
+                        Kind::Busy,
+                        "the daemon in the run directory serves another store",
+                    )
+                    .path(place_of(&self.run_dir))
+                    .hint("was the store copied? stop that daemon, or remove the copied run directory"));
+                }
+                Ok(json!({"store": store}))
             }
             "status" => Ok(json!({"status": self.status()})),
             "attached" => {
@@ -36,7 +52,7 @@ impl Server {
                     .collect();
                 Ok(json!({"attached": all}))
             }
-            "attach" => self.attach(request, begun),
+            "attach" => self.attach(request, conversation),
             "attach-done" => {
                 let name = text(request, "name")?;
                 let disk = self.table.lock().get(name).and_then(|e| e.disk.clone());

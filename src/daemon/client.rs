@@ -8,7 +8,7 @@ pub use past::PastOwner;
 
 use super::changes::quota_json;
 use super::protocol::{
-    self, attached, attached_json, below, number, object, receive, send, success, text,
+    self, attached, attached_json, below, number, object, receive, send, send_all, success, text,
 };
 use super::{AttachRequest, Attached, SOCKET, Via, handover, keeper};
 use crate::attach::{self, LoopAttachment, LoopOptions};
@@ -91,11 +91,15 @@ impl Where {
             store: store.id().to_string(),
         })
     }
-    /// Talks to the daemon, if one runs. Between two servers it waits for the next.
-    fn connect(&self) -> Result<Option<(BufReader<UnixStream>, UnixStream)>> {
+    /// Talks to the daemon, if one runs. Between two servers it waits for the next. `first`: a request that is sent at once, for which no
+    /// answer is read yet.
+    fn connect(
+        &self,
+        first: Option<&Value>,
+    ) -> Result<Option<(BufReader<UnixStream>, UnixStream)>> {
         let deadline = Instant::now() + BETWEEN_SERVERS;
         loop {
-            match self.connect_once()? {
+            match self.connect_once(first)? {
                 Reached::Server(reader, writer) => return Ok(Some((reader, writer))),
                 Reached::Nobody => return Ok(None),
                 // The server died, or is about to leave: another one comes, or the daemon ends.
@@ -106,7 +110,7 @@ impl Where {
             }
         }
     }
-    fn connect_once(&self) -> Result<Reached> {
+    fn connect_once(&self, first: Option<&Value>) -> Result<Reached> {
         let stream = match UnixStream::connect(socket_in(&self.dir)) {
             Ok(stream) => stream,
             // Nobody listens: a socket that a dead daemon left, or none at all.
@@ -128,36 +132,47 @@ impl Where {
         stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
         let mut writer = stream.try_clone().map_err(io)?;
         let mut reader = BufReader::new(stream);
-        let hello = json!({"op": "hello", "version": protocol::VERSION});
-        let said = send(&mut writer, &hello).and_then(|()| receive(&mut reader));
+        let hello = json!({"op": "hello", "version": protocol::VERSION, "store": self.store});
+        // A server that does not want us reads no further.
+        let words: Vec<&Value> = std::iter::once(&hello).chain(first).collect();
+        let said = send_all(&mut writer, &words).and_then(|()| receive(&mut reader));
+        // One that did not answer to the first word has done nothing of what follows it either.
         let Ok(Some(said)) = said else {
             return Ok(Reached::Lost);
         };
-        if text(&success(said)?, "store")? != self.store {
-            return Err(Error::new(
-                Kind::Busy,
-                "the daemon in the run directory serves another store",
-            )
-            .path(&self.shown)
-            .hint("was the store copied? stop that daemon, or remove the copied run directory"));
-        }
+        success(said)?;
         Ok(Reached::Server(reader, writer))
     }
+}
+
+fn attach_request(request: &AttachRequest) -> Value {
+    json!({
+        "op": "attach", "reference": request.reference, "via": request.via.word(),
+        "read_only": request.read_only, "block_size": request.block_size,
+        "passthrough": request.passthrough,
+    })
 }
 
 impl Client {
     /// Talks to the daemon, if one runs.
     pub fn connect(store: &Store) -> Result<Option<Client>> {
+        Client::connect_asking(store, None)
+    }
+    /// [`Client::connect`] with a request that goes out with the first word, so that its answer is waited for only once.
+    fn connect_asking(store: &Store, first: Option<&Value>) -> Result<Option<Client>> {
         match File::open(store.run_dir()) {
-            Ok(dir) => Client::connect_in(&dir, store),
+            Ok(dir) => Client::connect_at(&dir, store, first),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("open", store.run_dir(), &e)),
         }
     }
     /// [`Client::connect`] through the run directory itself, wherever it is now.
     pub(super) fn connect_in(dir: &File, store: &Store) -> Result<Option<Client>> {
+        Client::connect_at(dir, store, None)
+    }
+    fn connect_at(dir: &File, store: &Store, first: Option<&Value>) -> Result<Option<Client>> {
         let place = Where::of(dir, store)?;
-        Ok(place.connect()?.map(|(reader, writer)| Client {
+        Ok(place.connect(first)?.map(|(reader, writer)| Client {
             reader,
             writer,
             place,
@@ -204,7 +219,12 @@ impl Client {
         )))
     }
     pub(super) fn ask(&mut self, request: Value) -> Result<Value> {
-        match self.try_ask(&request)? {
+        let answer = self.try_ask(&request)?;
+        Client::heard(answer)
+    }
+    /// The answer to what must not be asked twice.
+    fn heard(answer: Option<Value>) -> Result<Value> {
+        match answer {
             Some(answer) => success(answer),
             None => Err(
                 Error::new(Kind::Io, "the daemon's server ended in the middle of a request")
@@ -218,7 +238,7 @@ impl Client {
             if let Some(answer) = self.try_ask(&request)? {
                 return success(answer);
             }
-            match self.place.connect()? {
+            match self.place.connect(None)? {
                 Some((reader, writer)) => {
                     (self.reader, self.writer) = (reader, writer);
                 }
@@ -232,18 +252,42 @@ impl Client {
     }
     /// One request; `None` if nobody is there to answer.
     fn try_ask(&mut self, request: &Value) -> Result<Option<Value>> {
-        match send(&mut self.writer, request).and_then(|()| receive(&mut self.reader)) {
+        match send(&mut self.writer, request) {
+            Err(e) if e.kind() == Kind::Io => Ok(None),
+            Err(e) => Err(e),
+            Ok(()) => self.hear(),
+        }
+    }
+    fn hear(&mut self) -> Result<Option<Value>> {
+        match receive(&mut self.reader) {
             Err(e) if e.kind() == Kind::Io => Ok(None),
             other => other,
         }
     }
+    /// Attaches, with a daemon that is started if none runs. `transport`: how it must get its requests, if that matters.
+    pub fn attach_or_start(
+        store: &Store,
+        transport: Option<Transport>,
+        request: &AttachRequest,
+    ) -> Result<(Client, Attached)> {
+        if transport.is_none()
+            && let Some(mut client) = Client::connect_asking(store, Some(&attach_request(request)))?
+        {
+            let answer = client.hear()?;
+            let attached = client.set_up(request, &Client::heard(answer)?)?;
+            return Ok((client, attached));
+        }
+        let mut client = Client::connect_or_start(store, transport)?;
+        let attached = client.attach(request)?;
+        Ok((client, attached))
+    }
     /// Attaches.
     pub fn attach(&mut self, request: &AttachRequest) -> Result<Attached> {
-        let answer = self.ask(json!({
-            "op": "attach", "reference": request.reference, "via": request.via.word(),
-            "read_only": request.read_only, "block_size": request.block_size,
-            "passthrough": request.passthrough,
-        }))?;
+        let answer = self.ask(attach_request(request))?;
+        self.set_up(request, &answer)
+    }
+    /// Makes a device of what the daemon opened.
+    fn set_up(&mut self, request: &AttachRequest, answer: &Value) -> Result<Attached> {
         let opened = attached(&answer["attached"])?;
         if !answer["fresh"].as_bool().unwrap_or(false) || request.via == Via::File {
             return Ok(opened);

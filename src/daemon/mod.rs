@@ -11,6 +11,7 @@
 mod answers;
 mod changes;
 mod client;
+mod conversation;
 mod dead;
 mod entry;
 pub mod files;

@@ -43,10 +43,14 @@ pub fn receive(reader: &mut impl BufRead) -> Result<Option<Value>> {
 
 /// Writes one line.
 pub fn send(writer: &mut impl Write, value: &Value) -> Result<()> {
-    let mut line = value.to_string();
-    line.push('\n');
+    send_all(writer, &[value])
+}
+
+/// Writes one line for each, at once.
+pub fn send_all(writer: &mut impl Write, values: &[&Value]) -> Result<()> {
+    let lines: String = values.iter().map(|value| format!("{value}\n")).collect();
     writer
-        .write_all(line.as_bytes())
+        .write_all(lines.as_bytes())
         .map_err(|e| Error::io("write to", "the control socket", &e))
 }
 

@@ -8,22 +8,23 @@
 //! - what a successor needs stands in the handover before anybody is told that it is done.
 
 use super::client::answer;
+use super::conversation::{self, Conversation};
 use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
-use super::protocol::{self, failure, flag, number, receive, send, text};
+use super::protocol::{self, flag, number, text};
 use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, layers, log, place_of};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
 use crate::store::{ObjectKind, Store};
-use crate::sys::{fdpass, loopdev, private, process};
+use crate::sys::{fdpass, loopdev, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -37,9 +38,6 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// How long a command waits for another one that attaches or detaches the same.
 const TRANSIT: Duration = Duration::from_secs(30);
-
-/// Most conversations at one time: each is a thread.
-const MAX_CONVERSATIONS: usize = 256;
 
 /// How long a command whose conversation ended with the last server may take to come back.
 const GRACE: Duration = Duration::from_secs(3);
@@ -64,7 +62,7 @@ pub(super) struct Server {
     pub(super) run_dir: File,
     pub(super) started: Instant,
     pub(super) keeper: AtomicI32,
-    pub(super) conversations: Mutex<usize>,
+    pub(super) threads: Mutex<conversation::Threads>,
     pub(super) end: Mutex<Sender<End>>,
     pub(super) handover: Arc<Handover>,
     /// Held while word of the session is left.
@@ -155,7 +153,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         run_dir,
         started: Instant::now(),
         keeper: AtomicI32::new(keeper_pid),
-        conversations: Mutex::new(0),
+        threads: Mutex::default(),
         end: Mutex::new(end.clone()),
         handover,
         noting: Mutex::default(),
@@ -197,8 +195,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
             }
         }),
     )?;
-    let acceptor = server.clone();
-    spawn("control", Box::new(move || accept(&acceptor, &listener)))?;
+    conversation::listen(&server, &Arc::new(listener)).map_err(io)?;
     (&line)
         .write_all(b"r")
         .map_err(|e| Error::io("talk to", "the keeper", &e))?;
@@ -297,94 +294,9 @@ fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
     }
 }
 
-fn accept(server: &Arc<Server>, listener: &UnixListener) {
-    loop {
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) => {
-                // Out of descriptors, most likely: others may free some.
-                tracing::warn!("cannot accept a conversation: {e}");
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            }
-        };
-        // The mode of the socket keeps others away; this holds also where somebody changed it.
-        if let Err(e) = private::check_peer(&stream) {
-            tracing::warn!("a conversation was refused: {e}");
-            continue;
-        }
-        if server.leaving.load(SeqCst) {
-            // Whoever it is asks again, and reaches the successor.
-            continue;
-        }
-        {
-            let mut n = server.conversations.lock();
-            if *n >= MAX_CONVERSATIONS {
-                continue;
-            }
-            *n += 1;
-        }
-        let server2 = server.clone();
-        let thread = std::thread::Builder::new()
-            .name("conversation".into())
-            .spawn(move || {
-                let mut begun = Vec::new();
-                converse(&server2, stream, &mut begun);
-                for name in begun {
-                    server2.broken_off(&name);
-                }
-                server2.settled.notify_all();
-                server2.fit_after();
-                *server2.conversations.lock() -= 1;
-            });
-        if let Err(e) = thread {
-            tracing::warn!("cannot start a thread: {e}");
-            *server.conversations.lock() -= 1;
-        }
-    }
-}
-
-/// Answers requests until the other side leaves. `begun`: what it began and did not end.
-fn converse(server: &Server, stream: UnixStream, begun: &mut Vec<String>) {
-    let Ok(mut writer) = stream.try_clone() else {
-        return;
-    };
-    let mut reader = BufReader::new(stream);
-    let mut held = None;
-    loop {
-        let request = match receive(&mut reader) {
-            Ok(Some(request)) => request,
-            Ok(None) => return,
-            Err(e) => {
-                let _ = send(&mut writer, &failure(&e));
-                return;
-            }
-        };
-        server.answering.fetch_add(1, SeqCst);
-        // To a server that leaves nothing new is brought: whoever it is finds the successor.
-        let ends_something = request["op"]
-            .as_str()
-            .is_some_and(|op| op.ends_with("-done") || op.ends_with("-undo"));
-        if server.leaving.load(SeqCst) && !ends_something {
-            server.answering.fetch_sub(1, SeqCst);
-            return;
-        }
-        let said = server
-            .answer_on_past(&request, &mut held)
-            .unwrap_or_else(|| server.answer(&request, begun))
-            .unwrap_or_else(|e| failure(&e));
-        let sent = send(&mut writer, &said);
-        // Only now: a server that leaves waits for that.
-        server.answering.fetch_sub(1, SeqCst);
-        server.settled.notify_all();
-        if sent.is_err() {
-            return;
-        }
-    }
-}
-
 impl Server {
-    pub(super) fn attach(&self, request: &Value, begun: &mut Vec<String>) -> Result<Value> {
+    pub(super) fn attach(&self, request: &Value, conversation: &mut Conversation) -> Result<Value> {
+        let begun = &mut conversation.begun;
         let via = protocol::via_of(text(request, "via")?)?;
         let block_size = number(request, "block_size")?;
         let object = self.store.resolve(text(request, "reference")?)?;
@@ -465,14 +377,10 @@ impl Server {
                 true => self.store.open_cow(&object, false)?,
                 false => self.store.open_cow_on(&object, memory)?,
             };
-            if via == Via::File {
-                disk.settle()?;
-            } else if let Some(unsettled) = disk.unsettled() {
-                // While the command sets up the device. It holds nothing of the disk, which may be detached meanwhile.
-                let _ = std::thread::Builder::new()
-                    .name("names".into())
-                    // An error is met again by the first who changes something.
-                    .spawn(move || drop(unsettled.settle()));
+            match via {
+                Via::File => disk.settle()?,
+                // While the command sets up the device.
+                Via::Loop => conversation.unsettled = disk.unsettled(),
             }
             let (name, shown) = (&object.name, disk.clone());
             if !passthrough {
@@ -587,7 +495,7 @@ impl Server {
     }
 
     /// A conversation ended in the middle of attaching or detaching: the kernel tells how far it came.
-    fn broken_off(&self, name: &str) {
+    pub(super) fn broken_off(&self, name: &str) {
         let file = {
             let table = self.table.lock();
             match table.get(name) {

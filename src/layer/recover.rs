@@ -24,6 +24,8 @@ pub struct Found {
     pub damaged_copy: bool,
     /// Copy 1 counts and copy 2 is not the same: copy 2 must be made good before copy 1, the only good one, is written to.
     pub second_differs: bool,
+    /// Copy 2 counts and copy 1 is not the same.
+    pub first_differs: bool,
 }
 
 fn read_slot(file: &dyn File, slot: u32, len: u64) -> Result<Vec<u8>> {
@@ -84,6 +86,7 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
                 fresh: false,
                 damaged_copy: false,
                 second_differs: a.sequence.get() > b.sequence.get(),
+                first_differs: a.sequence.get() < b.sequence.get(),
             })
         }
         (Ok(superblock), Err(_)) => Ok(Found {
@@ -91,12 +94,14 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
             fresh: false,
             damaged_copy: true,
             second_differs: true,
+            first_differs: false,
         }),
         (Err(_), Ok(superblock)) => Ok(Found {
             superblock,
             fresh: false,
             damaged_copy: true,
             second_differs: false,
+            first_differs: true,
         }),
         (Err(e), Err(_)) => {
             let untouched = second.iter().all(|&b| b == 0);
@@ -111,6 +116,7 @@ pub fn superblock(file: &dyn File, header: &Header) -> Result<Found> {
                     fresh: true,
                     damaged_copy: false,
                     second_differs: false,
+                    first_differs: false,
                 });
             }
             Err(e

@@ -21,12 +21,11 @@ pub(super) struct First {
 }
 
 impl First {
-    /// Copy 1; copy 2 is for whoever commits first.
+    /// Copy 2; copy 1 is for whoever commits first. Both are the same, and copy 1 is durable: the predecessor wrote copy 2 after it had
+    /// synced copy 1. Whether it lived to sync copy 2 as well nobody knows; so this is the one that may be torn now.
     fn write(mut self) -> Result<()> {
-        // What is in the page cache only of a predecessor: copy 2, without which copy 1 must not be touched.
-        self.file.sync()?;
         volatile::syncing(&self.memory, Syncing::Superblock);
-        self.file.write_at(self.superblock.encode(), Slot(1).at())?;
+        self.file.write_at(self.superblock.encode(), Slot(2).at())?;
         self.file.sync()
     }
 }

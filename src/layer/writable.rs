@@ -342,7 +342,7 @@ impl Layer {
         // Of a history something may have to go now, which whoever looks at the file is to see.
         let sound = state == State::Clean
             && !found.fresh
-            && !found.damaged_copy
+            && !found.first_differs
             && !superblock.has_history();
         *layer.below.lock() = below;
         layer.begin(state, found.second_differs, sound)?;

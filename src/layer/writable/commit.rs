@@ -263,12 +263,12 @@ impl Layer {
         self.checkpoint_how(c, state, false)
     }
 
-    /// What the layer rests on is durable from here on; then copy 2 of a superblock that was left for later.
+    /// What the layer rests on is durable from here on; then copy 1 of a superblock of which copy 2 was written first.
     pub(super) fn finish_first(&self, c: &mut Commit) -> Result<()> {
         let settled = self.host.unsettled().settle();
         settled.map_err(|e| self.poison(e))?;
         if c.first_pending {
-            let written = self.file.write_at(c.superblock.encode(), Slot(2).at());
+            let written = self.file.write_at(c.superblock.encode(), Slot(1).at());
             written.map_err(|e| self.poison(e))?;
             volatile::syncing(&self.volatile, Syncing::No);
             c.first_pending = false;

@@ -163,7 +163,7 @@ impl Layer {
         );
         let owed = owed.into_iter().map(|slot| (slot, 1)).collect();
         layer.go_on(&replay.memtable, &fresh, owed)?;
-        layer.settle_superblock(found.second_differs, syncing)?;
+        layer.settle_superblock(&found, syncing)?;
         if at_once {
             layer.commit_inherited(&fresh, counted)?;
         } else {
@@ -218,8 +218,9 @@ impl Layer {
         Ok(())
     }
 
-    /// Copy 1 counts, and may be in the page cache only: it is made durable before the journal that it replaces is overwritten.
-    fn settle_superblock(&self, second_differs: bool, syncing: Syncing) -> Result<()> {
+    /// The copy that counts may be in the page cache only: it is made durable before the other one is written, and before the journal that it
+    /// replaces is overwritten.
+    fn settle_superblock(&self, found: &recover::Found, syncing: Syncing) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let bytes = c.superblock.encode().to_vec();
@@ -231,10 +232,10 @@ impl Layer {
             copy(1)?;
             self.sync_marked(Syncing::Superblock)?;
             copy(2)?;
-        } else if second_differs {
-            // What copy 2 rests on is about to be overwritten.
+        } else if found.second_differs || found.first_differs {
+            // What the other copy rests on is about to be overwritten.
             self.sync(c)?;
-            copy(2)?;
+            copy(if found.first_differs { 1 } else { 2 })?;
             self.sync(c)?;
         } else if syncing != Syncing::No {
             copy(2)?;
