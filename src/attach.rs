@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -104,7 +104,9 @@ pub fn attach_loop(file: &Path, options: LoopOptions) -> Result<LoopAttachment> 
     let meta = opened
         .metadata()
         .map_err(|e| Error::io("look at", file, &e))?;
-    let name = file.canonicalize().unwrap_or_else(|_| file.to_path_buf());
+    // As the kernel calls it. To look the path up once more would ask who serves it.
+    let name = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))
+        .unwrap_or_else(|_| file.to_path_buf());
     let setup = loopdev::Setup {
         read_only: options.read_only,
         block_size: options.block_size,

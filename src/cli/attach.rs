@@ -132,12 +132,15 @@ impl Attach {
             );
         }
         let store = context.open()?;
-        // Refused before a daemon is started for it.
-        let object = store.resolve(&self.reference)?;
-        if self.passthrough {
-            daemon::may_pass_through(&object)?;
-        }
+        let allowed = || {
+            let object = store.resolve(&self.reference)?;
+            if self.passthrough {
+                daemon::may_pass_through(&object)?;
+            }
+            Ok(object)
+        };
         if context.dry_run {
+            let object = allowed()?;
             let document = json!({"dry_run": true, "name": object.name, "id": object.id.to_string(), "mount": mount});
             return ui.answer(document, || match &mount {
                 Some(dir) => format!(
@@ -153,14 +156,16 @@ impl Attach {
         }
         signals::catch();
         let request = AttachRequest {
-            reference: self.reference,
+            reference: self.reference.clone(),
             via,
             read_only: self.ro,
             block_size: if self.block_size == "4096" { 4096 } else { 512 },
             passthrough: self.passthrough,
         };
+        // A daemon that runs looks for itself; none is started for what will be refused.
+        let before = || allowed().map(drop);
         let (mut daemon, attached) =
-            Client::attach_or_start(&store, self.transport.wanted(), &request)?;
+            Client::attach_or_start(&store, self.transport.wanted(), &request, before)?;
         if let Err(stop) = finish(context, &attached, mount.as_deref()) {
             undo(&mut daemon, &attached, mount.as_deref());
             return Err(stop);

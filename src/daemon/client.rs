@@ -264,11 +264,12 @@ impl Client {
             other => other,
         }
     }
-    /// Attaches, with a daemon that is started if none runs. `transport`: how it must get its requests, if that matters.
+    /// Attaches, with a daemon that is started if none runs and `before` allows it. `transport`: how it must get its requests, if that matters.
     pub fn attach_or_start(
         store: &Store,
         transport: Option<Transport>,
         request: &AttachRequest,
+        before: impl FnOnce() -> Result<()>,
     ) -> Result<(Client, Attached)> {
         if transport.is_none()
             && let Some(mut client) = Client::connect_asking(store, Some(&attach_request(request)))?
@@ -277,6 +278,7 @@ impl Client {
             let attached = client.set_up(request, &Client::heard(answer)?)?;
             return Ok((client, attached));
         }
+        before()?;
         let mut client = Client::connect_or_start(store, transport)?;
         let attached = client.attach(request)?;
         Ok((client, attached))
