@@ -262,7 +262,7 @@ fn one_that_is_cut_changes_nothing() {
         remove(&store, "d@s2");
         left.cut_at(left.ops() + cut);
         let done = store.reclaim_open();
-        for seed in 0..25 {
+        for seed in 0..120 {
             let store = again(&left.crash(seed), 3);
             for _ in 0..2 {
                 assert!(contents(&store, "d") == seen, "cut {cut}, seed {seed}");

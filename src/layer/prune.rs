@@ -45,7 +45,7 @@ pub enum Users {
 fn settled(file: &dyn File, header: &Header) -> Result<Superblock> {
     recover::settle(file, header)?;
     let mut found = recover::superblock(file, header)?;
-    if found.damaged_copy || found.second_differs {
+    if found.first_differs || found.second_differs {
         // The one good copy is the next to be written to.
         let copy = if found.second_differs { 2 } else { 1 };
         file.write_at(found.superblock.encode(), Slot(copy).at())?;
