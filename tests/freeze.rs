@@ -123,6 +123,56 @@ fn it_is_thawed_when_who_froze_it_is_killed() {
     );
 }
 
+/// Stopped while the freeze goes on, it cannot say when it is done.
+#[test]
+fn it_is_thawed_when_who_froze_it_is_stopped() {
+    if let Some(dir) = std::env::var_os("FORKDISK_TEST_FREEZE") {
+        let _frozen = freeze(Path::new(&dir)).expect("frozen");
+        std::thread::sleep(Duration::from_secs(60));
+        return;
+    }
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    // The freeze has to write all of this, and a signal that comes meanwhile is taken when it is done.
+    std::fs::write(mounted.dir.join("much"), vec![7; 20 << 20]).expect("written");
+    let me = std::env::current_exe().expect("this program");
+    let mut victim = Command::new(me)
+        .args(["--exact", "it_is_thawed_when_who_froze_it_is_stopped"])
+        .env("FORKDISK_TEST_FREEZE", &mounted.dir)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("it runs");
+    let pid = rustix::process::Pid::from_child(&victim);
+    // In the middle of FIFREEZE, as the kernel tells of a call that waits.
+    let tasks = format!("/proc/{}/task", victim.id());
+    let freezes = || {
+        let tasks = std::fs::read_dir(&tasks).into_iter().flatten().flatten();
+        tasks
+            .filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok())
+            .any(|call| call.contains(" 0xc0045877 "))
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !freezes() {
+        assert!(Instant::now() < deadline, "no freeze was seen");
+    }
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopped");
+    // A write that comes early may still pass.
+    let writer = (0..20)
+        .map(|_| writes_within(&mounted.dir, Duration::from_millis(200)))
+        .find_map(|(done, writer)| (!done).then_some(writer))
+        .expect("nothing was frozen");
+    let stopped = Instant::now();
+    while !writer.is_finished() && stopped.elapsed() < Duration::from_secs(15) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let went_on = writer.is_finished();
+    victim.kill().expect("killed");
+    victim.wait().expect("gone");
+    writer.join().expect("the writer went on");
+    assert!(went_on, "only the death of who froze it thawed it");
+}
+
 #[test]
 fn asking_whether_a_mount_is_idle_never_unmounts_it() {
     let Some(mounted) = Mounted::new() else {

@@ -147,10 +147,11 @@ impl Guard {
     }
 }
 
-/// In the child, with all signals blocked: waits for `f` (frozen: the clock runs), `d` (done: go home),
+/// In the child, with all signals blocked: waits for `f` (frozen: the clock begins anew), `d` (done: go home),
 /// or the end of the pipe (the parent died: thaw).
 fn stand_guard(pipe: RawFd, frozen: RawFd) -> ! {
-    let mut wait = -1;
+    // Before `f` too: the parent may be stopped between the freeze and its word. Not frozen yet, as the filesystem has much to write: again.
+    let mut heard = false;
     let done = loop {
         let mut poll = libc::pollfd {
             fd: pipe,
@@ -160,13 +161,16 @@ fn stand_guard(pipe: RawFd, frozen: RawFd) -> ! {
         let mut byte = 0u8;
         // SAFETY: poll gets one valid pollfd, read one byte of room.
         let got = unsafe {
-            if libc::poll(&mut poll, 1, wait) == 0 {
-                break false;
+            if libc::poll(&mut poll, 1, LONGEST) == 0 {
+                if heard || ask(frozen, FITHAW).is_ok() {
+                    break false;
+                }
+                continue;
             }
             libc::read(pipe, (&raw mut byte).cast(), 1)
         };
         match (got, byte) {
-            (1, b'f') => wait = LONGEST,
+            (1, b'f') => heard = true,
             (1, _) => break true,
             _ => break false,
         }
