@@ -14,6 +14,9 @@ use std::sync::Arc;
 /// From so many changes in the journal on, a checkpoint is worth it before the disk is halted for another one.
 const MANY: u64 = 2048;
 
+/// So many blocks are counted anew while the disk is opened (20 ms); what is more is counted by whoever wants to know.
+const FEW: u64 = 1 << 16;
+
 impl Layer {
     /// Says what lies below it: now, or from now on, where it is the same in other files.
     pub fn lies_over(&self, below: Arc<dyn Below>) {
@@ -53,7 +56,11 @@ impl Layer {
             let change = change(c.memtable.items(), &runs, below)?;
             return Ok(refer.checked_add_signed(change));
         }
-        // It was written by a program that did not count, or over what was not counted: all of it, once.
+        // It was written by a program that did not count, or over what was not counted: all of it, once, if nobody waits long for it.
+        let entries = runs.iter().map(|run| run.reference().pointers.get());
+        if entries.sum::<u64>() + c.memtable.applied() > FEW {
+            return Ok(None);
+        }
         let Some(refer) = below.refer()? else {
             return Ok(None);
         };
