@@ -191,8 +191,9 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
             .map_err(|e| e.or_hint("`mkfs.ext4 $(forkdisk attach DISK)` makes a filesystem"))?;
         if mounted.without_journal {
             ui.warn(format_args!(
-                "{} is read-only and its journal needs a replay: without it the latest changes are not seen; \
-                 a fork of it shows them all",
+                "{} is read-only and its journal needs a replay: what is in the journal only is not seen \
+                 (of a snapshot with --freeze that is nothing; XFS asks for the replay all the same); \
+                 a fork of it shows everything",
                 attached.name
             ));
         }

@@ -321,7 +321,11 @@ impl Store {
             Kind::NotFound,
             format!("the stream is a difference to {digest}, which is not in this store"),
         )
-        .hint("import first what it was exported `--since`: `forkdisk info` shows the digest there; `forkdisk export REF FILE -O stream` writes everything"))
+        .hint(
+            "import first what it was exported `--since`: `forkdisk info` shows the digest there. If layers below that were joined \
+             since it had its digest (`squash`, `rm` of what was in between), send the difference since something older, or everything: \
+             `forkdisk export REF FILE -O stream`",
+        ))
     }
 }
 
