@@ -275,6 +275,41 @@ fn who_has_the_old_files_open_reads_on() {
     sound(&other);
 }
 
+/// Whichever goes first: what is left is what somebody sees. A layer that gave back what it had hides nothing itself any more.
+#[test]
+fn snapshots_go_in_any_order() {
+    for order in [
+        [1, 2, 3, 4, 5],
+        [5, 4, 3, 2, 1],
+        [3, 1, 5, 2, 4],
+        [2, 4, 1, 5, 3],
+        [4, 5, 1, 2, 3],
+    ] {
+        let (_sim, store) = simulated(200);
+        for i in 1..=6 {
+            let disk = open(&store, "d");
+            disk.write(&data(i, 100 * B), 10 * B).expect("write");
+            disk.close().expect("close");
+            drop(disk);
+            store.snapshot("d", &i.to_string(), None).expect("snapshot");
+        }
+        let (now, kept) = (contents(&store, "d"), contents(&store, "d@6"));
+        for (gone, i) in order.into_iter().enumerate() {
+            let name = format!("d@{i}");
+            assert_eq!(remove(&store, &name), 100 * B, "{name} of {order:?}");
+            assert!(contents(&store, "d") == now && contents(&store, "d@6") == kept);
+            let held = store.layers().expect("layers").sound;
+            let held: u64 = held.iter().map(|layer| layer.private_bytes).sum();
+            assert_eq!(held, (5 - gone as u64) * 100 * B, "{name} of {order:?}");
+        }
+        // What still has a name is seen, whatever stands on it.
+        store.create(&["f".to_string()], "d@6", None).expect("fork");
+        assert_eq!(store.gc(false).expect("gc").reclaimed, 0);
+        assert!(contents(&store, "f") == kept);
+        sound(&store);
+    }
+}
+
 #[test]
 fn a_snapshot_that_goes_gives_back_what_nobody_sees() {
     let (sim, store) = simulated(2000);

@@ -51,9 +51,17 @@ struct Node {
     objects: Vec<Object>,
     /// The layer; `None` for a base.
     layer: Option<LayerInfo>,
-    /// Of a base: its data, and its host bytes.
-    base_bytes: Option<(u64, u64)>,
+    /// Of a base.
+    base: Option<BaseInfo>,
     attached: Vec<(Attached, Vec<PathBuf>)>,
+}
+
+/// What is told of a base.
+#[derive(Clone, Copy)]
+struct BaseInfo {
+    size: u64,
+    data: u64,
+    allocated: u64,
 }
 
 impl Node {
@@ -75,8 +83,12 @@ impl Node {
         }
     }
     fn size(&self) -> u64 {
+        let of_layer = self.layer.as_ref().map(|l| l.size);
         let of_object = self.objects.first().map(|o| o.size);
-        of_object.unwrap_or(self.layer.as_ref().map_or(0, |l| l.size))
+        of_object
+            .or(of_layer)
+            .or(self.base.map(|b| b.size))
+            .unwrap_or(0)
     }
     /// The amount: the size of a base, what a layer adds.
     fn amount(&self, ui: &Ui, exact: bool) -> String {
@@ -130,9 +142,7 @@ impl Node {
         }
         match self.objects.first() {
             Some(o) if o.kind == ObjectKind::Base => {
-                let data = self
-                    .base_bytes
-                    .map(|(data, _)| format!("data {}", ui.size(data)));
+                let data = self.base.map(|b| format!("data {}", ui.size(b.data)));
                 data.unwrap_or_default()
             }
             Some(o) if o.kind != ObjectKind::Disk => time::ago(o.created, now),
@@ -252,6 +262,11 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
         // Backwards, as they are taken from the end of a stack.
         siblings.sort_by_cached_key(|id| std::cmp::Reverse(name(id)));
     }
+    // One that cannot be looked at is told of by `check`.
+    let nameless = roots.iter().filter(|id| !objects.contains_key(id));
+    let nameless: Vec<Object> = nameless
+        .filter_map(|id| store.resolve_any(&id.to_string()).ok())
+        .collect();
     let mut stack: Vec<(Id, usize)> = match root {
         Some(id) => vec![(id, 0)],
         None => {
@@ -260,10 +275,17 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
             roots.into_iter().map(|id| (id, 0)).collect()
         }
     };
-    let bases = bases_of(store, &objects)?;
+    let bases = bases_of(store, &objects, nameless.into_iter())?;
     damaged.extend(bases.damaged);
-    let sizes = |(object, usage): (Object, Usage)| (object.id, (usage.refer, usage.allocated));
-    let mut bases: HashMap<Id, (u64, u64)> = bases.sound.into_iter().map(sizes).collect();
+    let known = |(object, usage): (Object, Usage)| {
+        let info = BaseInfo {
+            size: object.size,
+            data: usage.refer,
+            allocated: usage.allocated,
+        };
+        (object.id, info)
+    };
+    let mut bases: HashMap<Id, BaseInfo> = bases.sound.into_iter().map(known).collect();
     let mut nodes = Vec::new();
     while let Some((id, depth)) = stack.pop() {
         let below = children.remove(&id).unwrap_or_default();
@@ -275,7 +297,7 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
             depth,
             parent: layer.as_ref().map(|l| l.parent),
             objects,
-            base_bytes: bases.remove(&id),
+            base: bases.remove(&id),
             layer,
             attached: attached.remove(&id).unwrap_or_default(),
         });
@@ -283,11 +305,15 @@ fn walk(context: &Context, store: &Store, root: Option<Id>) -> Result<(Vec<Node>
     Ok((nodes, damaged))
 }
 
-/// What the bases that have a name hold, with one look at the store.
-fn bases_of(store: &Store, objects: &HashMap<Id, Vec<Object>>) -> Result<Found<(Object, Usage)>> {
+/// What the bases hold, with one look at the store.
+fn bases_of(
+    store: &Store,
+    objects: &HashMap<Id, Vec<Object>>,
+    nameless: impl Iterator<Item = Object>,
+) -> Result<Found<(Object, Usage)>> {
     let named = objects.values().filter_map(|all| all.first());
     let bases = named.filter(|o| o.kind == ObjectKind::Base).cloned();
-    store.usages(bases.collect())
+    store.usages(bases.chain(nameless).collect())
 }
 
 /// A key that orders `web-2` before `web-10`.
@@ -354,7 +380,7 @@ impl NodeDoc {
                 .layer
                 .as_ref()
                 .map(|l| l.allocated)
-                .or(node.base_bytes.map(|(_, host)| host)),
+                .or(node.base.map(|b| b.allocated)),
             state: node.layer.as_ref().map_or("base", |l| l.state),
             created: first.map(|o| o.created),
             message: first.and_then(|o| o.message.clone()),

@@ -83,6 +83,16 @@ pub fn note_refer(file: &dyn File, header: &Header, refer: (u64, Id)) -> Result<
     put(file, &mut superblock)
 }
 
+/// Notes in a sealed layer that nobody knows how many data blocks are seen through it. Its readers need not care.
+pub fn forget_refer(file: &dyn File, header: &Header) -> Result<()> {
+    let mut superblock = settled(file, header)?;
+    if superblock.refer().is_none() {
+        return Ok(());
+    }
+    superblock.set_refer(None);
+    put(file, &mut superblock)
+}
+
 /// How many data blocks of a layer nobody sees.
 pub fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
     let mut blocks = 0;
@@ -98,12 +108,13 @@ pub fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
 }
 
 /// Gives back the data blocks of a sealed layer that nobody sees, where that is worth a new block map. The caller has the file's lock
-/// for himself.
+/// for himself. `before` is called if there is something to give back.
 pub fn prune(
     file: &Arc<dyn File>,
     header: &Header,
     hidden: Hidden<'_>,
     users: Users,
+    before: impl FnOnce() -> Result<()>,
 ) -> Result<Pruned> {
     let punch_free =
         |superblock: &Superblock| punch(&**file, read_free_list(&**file, superblock)?.iter());
@@ -121,6 +132,7 @@ pub fn prune(
         punch_free(&superblock)?;
         return Ok(Pruned::default());
     }
+    before()?;
     let id = layer.id();
     let len = file.len()?;
     let mut work = Work::new(&layer, &superblock)?;

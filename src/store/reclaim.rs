@@ -6,7 +6,9 @@
 //!   what it hides;
 //! - a layer that another process has open is left alone: a later `gc` finds it. What this process has open shrinks under its readers
 //!   ([`Store::reclaim_open`]), who come to it only through what hides the blocks;
-//! - the names lock is held all the time, so that nothing new can stand on the layer.
+//! - the names lock is held all the time, so that nothing new can stand on the layer, or on those that it is seen through;
+//! - what hides by standing on a child counts only where nobody can see that child by itself: it has no name, no label that a name could be brought
+//!   back from, and no view of it is open.
 
 use super::graph::Graph;
 use super::objects::object_target;
@@ -27,19 +29,44 @@ const SCRUB: &str = "scrub";
 /// Setting of a disk whose own layer also keeps what it held earlier: that may come back, and so hides nothing for good.
 const HISTORY: &str = "history";
 
+/// So many layers without names, one on top of the other, are asked at most what they hide.
+const LEVELS: usize = 64;
+
 /// Blocks that every one of these hides.
-struct Hiding(Vec<ReadLayer>);
+struct Hiding(Vec<Cover>);
+
+/// A layer that stands on another one.
+struct Cover {
+    layer: ReadLayer,
+    /// Where nobody sees the layer but through what stands on it: that hides, too. It may be the only one left that does, since the layer gave back
+    /// what it had itself.
+    above: Option<Hiding>,
+}
 
 impl Hiding {
     fn region(&self, region: Region) -> Result<[u64; WORDS]> {
         let mut bits = [u64::MAX; WORDS];
-        for child in &self.0 {
-            let map = child.region(region)?;
-            if !map.fill() {
-                bits.iter_mut()
-                    .zip(map.present())
-                    .for_each(|(all, own)| *all &= own);
-            }
+        for cover in &self.0 {
+            let hidden = cover.region(region)?;
+            bits.iter_mut()
+                .zip(hidden)
+                .for_each(|(all, one)| *all &= one);
+        }
+        Ok(bits)
+    }
+}
+
+impl Cover {
+    fn region(&self, region: Region) -> Result<[u64; WORDS]> {
+        let map = self.layer.region(region)?;
+        if map.fill() {
+            return Ok([u64::MAX; WORDS]);
+        }
+        let mut bits = *map.present();
+        if let Some(above) = &self.above {
+            bits.iter_mut()
+                .zip(above.region(region)?)
+                .for_each(|(one, more)| *one |= more);
         }
         Ok(bits)
     }
@@ -133,6 +160,7 @@ impl Store {
         for children in graph.children.values_mut() {
             children.retain(|child| !garbage.contains(child));
         }
+        graph.names.retain(|below, _| !left.contains(below));
         let mut bytes = 0;
         for below in left {
             match self.reclaim(&graph, below.id(), How::CountNamed) {
@@ -179,21 +207,43 @@ impl Store {
         }
         Ok((bytes, shrunk))
     }
-    /// What hides blocks of a layer: all its children. `None` if one of them hides nothing.
-    fn hiding(&self, graph: &Graph, id: Id) -> Result<Option<Hiding>> {
+    /// What hides blocks of a layer: all its children. `None` if one of them hides nothing. `labelled`: also layers that still say which name they had
+    /// are seen by nobody.
+    fn hiding(&self, graph: &Graph, id: Id, labelled: bool) -> Result<Option<Hiding>> {
+        self.hiding_up_to(graph, id, labelled, LEVELS)
+    }
+    fn hiding_up_to(
+        &self,
+        graph: &Graph,
+        id: Id,
+        labelled: bool,
+        levels: usize,
+    ) -> Result<Option<Hiding>> {
         let children = graph.children.get(&Below::Layer(id));
         let Some(children) = children.filter(|_| !graph.unreadable) else {
             return Ok(None);
         };
         let mut hiding = Vec::new();
         for child in children {
-            match self.hides(graph, child.id()) {
-                Ok(Some(layer)) => hiding.push(layer),
+            let layer = match self.hides(graph, child.id()) {
+                Ok(Some(layer)) => layer,
                 Ok(None) => return Ok(None),
                 // It was garbage, and is gone.
-                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) if e.kind() == Kind::NotFound => continue,
                 Err(e) => return Err(e),
+            };
+            let seen = graph.names.get(child).is_some_and(|n| !n.is_empty())
+                || self.is_shown(child.id())
+                // A name that is brought back from it shows it.
+                || !labelled && layer.superblock().name().is_some();
+            let above = match levels.checked_sub(1).filter(|_| !seen) {
+                Some(levels) => self.hiding_up_to(graph, child.id(), labelled, levels)?,
+                None => None,
+            };
+            if layer.counts() == (0, 0) && above.is_none() {
+                return Ok(None);
             }
+            hiding.push(Cover { layer, above });
         }
         Ok(Some(Hiding(hiding)).filter(|h| !h.0.is_empty()))
     }
@@ -252,7 +302,7 @@ impl Store {
     /// [`Store::reclaim`] of a layer that this process has open; `None` if it must wait.
     fn reclaim_held(&self, graph: &Graph, layer: &ReadLayer) -> Result<Option<u64>> {
         let id = layer.id();
-        let Some(hiding) = self.hiding(graph, id)? else {
+        let Some(hiding) = self.hiding(graph, id, false)? else {
             return Ok(None);
         };
         if self.scrubbing()? || self.is_shown(id) || self.is_replaced(layer) {
@@ -267,7 +317,8 @@ impl Store {
             return Ok(None);
         }
         let hidden = |region: Region| hiding.region(region);
-        let done = prune::prune(&file, &header, &hidden, Users::Here)?;
+        let before = || self.uncount(&hiding);
+        let done = prune::prune(&file, &header, &hidden, Users::Here, before)?;
         Ok(Some(done.blocks * BLOCK))
     }
     /// Is a layer what a snapshot shows that is open here? Its name may be gone.
@@ -277,9 +328,10 @@ impl Store {
             .iter()
             .any(|(of, disk)| *of == id && disk.strong_count() > 0)
     }
-    /// Gives back the blocks of a layer without a name that each of its children hides; returns the bytes.
+    /// Gives back the blocks of a layer without a name that each of its children hides, by itself or by what stands on it; returns the bytes.
     fn reclaim(&self, graph: &Graph, id: Id, how: How) -> Result<u64> {
-        let Some(hiding) = self.hiding(graph, id)? else {
+        let labelled = matches!(how, How::CountNamed);
+        let Some(hiding) = self.hiding(graph, id, labelled)? else {
             return Ok(0);
         };
         let access = match how {
@@ -305,11 +357,27 @@ impl Store {
         let hidden = |region: Region| hiding.region(region);
         let blocks = match how {
             How::Count | How::CountNamed => prune::count(&ReadLayer::open(file)?, &hidden)?,
-            How::Do => prune::prune(&file, &header, &hidden, Users::Nobody)?.blocks,
+            How::Do => {
+                let before = || self.uncount(&hiding);
+                prune::prune(&file, &header, &hidden, Users::Nobody, before)?.blocks
+            }
         };
         Ok(blocks * BLOCK)
     }
-    /// A layer whose blocks hide what lies below them for good; `None` if it hides nothing, or nobody can tell.
+    /// What will go may be seen through a layer that does not hide it itself. Nobody sees that layer, but it says how many blocks it shows.
+    fn uncount(&self, hiding: &Hiding) -> Result<()> {
+        for cover in &hiding.0 {
+            let Some(above) = &cover.above else {
+                continue;
+            };
+            let layer = &cover.layer;
+            let file = self.layers.open(&layer_file(layer.id()), Access::Write)?;
+            prune::forget_refer(&*file, layer.header())?;
+            self.uncount(above)?;
+        }
+        Ok(())
+    }
+    /// A layer whose blocks hide what lies below them for good; `None` if nobody can tell.
     fn hides(&self, graph: &Graph, id: Id) -> Result<Option<ReadLayer>> {
         let file = self.layers.open(&layer_file(id), Access::Read)?;
         match file.lock(false) {
@@ -328,7 +396,7 @@ impl Store {
             // Its last commit may not be on the disk yet. Before a layer is clean or sealed all of it is, whatever becomes of the superblock.
             State::Writable => false,
         };
-        Ok(Some(layer).filter(|layer| sure && layer.counts() != (0, 0)))
+        Ok(Some(layer).filter(|_| sure))
     }
     fn keeps_history(&self, graph: &Graph, id: Id) -> Result<bool> {
         for name in graph.names.get(&Below::Layer(id)).into_iter().flatten() {

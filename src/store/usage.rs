@@ -53,7 +53,8 @@ impl<'a> Costs<'a> {
             }
             match at {
                 Below::Base(id) => {
-                    let bytes = self.store.base_data(id)?;
+                    // What the store holds of it, its checksums too, and the image that it links to.
+                    let bytes = self.allocated(at) + self.store.linked(id)?;
                     let stack = Stack { bytes, depth: 0 };
                     self.stacks.insert(at, stack);
                     break stack;
@@ -149,21 +150,15 @@ impl Store {
             path,
         })
     }
-    /// Host bytes that the data of a base occupy, wherever it is.
-    pub(super) fn base_data(&self, id: Id) -> Result<u64> {
+    /// Host bytes of the image, outside of the store, that a base links to.
+    fn linked(&self, id: Id) -> Result<u64> {
         let meta = self.base_meta(id)?;
-        if let Some(link) = &meta.link {
-            let len = meta.len.next_multiple_of(BLOCK);
-            // Gone or changed: looking goes on all the same.
-            return Ok(
-                std::fs::metadata(&link.path).map_or(len, |found| (found.blocks() * 512).min(len))
-            );
-        }
-        let dir = self.bases.subdir(&id.to_string())?;
-        Ok(dir
-            .open("image", Access::Read)?
-            .allocated()?
-            .min(meta.len.next_multiple_of(BLOCK)))
+        let Some(link) = &meta.link else {
+            return Ok(0);
+        };
+        let len = meta.len.next_multiple_of(BLOCK);
+        // Gone or changed: looking goes on all the same.
+        Ok(std::fs::metadata(&link.path).map_or(len, |found| (found.blocks() * 512).min(len)))
     }
     /// What is needed of the graph to tell about one object. The names lock is held.
     fn graph_for(&self, object: &Object) -> Result<Graph> {
