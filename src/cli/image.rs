@@ -280,6 +280,17 @@ impl Export {
             .as_ref()
             .map(|since| sealed(&store, since))
             .transpose()?;
+        if let Some(since) = &since
+            && object.kind != ObjectKind::Disk
+        {
+            let stands_on = store.details(&object)?.chain.get(1).copied();
+            if stands_on.is_none_or(|below| below.id() != since.id) {
+                ui.warn(format_args!(
+                    "{} is not what {} stands on: nothing that is exported --since {} can be applied to what becomes of this",
+                    since.name, object.name, object.name
+                ));
+            }
+        }
         if context.dry_run {
             return self.answer(context, &store, &object, as_stream, 0, None);
         }

@@ -1,7 +1,7 @@
 //! Sizes and quotas of disks: `resize`.
 
 use crate::{
-    cli::{Outcome, context::Context, history::HistoryArg, render::size::SizeArg},
+    cli::{Outcome, context::Context, history::HistoryArg, render::size::SizeArg, ui::Ui},
     error::{Error, Kind, Result},
     store::{ObjectKind, QuotaChange, QuotaUse, whole_blocks},
 };
@@ -133,12 +133,27 @@ impl Resize {
             lost = store.lost_by_resizing(&former, size)?;
         }
         if context.dry_run {
+            let now = context.quota_of(&store, &former, attached.is_some());
+            let bytes = change.bytes.unwrap_or(now.and_then(|q| q.quota));
+            let waits = change.waits.unwrap_or(now.is_some_and(|q| q.waits));
+            let then = QuotaUse {
+                quota: bytes,
+                waits,
+                used: now.map_or(0, |q| q.used),
+            };
             let document = json!({
                 "dry_run": true, "name": name, "size": size, "former_size": former.size, "lost": lost,
+                "quota": bytes, "on_full": on_full(&then), "quota_used": now.map(|q| q.used),
             });
             return ui.answer(document, || {
                 let (to, from) = (ui.size(size), ui.size(former.size));
-                let mut text = format!("would give {name} {to}; it has {from}\n");
+                let mut text = String::new();
+                if self.size.is_some() {
+                    text.push_str(&format!("would give {name} {to}; it has {from}\n"));
+                }
+                if !change.is_nothing() {
+                    text.push_str(&format!("would say: {}\n", told(ui, &name, &then)));
+                }
                 if lost > 0 {
                     text.push_str(&format!("would lose {} of data\n", ui.size(lost)));
                 }
@@ -187,13 +202,7 @@ impl Resize {
             ui.talk(format_args!("{name} has {size} now"));
         }
         if !change.is_nothing() {
-            match now.and_then(|q| q.quota) {
-                Some(quota) => ui.talk(format_args!(
-                    "{name} may have {} for itself",
-                    ui.size(quota)
-                )),
-                None => ui.talk(format_args!("{name} has no quota")),
-            }
+            ui.talk(told(ui, &name, &now.unwrap_or_default()));
         }
         if let Some(HistoryArg(limits)) = self.history {
             let what = match limits {
@@ -213,6 +222,18 @@ impl Resize {
                 .hint("a disk has at most 16 TiB")
         })?;
         whole_blocks(size)
+    }
+}
+
+/// What a disk may have.
+fn told(ui: &Ui, name: &str, of: &QuotaUse) -> String {
+    match of.quota {
+        Some(quota) if of.waits => format!(
+            "{name} may have {} for itself; who writes more waits",
+            ui.size(quota)
+        ),
+        Some(quota) => format!("{name} may have {} for itself", ui.size(quota)),
+        None => format!("{name} has no quota"),
     }
 }
 

@@ -195,6 +195,8 @@ pub struct Layer {
     busy: AtomicBool,
     /// Small flushes since housekeeping last looked.
     syncs: AtomicU32,
+    /// [`Layer::logged`] when housekeeping last looked.
+    quiet: AtomicU64,
     /// Somebody does what flushes have left.
     tidying: AtomicBool,
     /// Were these many, up to the last look?
@@ -403,6 +405,7 @@ impl Layer {
             early: Early::default(),
             busy: AtomicBool::new(false),
             syncs: AtomicU32::new(0),
+            quiet: AtomicU64::new(0),
             tidying: AtomicBool::new(false),
             often: AtomicBool::new(false),
             ahead: AtomicU32::new(AHEAD.0),

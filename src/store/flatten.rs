@@ -175,7 +175,7 @@ impl Store {
         let mut sink = Sink::new(dir, size, size <= DIGEST_MAX, progress)?;
         let told = |e: Error| match e.kind() {
             Kind::Interrupted => Error::new(Kind::Interrupted, "the flattening was interrupted")
-                .hint("nothing was changed and nothing left behind; run it again"),
+                .hint("what it shows is as it was, and nothing half-made is left; run it again"),
             _ => e,
         };
         let mut bytes = 0;

@@ -72,7 +72,7 @@ impl QuotaChange {
 }
 
 /// What a disk may have for itself, and what it has.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct QuotaUse {
     /// Bytes it may have.
     pub quota: Option<u64>,

@@ -55,8 +55,14 @@ pub fn freeze(dir: &Path) -> Result<Frozen> {
     let mut guard = Guard::start(fd.as_raw_fd())?;
     if let Err(e) = ask(fd.as_raw_fd(), FIFREEZE) {
         guard.end();
-        return Err(Error::io("freeze the filesystem at", dir, &e)
-            .or_hint("leave out --freeze for a snapshot that is consistent as after a crash"));
+        let failed = Error::io("freeze the filesystem at", dir, &e);
+        return Err(match e.raw_os_error() {
+            Some(libc::EBUSY) => failed.hint(
+                "it is frozen already, by another command or by `fsfreeze`: try again when it is thawed, or leave out --freeze",
+            ),
+            _ => failed
+                .or_hint("leave out --freeze for a snapshot that is consistent as after a crash"),
+        });
     }
     let _ = guard.pipe.write_all(b"f");
     Ok(Frozen {

@@ -115,6 +115,35 @@ fn a_disk_that_syncs_often_takes_written_slots_wherever_they_are() {
     }
 }
 
+/// Whoever trims a filesystem may not flush it for long: what is worth it is committed when the disk is quiet.
+#[test]
+fn what_is_discarded_goes_without_a_flush() {
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 600 * 4096]));
+    let (store, counting) = counted(&sim);
+    let disk = open(&store, "d").expect("d");
+    let layers = sim.root().subdir("layers").expect("layers");
+    let id = store.resolve("d").expect("d").id;
+    let file = layers
+        .open(&format!("{id}.layer"), Access::Read)
+        .expect("its file");
+    let maintain = |times| (0..times).for_each(|_| disk.maintain().expect("maintain"));
+    disk.write(&[7; 500 * 4096], 0).expect("write");
+    disk.flush().expect("flush");
+    maintain(4);
+    let full = file.allocated().expect("known");
+    disk.discard(0, 400 * B).expect("discard");
+    maintain(1);
+    assert!(file.allocated().expect("known") >= full, "it may go on");
+    maintain(8);
+    let left = file.allocated().expect("known");
+    assert!(left + 330 * B < full, "{left} of {full}");
+    // Few blocks wait for whoever flushes.
+    disk.discard(400 * B, 10 * B).expect("discard");
+    let calls = cost(&counting, || maintain(8));
+    assert_eq!((calls.writes, calls.syncs), (0, 0), "{calls:?}");
+}
+
 /// Who waits for a flush does not wait for what comes after it.
 #[test]
 fn what_can_wait_is_left_to_after_the_flush() {

@@ -235,19 +235,25 @@ impl Layer {
             return Ok(false);
         }
         let held = c.history.bytes();
-        let mut given = 0;
-        let mut oldest = c.history.oldest;
-        for part in c.history.parts() {
-            if given > held / 2 && held - given >= WORTH {
-                break;
+        // What stays takes room itself, for what tells of it.
+        for part in [held / 2, held] {
+            let mut given = 0;
+            let mut oldest = c.history.oldest;
+            for gone in c.history.parts() {
+                if given > part && held - given >= WORTH {
+                    break;
+                }
+                oldest = oldest.max((gone.number, gone.time));
+                given += gone.bytes;
             }
-            oldest = oldest.max((part.number, part.time));
-            given += part.bytes;
+            tracing::warn!(layer = %self.id, "the host disk is full: {given} bytes of the history go");
+            c.history.oldest = oldest;
+            match self.checkpoint(c, State::Writable) {
+                Err(e) if e.kind() == Kind::NoSpace => {}
+                done => return done.map(|()| true),
+            }
         }
-        tracing::warn!(layer = %self.id, "the host disk is full: {given} bytes of the history go");
-        c.history.oldest = oldest;
-        self.checkpoint(c, State::Writable)?;
-        Ok(true)
+        Ok(false)
     }
     /// Lets go of what is too old or too much, if that is worth a checkpoint.
     pub(super) fn expire(&self) -> Result<()> {

@@ -12,6 +12,9 @@ use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Slot};
 use std::ops::Range;
 
+/// So many blocks that wait to be given back (1 MiB) are worth a flush that nobody asked for.
+const WORTH_A_FLUSH: u64 = 256;
+
 impl Layer {
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
     pub(super) fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
@@ -216,12 +219,30 @@ impl Layer {
         }
     }
 
+    /// What was discarded is given back when that is committed; and whoever trimmed a filesystem may not flush it for long. So a disk that has been
+    /// quiet since the last time is flushed, if it is worth it.
+    fn commit_discards(&self) -> Result<()> {
+        let logged = self.logged.load(SeqCst);
+        if self.quiet.swap(logged, Relaxed) != logged || logged == 0 || self.keeps.load(SeqCst) {
+            return Ok(());
+        }
+        let freed: u64 = {
+            let log = self.log.lock();
+            log.counted.freed.iter().map(|&(_, n)| u64::from(n)).sum()
+        };
+        match freed >= WORTH_A_FLUSH {
+            true => self.flush(),
+            false => Ok(()),
+        }
+    }
+
     /// Work that can wait: begins to write back what is dirty, and gives freed space back to the host. For a housekeeping thread,
     /// about once a second.
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
         self.punch_inherited()?;
         self.expire()?;
+        self.commit_discards()?;
         if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
             // All of the file; what is clean costs nothing.
             self.file.start_writeback(0, self.file.len()?);
@@ -274,6 +295,8 @@ impl Layer {
             }
         }
         self.give_to_host(SPARE, SPARE)?;
+        // A filesystem with a journal of its own hands out what was freed when that is durable there, and not before.
+        self.sync(&mut self.commit.lock())?;
         Ok(yielded)
     }
 }
