@@ -459,6 +459,25 @@ fn a_full_disk_takes_the_history() {
     world.look_back(&mut Rng(3));
 }
 
+/// The same where the block map of what was flushed takes more than the few slots that are always kept for one.
+#[test]
+fn a_full_disk_takes_the_history_of_large_writes() {
+    let mut world = World::new(3, 8000, limits(Some(1_000_000), None));
+    let rewrite = |world: &mut World, i| {
+        world.write(0, &noise(i, 7000 * B));
+        world.flush();
+    };
+    (0..3).for_each(|i| rewrite(&mut world, i));
+    assert!(world.open().history_bytes() >= 14000 * B);
+    // Others take all that is left.
+    world.sim.set_capacity(Some(world.sim.used()));
+    (3..14).for_each(|i| rewrite(&mut world, i));
+    let found = read_all(&*world.open()).expect("read");
+    same(&found, &world.now, 0);
+    world.sim.set_capacity(None);
+    world.look_back(&mut Rng(3));
+}
+
 /// Too much for one commit goes back as well, and to where nothing was written nothing is copied.
 #[test]
 fn a_large_rewind_needs_no_commit_of_its_size() {

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Rng, base_image, data, env, read_all};
+use forkdisk::convert::stream::is_stream;
 use forkdisk::disk::Disk;
 use forkdisk::error::{Kind, Result};
 use forkdisk::format::stream::{Digest, StreamHeader, StreamRecord, StreamTrailer};
@@ -435,6 +436,22 @@ fn a_damaged_stream_is_refused_and_leaves_nothing() {
     }
     nothing_left(&to);
     take_in(&to, &bytes, "x").expect("the stream itself");
+}
+
+/// Whoever took it for a raw image would not notice.
+#[test]
+fn a_damaged_beginning_is_still_that_of_a_stream() {
+    let (_from, to, bytes) = small();
+    for at in 0..64 {
+        let mut wrong = bytes.clone();
+        wrong[at / 8] ^= 1 << (at % 8);
+        assert!(is_stream(&wrong), "bit {at}");
+        let e = take_in(&to, &wrong, "x").expect_err("a damaged stream");
+        assert_eq!(e.kind(), Kind::Corrupt, "bit {at}: {e}");
+    }
+    assert!((4..8).all(|len| is_stream(&bytes[..len])));
+    let images: [&[u8]; 5] = [b"", b"FD", &[0; 8], b"FDLAYER1", b"\xebX\x90mkfs.f"];
+    assert!(images.iter().all(|image| !is_stream(image)));
 }
 
 /// A header, records and a trailer that fit each other, whatever they say.

@@ -119,7 +119,7 @@ pub(super) fn run(
     let written = out.write_all(end.as_bytes()).and_then(|()| out.flush());
     written.map_err(|e| Stop::output(&e))?;
     if summary.without_journal {
-        ui.warn("a journal was not replayed: the latest changes may not be seen as files (snapshots with --freeze need none)");
+        ui.warn("a journal was not replayed: the latest changes may not be seen as files (of snapshots with --freeze none are missing; XFS has a journal to replay all the same)");
     }
     Ok(differ)
 }

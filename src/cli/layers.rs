@@ -13,8 +13,8 @@ use serde::Serialize;
 /// Join the layers that an object stands on into one
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Of a disk the sealed layers below its own are joined, of a snapshot or image its own and those below: down to the next\n\
-        image, or the base. Nothing that anyone sees changes; disks can be attached and busy meanwhile. Layers that other names\n\
+    after_help = "Of a disk the sealed layers below its own are joined, of a snapshot or image its own and those below: down to the next \
+        image, or the base. Nothing that anyone sees changes; disks can be attached and busy meanwhile. Layers that other names \
         need stay for these. An interrupted squash goes on where it stopped when it is run again."
 )]
 pub(crate) struct Squash {
@@ -69,6 +69,7 @@ impl Squash {
             ui.talk(nothing);
             return Ok(());
         }
+        store.may_squash(&plan)?;
         if context.dry_run {
             return ui.answer(document, || {
                 format!("would squash {what} under {name} into one; needs up to {needs}\n")

@@ -183,12 +183,11 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
         shown if shown.ends_with(" B") => shown,
         shown => format!("{shown} ({bytes} bytes)"),
     };
-    let created = object.created;
-    let created = format!(
-        "{} ({})",
-        time::date_time(created),
-        time::ago(created, time::now())
-    );
+    let created = match object.created {
+        // A base without a name: nobody noted it.
+        0 => "-".to_string(),
+        at => format!("{} ({})", time::date_time(at), time::ago(at, time::now())),
+    };
     let chain: Vec<String> = details.chain.iter().map(|b| names.show(b.id())).collect();
     let mut rows = vec![
         ("name", object.name.clone()),

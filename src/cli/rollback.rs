@@ -25,9 +25,7 @@ impl Rollback {
         let Some((disk, name)) = full.split_once('@') else {
             return Err(
                 Error::new(Kind::Invalid, format!("`{full}` names no snapshot"))
-                    .hint(format!(
-                        "write the disk and its snapshot: `forkdisk rollback {full}@NAME`"
-                    ))
+                    .hint("write the disk and its snapshot: `forkdisk rollback DISK@NAME`; `forkdisk ls snapshots` shows them")
                     .into(),
             );
         };

@@ -5,7 +5,7 @@
 use super::raw::{NewFile, check_target};
 use crate::{
     error::{Error, Kind, Result},
-    format::stream::{Digest, STREAM_MAGIC},
+    format::stream::{Digest, STREAM_MAGIC, begins_like_stream},
     store::{Progress, State, StreamTotals, write_stream},
 };
 use std::{
@@ -17,16 +17,17 @@ use std::{
 /// Bytes written at once.
 const BUFFER: usize = 1 << 20;
 
-/// Does a stream begin with these bytes?
+/// Does a stream begin with these bytes, be it a damaged one?
 pub fn is_stream(start: &[u8]) -> bool {
-    start.starts_with(&STREAM_MAGIC)
+    begins_like_stream(start)
 }
 
 /// Does a file look like a stream? Whether it is there and can be read is for the import to say.
 pub fn looks_like_stream(path: &Path) -> bool {
     let is_file = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
-    let mut start = [0; STREAM_MAGIC.len()];
-    let read = is_file.then(|| File::open(path)?.read_exact(&mut start));
+    let mut start = Vec::new();
+    let beginning = |file: File| file.take(STREAM_MAGIC.len() as u64).read_to_end(&mut start);
+    let read = is_file.then(|| File::open(path).and_then(beginning));
     read.is_some_and(|read| read.is_ok()) && is_stream(&start)
 }
 

@@ -267,6 +267,30 @@ fn disks(text: &mut Text, disks: &[AttachedStats]) {
         |_| Some(JOURNAL_BYTES),
     );
     each(
+        "disk_quota_bytes",
+        Gauge,
+        "Bytes that the disk may have for itself, where that is limited.",
+        |d| d.quota,
+    );
+    each(
+        "disk_quota_used_bytes",
+        Gauge,
+        "Bytes of its quota that the disk has used.",
+        |d| d.quota_used,
+    );
+    each(
+        "disk_waiting_writes",
+        Gauge,
+        "Writes that wait until the quota of the disk leaves room for them.",
+        |d| Some(d.waiting),
+    );
+    each(
+        "disk_history_bytes",
+        Gauge,
+        "Bytes that the history of the disk occupies.",
+        |d| Some(d.history_bytes),
+    );
+    each(
         "disk_layer_written_bytes",
         Gauge,
         "Bytes that users wrote into the disk's own layer, over the layer's life.",

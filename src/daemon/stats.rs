@@ -78,6 +78,14 @@ pub struct AttachedStats {
     pub layer_cached: Option<u64>,
     /// Id of its base, one of [`DaemonStats::bases`].
     pub base: String,
+    /// Bytes that it may have for itself; `None`: as many as there are.
+    pub quota: Option<u64>,
+    /// Bytes of its quota that it has used.
+    pub quota_used: Option<u64>,
+    /// Writes that wait until the quota leaves room for them.
+    pub waiting: u64,
+    /// Bytes that its history occupies.
+    pub history_bytes: u64,
 }
 
 /// A base that something attached stands on.
@@ -98,7 +106,12 @@ pub struct BaseStats {
 pub const JOURNAL_BYTES: u64 = JOURNAL_SLOTS as u64 * BLOCK;
 
 impl AttachedStats {
-    fn of(attached: &Attached, since: u64, requests: Stats, disk: &CowDisk) -> AttachedStats {
+    fn of(
+        attached: &Attached,
+        (since, waiting): (u64, u64),
+        requests: Stats,
+        disk: &CowDisk,
+    ) -> AttachedStats {
         let stats = disk.stats();
         let layer = stats.layer;
         AttachedStats {
@@ -121,6 +134,10 @@ impl AttachedStats {
             total_host_written: layer.map(|l| l.host_written),
             layer_cached: disk.layer_file().and_then(|file| cached(&*file)),
             base: disk.base().0.to_string(),
+            quota: disk.quota_bytes(),
+            quota_used: disk.quota_bytes().map(|_| disk.used()),
+            waiting,
+            history_bytes: disk.history_bytes(),
         }
     }
     /// What came since `earlier`; what is no count is as it is now. Counts that began anew meanwhile are as they are.
@@ -194,7 +211,13 @@ impl Server {
             let since = file.as_ref().map_or(0, |f| f.since());
             let requests = file.and_then(|f| f.info()).map(|i| i.stats);
             let requests = requests.unwrap_or_default();
-            disks.push(AttachedStats::of(&attached, since, requests, &disk));
+            let waiting = self.session.waiting(Some(ino)) as u64;
+            disks.push(AttachedStats::of(
+                &attached,
+                (since, waiting),
+                requests,
+                &disk,
+            ));
         }
         DaemonStats {
             uptime_seconds: self.started.elapsed().as_secs(),

@@ -133,6 +133,14 @@ fn damaged(what: &str) -> Error {
     )
 }
 
+/// Do these bytes begin as a stream does, or as one of which some of the first bytes were changed, or all but the first ones cut off? No image begins so
+/// by chance.
+pub fn begins_like_stream(start: &[u8]) -> bool {
+    let same = STREAM_MAGIC.iter().zip(start).filter(|(a, b)| a == b);
+    let (same, of) = (same.count(), start.len().min(STREAM_MAGIC.len()));
+    same >= 5 || same == of && of >= 4
+}
+
 /// An error about a stream that ends too early.
 pub fn cut() -> Error {
     damaged("it is cut")
@@ -167,6 +175,10 @@ impl StreamHeader {
     pub fn decode(bytes: &[u8]) -> Result<StreamHeader> {
         let header = StreamHeader::read_from_bytes(bytes).map_err(|_| cut())?;
         if header.magic != STREAM_MAGIC {
+            if begins_like_stream(&header.magic) {
+                return Err(damaged("its first bytes were changed")
+                    .hint("make it anew with `forkdisk export`, or transfer it once more; if it is a raw image that begins like a stream, `-O raw`"));
+            }
             return Err(Error::new(Kind::Invalid, "this is no stream of forkdisk")
                 .hint("`forkdisk export REF FILE -O stream` makes one; leave out `-O stream` to take it as a raw image"));
         }

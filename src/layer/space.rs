@@ -168,6 +168,10 @@ pub struct Space {
     pub journal_reserved: u32,
     /// [`SPARE`] slots were kept, as far as there was room.
     pub spare: bool,
+    /// Free slots side by side, with host blocks, for the run that empties the journal of a disk that keeps a history; start and number.
+    pub reserve: (u32, u32),
+    /// The most slots that were ever needed of it.
+    pub reserve_needed: u32,
 }
 
 impl Space {

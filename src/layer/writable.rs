@@ -16,6 +16,7 @@ mod history;
 mod host;
 mod limit;
 mod refer;
+mod reserve;
 mod resume;
 mod stats;
 mod zero;
@@ -908,8 +909,9 @@ impl Layer {
             }
             let hot = std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect::<Vec<_>>();
             let inherited = std::mem::take(&mut space.inherited);
+            let reserve = Some(std::mem::take(&mut space.reserve)).filter(|r| r.1 > 0);
             (
-                [hot, inherited].concat(),
+                [hot, inherited, reserve.into_iter().collect()].concat(),
                 std::mem::take(&mut space.journal_reserved),
             )
         };

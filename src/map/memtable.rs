@@ -1,5 +1,6 @@
 //! Changes in memory: regions with pointers, and ranges of regions that are zero.
 
+use super::run::max_len;
 use super::{Item, Items, RegionMap, merge};
 use crate::format::{CommitEntry, Pointer};
 use crate::units::{Lba, REGION_BLOCKS, Region};
@@ -99,6 +100,12 @@ impl Memtable {
     /// Does it say nothing?
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty() && self.zeros.is_empty()
+    }
+    /// The most bytes that a run of it alone can take.
+    pub fn run_len(&self) -> u64 {
+        let regions = self.regions.len() as u64;
+        let pointers = self.applied.min(regions * REGION_BLOCKS as u64);
+        max_len(regions, pointers, self.zeros.iter().count() as u64)
     }
     /// Sets `count` blocks from `lba` to `pointer` (`count` is 1 unless it is zero).
     pub fn apply(&mut self, lba: Lba, count: u32, pointer: Pointer) {

@@ -405,10 +405,11 @@ pub(super) fn past_of(object: &Object, file: Arc<dyn File>, at: At) -> Result<(R
         true => e.context(format!("the history of `{}`", object.name)),
         false => Error::new(
             Kind::NotFound,
-            format!("`{}` keeps no history", object.name),
+            format!("`{}` has no history", object.name),
         )
         .hint(format!(
-            "`forkdisk resize {} --history 10m` keeps one from now on",
+            "`forkdisk ls --history {0}` tells whether it is to keep one, which begins anew with each snapshot and when it is attached next; \
+             `forkdisk resize {0} --history 10m` keeps one from now on",
             object.name
         )),
     })?;

@@ -139,13 +139,20 @@ impl Store {
     }
     /// Fails if an object is attached.
     fn check_idle(&self, object: &Object) -> Result<()> {
-        let busy = |e: Error| {
-            if e.kind() == Kind::Busy {
+        let busy = |e: Error| match (e.kind(), object.kind) {
+            (Kind::Busy, ObjectKind::Disk) => {
                 Error::new(Kind::Busy, format!("{} is attached", object.name))
                     .hint(format!("`forkdisk detach {}` first", object.name))
-            } else {
-                e
             }
+            (Kind::Busy, _) => Error::new(
+                Kind::Busy,
+                format!(
+                    "{} is attached, or something that stands on it",
+                    object.name
+                ),
+            )
+            .hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it"),
+            _ => e,
         };
         match object.kind {
             ObjectKind::Base => self.base_idle(object.id).map_err(busy),

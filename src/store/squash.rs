@@ -354,6 +354,16 @@ impl Store {
         let found = crate::layer::recover::superblock(&*file, &header).ok()?;
         found.superblock.name().map(str::to_string)
     }
+    /// Fails if the host has no room for it.
+    pub fn may_squash(&self, plan: &Squash) -> Result<()> {
+        let Some(top) = plan.stretch.first().filter(|_| plan.layers > 1) else {
+            return Ok(());
+        };
+        // What an interrupted attempt left has its space already.
+        let left = self.layers.open(&replacement(top.id()), Access::Read);
+        let left = left.and_then(|file| file.allocated()).unwrap_or(0);
+        self.must_fit("the squash", plan.needs.saturating_sub(left))
+    }
     /// Joins the layers of a plan. What was copied is kept if it is interrupted: the next squash of the same layers goes on with it, and `gc`
     /// removes it. Afterwards the daemon must be told ([`Store::rechain`]), and what the layers stood on can go ([`Store::collect_former`]).
     pub fn squash(&self, plan: Squash, progress: &dyn Progress) -> Result<Squashed> {
@@ -364,10 +374,7 @@ impl Store {
             });
         };
         let id = top.id();
-        // What an interrupted attempt left has its space already.
-        let left = self.layers.open(&replacement(id), Access::Read);
-        let left = left.and_then(|file| file.allocated()).unwrap_or(0);
-        self.must_fit("the squash", plan.needs.saturating_sub(left))?;
+        self.may_squash(&plan)?;
         let file = self.begin_replacement(id)?;
         let header = top
             .header()

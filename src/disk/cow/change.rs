@@ -88,6 +88,10 @@ impl CowDisk {
             self.limit(layer, &top.chain);
         }
     }
+    /// How many bytes the disk may have for itself, if that is limited.
+    pub fn quota_bytes(&self) -> Option<u64> {
+        self.quota.lock().map(|q| q.bytes)
+    }
     /// What the disk has for itself, in bytes, un-flushed blocks included.
     pub fn used(&self) -> u64 {
         let top = self.top.read();

@@ -81,6 +81,7 @@ impl Layer {
                 other => other?,
             }
         }
+        self.keep_reserve()?;
         self.write_ahead();
         let demand = self.demand.load(Relaxed);
         self.give_to_host((4 * HOT_SLOTS).max(2 * demand), HOT_SLOTS.max(demand))
@@ -288,8 +289,16 @@ impl Layer {
         let mut replaced: Vec<(u32, u32)> = Vec::new();
         let mut new_extent = None;
         if !c.memtable.is_empty() {
-            let merged = self.runs_to_merge(&runs, c.memtable.applied());
-            let (reference, extent) = self.write_run(c, &runs[..merged])?;
+            let mut merged = self.runs_to_merge(&runs, c.memtable.applied());
+            let mut written = self.write_run(c, &runs[..merged], false);
+            if written.as_ref().is_err_and(|e| e.kind() == Kind::NoSpace) && runs.len() < MAX_RUNS {
+                // What is in reserve is for the journal alone.
+                match self.write_run(c, &[], true) {
+                    Err(e) if e.kind() == Kind::NoSpace => {}
+                    other => (merged, written) = (0, other),
+                }
+            }
+            let (reference, extent) = written?;
             for run in runs.drain(..merged) {
                 replaced.push((run.reference().slot.get(), run.reference().slots.get()));
             }
@@ -427,6 +436,7 @@ impl Layer {
         &self,
         c: &Commit,
         runs: &[Arc<MappedRun>],
+        reserve: bool,
     ) -> Result<(Option<RunRef>, (u32, u32))> {
         let (mut regions, mut pointers, mut ranges) = (0u64, 0u64, 0u64);
         for item in c.memtable.items() {
@@ -454,7 +464,11 @@ impl Layer {
         let (start, hot) = {
             let mut space = self.space.lock();
             space.settle(&self.quiesce);
-            space.contiguous(slots)?
+            let kept = || Error::new(Kind::NoSpace, "there is no room for the block map");
+            match reserve {
+                true => (space.take_reserve(slots).ok_or_else(kept)?, true),
+                false => space.contiguous(slots)?,
+            }
         };
         let give_back = |from: u32| {
             let mut space = self.space.lock();

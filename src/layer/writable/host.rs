@@ -287,6 +287,10 @@ impl Layer {
                 self.sync(&mut commit)?;
             }
             let mut space = self.space.lock();
+            // What has just become free, unless somebody still reads it.
+            for _ in 0..3 {
+                space.settle(&self.quiesce);
+            }
             let needed = commit.head + commit_slots(space.entries) + self.writers.load(SeqCst);
             let keep = needed.next_multiple_of(RESERVE_STEP);
             if keep < space.journal_reserved {
@@ -297,6 +301,7 @@ impl Layer {
         self.give_to_host(SPARE, SPARE)?;
         // A filesystem with a journal of its own hands out what was freed when that is durable there, and not before.
         self.sync(&mut self.commit.lock())?;
+        self.reserve_anew();
         Ok(yielded)
     }
 }
