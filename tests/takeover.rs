@@ -606,6 +606,52 @@ fn a_checkpoint_whose_sync_failed_unheard() {
     assert!(failed > 0, "no sync failed");
 }
 
+/// What the last commit freed and the dead process had used again, for a block that its successor writes once more before any commit: nobody else
+/// would ever know of it.
+#[test]
+fn no_slot_is_forgotten() {
+    let sim = SimDisk::new(7);
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env(7)).unwrap();
+    let image = vec![1u8; 200 * BLOCK];
+    store
+        .import(
+            ImportSource::Reader(&mut &image[..]),
+            "image",
+            ImportMode::Copy,
+            &Quiet,
+        )
+        .unwrap();
+    store.create(&["a".to_string()], "image", None).unwrap();
+    let memory = volatile::private().unwrap();
+    let object = store.resolve("a").unwrap();
+    let disk = store.open_cow_on(&object, memory.clone()).unwrap();
+    let write = |disk: &CowDisk, n: u8, at: usize, blocks: usize| {
+        let bytes = vec![n; blocks * BLOCK];
+        disk.write(&bytes, (at * BLOCK) as u64).unwrap();
+    };
+    for n in 2..4 {
+        write(&disk, n, 0, 60);
+        disk.flush().unwrap();
+    }
+    write(&disk, 4, 100, 40);
+    drop(disk);
+    let sim = sim.kill();
+    let store = Store::open_on(sim.root(), Path::new("/sim"), env(8)).unwrap();
+    let disk = store.resume_cow("a", memory).unwrap();
+    write(&disk, 5, 100, 40);
+    disk.flush().unwrap();
+    let found = read(&disk, 200 * BLOCK as u64);
+    assert!(found[..60 * BLOCK].iter().all(|&b| b == 3));
+    assert!(found[100 * BLOCK..140 * BLOCK].iter().all(|&b| b == 5));
+    disk.close().unwrap();
+    drop(disk);
+    let report = forkdisk::check::check(&store, None, &Quiet).unwrap();
+    assert_eq!(
+        (&report.leaks[..], &report.corruptions[..]),
+        (&[][..], &[][..])
+    );
+}
+
 /// Memory that cannot be that of the disk is refused, never taken for its changes.
 #[test]
 fn a_strange_log_is_refused() {

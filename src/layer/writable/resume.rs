@@ -114,8 +114,11 @@ impl Layer {
             match *change {
                 Change::Used(slot) => {
                     use_slot(&mut unused, &mut space.high, slot.0);
-                    // The commit that freed it was durable: the dead process had used it again.
-                    owed.remove(&slot.0);
+                    // The commit that freed it was durable: the dead process had used it again. Until a commit says so it is free, also
+                    // if its block is written once more before.
+                    if owed.remove(&slot.0) {
+                        free.insert(slot.0, 1);
+                    }
                 }
                 Change::Freed(slot) => counted.freed.push((slot.0, 1)),
             }
