@@ -16,12 +16,12 @@ use forkdisk::error::Kind;
 use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
 use forkdisk::layer::volatile;
 use forkdisk::store::history::{At, Limits};
-use forkdisk::store::{ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Finding, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::sys::shared::SharedMemory;
 use forkdisk::units::Id;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 const HISTORIES: u64 = 100;
 const BLOCK: usize = 4096;
@@ -59,6 +59,8 @@ struct Open {
     memory: Arc<SharedMemory>,
     /// It was refused, and what was not flushed is given up.
     given_up: bool,
+    /// This process has accepted a write of it.
+    written: bool,
     /// What was accepted.
     now: Vec<u8>,
     /// What a power cut may leave: the last acknowledged flush, and what later commits that nobody acknowledged may hold.
@@ -76,6 +78,9 @@ struct World {
     frozen: BTreeMap<String, Vec<u8>>,
     lives: u64,
     size: u64,
+    /// What others write to a disk while the flush of it is under way in which the process dies; and what was accepted of it.
+    others: Vec<(u64, Vec<u8>)>,
+    accepted: Arc<Mutex<Vec<(u64, Vec<u8>)>>>,
     /// A sync failed and nobody heard of it, since the last whole takeover.
     failed: bool,
     /// How often, and how often a disk was refused for it.
@@ -121,6 +126,8 @@ impl World {
             frozen: BTreeMap::from([("image".into(), image)]),
             lives: 1,
             size,
+            others: Vec::new(),
+            accepted: Arc::default(),
             failed: false,
             unheard: 0,
             refused: 0,
@@ -150,6 +157,7 @@ impl World {
             disk: Some(disk),
             memory,
             given_up: false,
+            written: false,
             durable: vec![now.clone()],
             now,
             points: BTreeMap::new(),
@@ -201,6 +209,7 @@ impl World {
         match op {
             Op::Write(at, data) => {
                 disk.write(data, *at).unwrap();
+                open.written = true;
                 open.now[*at as usize..*at as usize + data.len()].copy_from_slice(data);
             }
             Op::Discard(at, len) => {
@@ -209,7 +218,19 @@ impl World {
             }
             Op::Flush => {
                 open.durable.push(open.now.clone());
+                let others = std::mem::take(&mut self.others);
+                if open.written && !others.is_empty() {
+                    let (disk, accepted) = (disk.clone(), self.accepted.clone());
+                    let write = move || {
+                        for (at, data) in others {
+                            disk.write(&data, at).unwrap();
+                            accepted.lock().unwrap().push((at, data));
+                        }
+                    };
+                    self.mortal.meanwhile(Some(Box::new(write)));
+                }
                 disk.flush().unwrap();
+                self.mortal.meanwhile(None);
                 open.durable = vec![open.now.clone()];
                 if let Some(point) = disk.point().filter(|_| name == "b") {
                     open.points.insert(point, open.now.clone());
@@ -248,13 +269,27 @@ impl World {
             }
         }
     }
-    /// Other requests to a disk whose flush is still to be sent again.
-    fn meanwhile(&mut self, name: &str, rng: &mut Rng, story: &str) {
-        for _ in 0..rng.below(6) {
+    /// Blocks of random data for random places.
+    fn blocks(&self, rng: &mut Rng) -> Vec<(u64, Vec<u8>)> {
+        let one = |rng: &mut Rng| {
             let at = rng.below(self.size / 4096) * 4096;
             let mut data = vec![0; 4096.min(self.size - at) as usize];
             data.chunks_mut(8)
                 .for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
+            (at, data)
+        };
+        (0..rng.below(6)).map(|_| one(rng)).collect()
+    }
+    /// What was accepted of others while the process died counts.
+    fn hear_of_others(&mut self, name: &str) {
+        let now = &mut self.disks.get_mut(name).unwrap().now;
+        for (at, data) in self.accepted.lock().unwrap().drain(..) {
+            now[at as usize..at as usize + data.len()].copy_from_slice(&data);
+        }
+    }
+    /// Other requests to a disk whose flush is still to be sent again.
+    fn meanwhile(&mut self, name: &str, rng: &mut Rng, story: &str) {
+        for (at, data) in self.blocks(rng) {
             self.run(name, &Op::Maintain);
             self.run(name, &Op::Write(at, data));
         }
@@ -264,10 +299,16 @@ impl World {
     }
     /// The next process. It may die as well.
     fn take_over(&mut self, rng: &mut Rng) {
+        let again = (rng.below(3) == 0).then(|| rng.below(12));
+        self.next_life(rng, again);
+    }
+    /// [`World::take_over`] by a process that dies after so many calls.
+    fn next_life(&mut self, rng: &mut Rng, mut again: Option<u64>) {
         loop {
             self.store = None;
             for open in self.disks.values_mut() {
                 open.disk = None;
+                open.written = false;
             }
             let unheard = self.mortal.failed_unheard();
             self.failed |= unheard;
@@ -275,8 +316,8 @@ impl World {
             self.sim = self.sim.kill();
             self.mortal = Mortal::on(&self.sim);
             self.lives += 1;
-            if rng.below(3) == 0 {
-                self.mortal.die_after(rng.below(12), rng.next());
+            if let Some(calls) = again.take() {
+                self.mortal.die_after(calls, rng.next());
             }
             let seed = self.seed ^ (self.lives << 32);
             let mortal = self.mortal.clone();
@@ -357,6 +398,20 @@ impl World {
             }
         }
     }
+    /// Closes all disks: every slot is in use or free, and not both.
+    fn close(&mut self, story: &str) {
+        for open in self.disks.values_mut() {
+            open.disk.take().unwrap().close().unwrap();
+            open.durable = vec![open.now.clone()];
+        }
+        let report = forkdisk::check::check(self.store.as_ref().unwrap(), None, &Quiet).unwrap();
+        let of_slots = |f: &&Finding| {
+            f.message.contains("neither in use nor free") || f.message.contains("and in the free")
+        };
+        let all = report.leaks.iter().chain(&report.corruptions);
+        let found: Vec<_> = all.filter(of_slots).collect();
+        assert!(found.is_empty(), "{story}: {found:?}");
+    }
     /// The power goes, and comes back.
     fn power_cut(&mut self, policy: Policy, story: &str) {
         let left = self.sim.crash_with(policy);
@@ -427,8 +482,10 @@ fn history(seed: u64) -> [u64; 3] {
         if std::env::var_os("FORKDISK_TAKEOVER_SEED").is_some() {
             eprintln!("operation {n}: {name} {op:?}");
         }
+        world.others = world.blocks(&mut rng);
         while until_death(|| world.run(&name, &op)).is_none() {
             deaths += 1;
+            world.hear_of_others(&name);
             // It could have been the power.
             if rng.below(3) == 0 {
                 world.power_cut(
@@ -468,10 +525,7 @@ fn history(seed: u64) -> [u64; 3] {
     ] {
         world.power_cut(policy, &story);
     }
-    for open in world.disks.values_mut() {
-        open.disk.take().unwrap().close().unwrap();
-        open.durable = vec![open.now.clone()];
-    }
+    world.close(&story);
     world.power_cut(Policy::AllDropped, &story);
     [deaths, world.unheard, world.refused]
 }
@@ -604,6 +658,68 @@ fn a_checkpoint_whose_sync_failed_unheard() {
         }
     }
     assert!(failed > 0, "no sync failed");
+}
+
+/// The process dies in each call of a flush while others go on writing: two areas of changes are left. Its successor dies in each call of what it makes
+/// of them; and the one after that writes everything twice, and closes.
+#[test]
+fn two_areas_are_left() {
+    let_die_quietly();
+    let mut both = 0;
+    for seed in 0..30 {
+        for n in 0.. {
+            let mut flushed = false;
+            for m in 0.. {
+                let mut world = World::new(seed, 37);
+                let mut rng = Rng(seed << 20 | n << 10 | m);
+                let some = |rng: &mut Rng, n: u64| {
+                    let at = (n % 3 * 7 + rng.below(4)) * 4096;
+                    Op::Write(at, vec![n as u8 + 1; BLOCK * (1 + rng.below(6) as usize)])
+                };
+                let writes = rng.below(4);
+                for i in 0..12 {
+                    let op = some(&mut rng, i);
+                    world.run("a", &op);
+                    if i % 3 == 0 && i < 9 + writes {
+                        world.run("a", &Op::Flush);
+                    }
+                }
+                let story = format!("seed {seed}, death at {n}, then at {m}");
+                world.others = (0..8)
+                    .map(|i| match some(&mut rng, 20 + i) {
+                        Op::Write(at, data) => (at, data),
+                        _ => unreachable!(),
+                    })
+                    .collect();
+                world.mortal.die_after(n, rng.next());
+                flushed = until_death(|| world.run("a", &Op::Flush)).is_some();
+                both += u64::from(!world.accepted.lock().unwrap().is_empty());
+                world.hear_of_others("a");
+                if flushed {
+                    break;
+                }
+                world.next_life(&mut rng, Some(m));
+                let whole = world.lives == 2;
+                world.compare(None, &story);
+                for i in 0..60 {
+                    let op = some(&mut rng, i);
+                    world.run("a", &op);
+                    if i % 9 == 0 {
+                        world.run("a", &Op::Flush);
+                    }
+                }
+                world.compare(None, &story);
+                world.close(&story);
+                if whole {
+                    break;
+                }
+            }
+            if flushed {
+                break;
+            }
+        }
+    }
+    assert!(both > 0, "nobody wrote meanwhile");
 }
 
 /// What the last commit freed and the dead process had used again, for a block that its successor writes once more before any commit: nobody else

@@ -4,12 +4,13 @@
 //! leaves: the simulated disk as it was, and the memory that outlives processes.
 
 use forkdisk::error::Result;
+use forkdisk::format::{JOURNAL_SLOTS, JOURNAL_START};
 use forkdisk::io::sim::{FaultKind, SimDisk, Verb};
 use forkdisk::io::{Access, Dir, EntryKind, File, Mapping};
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
 /// What the panic carries.
 pub struct Dead;
@@ -23,14 +24,29 @@ struct Life {
     /// Where a sync fails if it is the last call, and nobody lives to hear of it.
     sim: Option<SimDisk>,
     failed: AtomicBool,
+    others: Mutex<Option<Others>>,
 }
+
+/// What other threads do while the last call is under way.
+type Others = Box<dyn FnOnce() + Send>;
 
 impl Life {
     /// Does a changing call; `half` does it in part.
     fn live<T>(&self, all: impl FnOnce() -> Result<T>, half: impl FnOnce(u64)) -> Result<T> {
+        self.live_with(false, all, half)
+    }
+    fn live_with<T>(
+        &self,
+        others_go_on: bool,
+        all: impl FnOnce() -> Result<T>,
+        half: impl FnOnce(u64),
+    ) -> Result<T> {
         self.calls.fetch_add(1, SeqCst);
         if self.left.load(SeqCst) < 0 || self.left.fetch_sub(1, SeqCst) > 0 {
             return all();
+        }
+        if others_go_on && let Some(others) = self.others.lock().unwrap().take() {
+            others();
         }
         let how = self.how.load(SeqCst);
         match how % 3 {
@@ -89,6 +105,10 @@ impl Mortal {
     pub fn die_after(&self, n: u64, how: u64) {
         self.life.how.store(how, SeqCst);
         self.life.left.store(n as i64, SeqCst);
+    }
+    /// What others do while the last call is under way, if that is the sync of a file or a record of the journal. `None`: nothing.
+    pub fn meanwhile(&self, others: Option<Others>) {
+        *self.life.others.lock().unwrap() = others;
     }
     pub fn live_on(&self) {
         self.life.left.store(-1, SeqCst);
@@ -154,7 +174,10 @@ impl File for MortalFile {
         self.inner.read_at(buf, at)
     }
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
-        self.life.live(
+        let journal = u64::from(JOURNAL_START)..u64::from(JOURNAL_START + JOURNAL_SLOTS);
+        let is_record = journal.contains(&(at / 4096)) && buf.iter().any(|&b| b != 0);
+        self.life.live_with(
+            is_record,
             || self.inner.write_at(buf, at),
             // The kernel copies page by page.
             |how| {
@@ -165,7 +188,8 @@ impl File for MortalFile {
         )
     }
     fn sync(&self) -> Result<()> {
-        self.life.live(
+        self.life.live_with(
+            true,
             || self.inner.sync(),
             |_| {
                 if let Some(sim) = &self.life.sim {

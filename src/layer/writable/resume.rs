@@ -86,6 +86,7 @@ impl Layer {
         let left: Vec<&Area> = areas
             .iter()
             .filter(|a| a.sequence >= replay.next_commit && !a.entries.is_empty())
+            .filter(|a| !is_committed(a, &committed))
             .collect();
         for entry in left.iter().flat_map(|a| &a.entries) {
             check(entry, superblock.size.get(), file.len()?)
@@ -273,6 +274,16 @@ impl Layer {
         self.logged.store(0, SeqCst);
         Ok(())
     }
+}
+
+/// Two areas that became one commit: its number is that of the first one, and the second one must not count again, for whatever replaces its blocks
+/// would free slots at once that a commit names. A slot is written once: where the commits name one for the same block as the area does, they hold
+/// all of it. An area of zeros alone may count twice.
+fn is_committed(area: &Area, commits: &Memtable) -> bool {
+    area.entries.iter().any(|entry| {
+        let (lba, _, pointer) = entry.get();
+        matches!(pointer, Pointer::Data { .. }) && commits.get(lba) == pointer
+    })
 }
 
 /// Slots of a stretch that the host's page cache is told to let go of as a whole: it does not let go of a part of a large folio, and these are
