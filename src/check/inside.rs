@@ -74,8 +74,8 @@ impl Check<'_> {
         }
         let free = free_list(file, &sb)?;
         if sb.free_slot.get() != 0 {
-            let bytes = u64::from(sb.free_count.get()) * size_of::<FreeExtent>() as u64;
-            for slot in sb.free_slot.get()..sb.free_slot.get() + bytes.div_ceil(BLOCK) as u32 {
+            // All of its room, of which the list may need less.
+            for slot in sb.free_slot.get()..sb.free_slot.get() + sb.free_slots.get() {
                 if !used.insert(slot) {
                     self.twice(id, &mut bad, slot, None, "the free list");
                 }
