@@ -1,7 +1,9 @@
 //! Which slots are to be written back before a flush asks for it, and how far writers may be ahead of the disk.
 //!
 //! A flush holds up the whole device above it, so it must find little left to do: each [`PIECE`] of what was written is sent on its way at once,
-//! and who writes while more than [`BEHIND`] is still on its way waits until the oldest of it has arrived.
+//! and who writes while more than [`BEHIND`] is still on its way waits until the oldest of it has arrived. Not so for what is scattered: there are as many
+//! requests as blocks, so whoever sends it waits for the queue of the device, which is shorter than that; and to ask how much of a wide range has arrived
+//! takes longer than to write (a look at each of its pages).
 
 use crate::sync::Mutex;
 use std::collections::VecDeque;
@@ -11,6 +13,9 @@ use std::ops::Range;
 const PIECE: u32 = 256;
 /// Slots that may be on their way: 64 MiB.
 const BEHIND: u64 = 16384;
+
+/// A piece that lies in more than so many times its slots is scattered.
+const SCATTERED: u32 = 4;
 
 #[derive(Default)]
 struct State {
@@ -49,6 +54,9 @@ impl Early {
         }
         let (send, slots) = (s.next.clone(), s.slots);
         s.slots = 0;
+        if send.end - send.start > SCATTERED * slots {
+            return Some(Errand { send, wait: None });
+        }
         s.total += u64::from(slots);
         s.sent.push_back((send.clone(), slots));
         let mut wait = None;
