@@ -69,6 +69,9 @@ struct Open {
     points: BTreeMap<(Id, u64), Vec<u8>>,
 }
 
+/// Where, and what.
+type Writes = Vec<(u64, Vec<u8>)>;
+
 struct World {
     seed: u64,
     sim: SimDisk,
@@ -79,8 +82,8 @@ struct World {
     lives: u64,
     size: u64,
     /// What others write to a disk while the flush of it is under way in which the process dies; and what was accepted of it.
-    others: Vec<(u64, Vec<u8>)>,
-    accepted: Arc<Mutex<Vec<(u64, Vec<u8>)>>>,
+    others: Writes,
+    accepted: Arc<Mutex<Writes>>,
     /// A sync failed and nobody heard of it, since the last whole takeover.
     failed: bool,
     /// How often, and how often a disk was refused for it.
@@ -270,7 +273,7 @@ impl World {
         }
     }
     /// Blocks of random data for random places.
-    fn blocks(&self, rng: &mut Rng) -> Vec<(u64, Vec<u8>)> {
+    fn blocks(&self, rng: &mut Rng) -> Writes {
         let one = |rng: &mut Rng| {
             let at = rng.below(self.size / 4096) * 4096;
             let mut data = vec![0; 4096.min(self.size - at) as usize];

@@ -16,7 +16,7 @@ use super::{
     },
 };
 use crate::error::{Error, Result};
-use crate::sys::fiemap;
+use crate::sys::{blocking, fiemap};
 use rustix::{
     fs::{self, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom},
     io::{Errno, ReadWriteFlags, retry_on_intr},
@@ -358,23 +358,29 @@ impl File for OsFile {
             return Err(past_end(&self.path, at, len));
         }
         let mut done = 0;
-        if len >= LARGE {
-            // What is in memory costs nothing more. For the rest the kernel would send one request of the size of its readahead after the other.
+        if len >= LARGE || blocking::is_attended() {
+            // What is in memory costs nothing more.
             done = self.read_cached(buf, at);
-            if done < len {
-                self.prefetch(at + done as u64, (len - done) as u64);
-            }
         }
-        while done < len {
-            let here = at + done as u64;
-            match rustix::io::pread(&self.fd, &mut buf[done..], here) {
-                Ok(0) => return Err(past_end(&self.path, at, len)),
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(self.fail("read", e).offset(here)),
-            }
+        if len >= LARGE && done < len {
+            // For the rest the kernel would send one request of the size of its readahead after the other.
+            self.prefetch(at + done as u64, (len - done) as u64);
         }
-        Ok(())
+        if done == len {
+            return Ok(());
+        }
+        blocking::wait(|| {
+            while done < len {
+                let here = at + done as u64;
+                match rustix::io::pread(&self.fd, &mut buf[done..], here) {
+                    Ok(0) => return Err(past_end(&self.path, at, len)),
+                    Ok(n) => done += n,
+                    Err(Errno::INTR) => {}
+                    Err(e) => return Err(self.fail("read", e).offset(here)),
+                }
+            }
+            Ok(())
+        })
     }
 
     fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
@@ -402,7 +408,8 @@ impl File for OsFile {
     }
 
     fn sync(&self) -> Result<()> {
-        retry_on_intr(|| fs::fdatasync(&self.fd)).map_err(|e| self.fail("sync", e))
+        blocking::wait(|| retry_on_intr(|| fs::fdatasync(&self.fd)))
+            .map_err(|e| self.fail("sync", e))
     }
 
     fn len(&self) -> Result<u64> {
@@ -480,13 +487,15 @@ impl File for OsFile {
         if len == 0 || check_range(&self.path, at, len).is_err() {
             return;
         }
-        // A disk that hangs is not made better by writers that hang.
-        for _ in 0..1000 {
-            if pages_under_writeback(&self.fd, at, len) == 0 {
-                break;
+        blocking::wait(|| {
+            // A disk that hangs is not made better by writers that hang.
+            for _ in 0..1000 {
+                if pages_under_writeback(&self.fd, at, len) == 0 {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        });
     }
 
     fn forget_cached(&self, at: u64, len: u64) {

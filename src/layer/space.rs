@@ -129,6 +129,15 @@ impl FreeSet {
         self.total -= u64::from(n);
         Some((start, n))
     }
+    /// Takes these slots; says whether all of them were in it, else it takes none.
+    pub fn take_this(&mut self, start: u32, len: u32) -> bool {
+        let before = self.extents.range(..=start).next_back();
+        let all = before.is_some_and(|(&s, &l)| s + l >= start + len);
+        if all {
+            self.remove(start, len);
+        }
+        all
+    }
     /// The extents in order.
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.extents.iter().map(|(&s, &l)| (s, l))

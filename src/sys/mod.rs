@@ -4,6 +4,7 @@
 //! function is one thing the kernel does, with the kernel's races and delays taken care of.
 
 pub mod blockdev;
+pub mod blocking;
 pub mod cachestat;
 pub mod cgroup;
 pub mod fdpass;

@@ -1,5 +1,6 @@
 //! Disks that exist for tests: in memory, in a file, slow, failing.
 
+use forkdisk::sys::blocking;
 use forkdisk::{
     disk::{Disk, Extent, Source},
     error::{Error, Kind, Result},
@@ -45,6 +46,8 @@ pub struct MemDisk {
     pub fail: Mutex<Option<Kind>>,
     /// How long each read takes at least.
     pub read_delay: Duration,
+    /// Does it say so, as a file of the host does?
+    pub says_so: bool,
 }
 
 impl MemDisk {
@@ -55,6 +58,7 @@ impl MemDisk {
             read_only: false,
             fail: Mutex::new(None),
             read_delay: Duration::ZERO,
+            says_so: true,
         }
     }
     fn failing(&self) -> Result<()> {
@@ -98,7 +102,11 @@ impl Disk for MemDisk {
         self.failing()?;
         check(self.size(), at, buf.len() as u64)?;
         if !self.read_delay.is_zero() {
-            std::thread::sleep(self.read_delay);
+            let sleep = || std::thread::sleep(self.read_delay);
+            match self.says_so {
+                true => blocking::wait(sleep),
+                false => sleep(),
+            }
         }
         self.pieces(
             at,

@@ -2,9 +2,7 @@
 //!
 //! Always true: whoever runs this holds `commit`. A failed sync poisons the layer and is never tried again.
 
-use super::{
-    AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
-};
+use super::{AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, Layer, MappedRun, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
     self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef, Step,
@@ -60,8 +58,7 @@ impl Layer {
         Ok(true)
     }
 
-    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead, space that goes
-    /// back to the host. Where another thread is at it, there is nothing to do.
+    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead. Where another thread is at it, there is nothing to do.
     pub fn after_flush(&self) -> Result<()> {
         if self.tidying.swap(true, SeqCst) {
             return Ok(());
@@ -83,8 +80,7 @@ impl Layer {
         }
         self.keep_reserve()?;
         self.write_ahead();
-        let demand = self.demand.load(Relaxed);
-        self.give_to_host((4 * HOT_SLOTS).max(2 * demand), HOT_SLOTS.max(demand))
+        Ok(())
     }
 
     /// Closes the epoch and commits it; returns its number.

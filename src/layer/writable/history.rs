@@ -6,6 +6,7 @@
 //! - nobody needs the history to find what the disk shows now: where there is no room for it, it goes.
 
 use super::expiry::{WORTH, bytes_of};
+use super::host::Holes;
 use super::{Commit, HOT_SLOTS, Layer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{CommitEntry, Pointer, SegmentHeader, Step, Superblock};
@@ -224,7 +225,7 @@ impl Layer {
         c.history.oldest = (c.next_commit.saturating_sub(1), now);
         self.checkpoint(c, State::Writable)?;
         drop(commit);
-        self.give_to_host(HOT_SLOTS, HOT_SLOTS)
+        self.give_to_host(HOT_SLOTS, Holes::All)
     }
     /// The host disk is full: the older half of the history goes, or the little that is left; says whether there was any.
     pub(super) fn yield_history(&self) -> Result<bool> {

@@ -15,6 +15,22 @@ use std::ops::Range;
 /// So many blocks that wait to be given back (1 MiB) are worth a flush that nobody asked for.
 const WORTH_A_FLUSH: u64 = 256;
 
+/// Free slots side by side that are worth a hole at any time: 1 MiB.
+const LARGE_HOLE: u32 = 256;
+/// So many smaller ones are made at a time under a disk that is written to: some milliseconds of each second.
+const FEW_HOLES: usize = 128;
+
+/// How much of what is free is worth holding up those who write and sync: random writes leave tens of thousands of small pieces.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holes {
+    /// All of it.
+    All,
+    /// All of it, as long as nobody writes.
+    WhileQuiet,
+    /// Large pieces, and [`FEW_HOLES`] small ones.
+    Few,
+}
+
 impl Layer {
     /// Host space for the record of what is about to be accepted: a full host disk must fail the write, not the flush.
     pub(super) fn reserve_journal(&self, space: &mut Space, end: u32) -> Result<()> {
@@ -183,28 +199,45 @@ impl Layer {
         self.space.lock().hot.insert(start, slots);
     }
 
-    /// If more than `above` free slots have host blocks, punches some out of the host file until at most `keep` have.
-    pub(super) fn give_to_host(&self, above: u64, keep: u64) -> Result<()> {
-        let mut limit = above;
-        loop {
-            let extent = {
-                let mut space = self.space.lock();
-                space.settle(&self.quiesce);
-                let total = space.hot.total();
-                if total <= limit {
-                    return Ok(());
-                }
-                let most = total.saturating_sub(keep).min(u64::from(u32::MAX));
-                space.hot.take_some(most as u32)
-            };
-            limit = keep;
-            let Some((start, len)) = extent else {
+    /// If more than `keep` free slots have host blocks, punches some out of the host file until at most so many have: large pieces first.
+    pub(super) fn give_to_host(&self, keep: u64, holes: Holes) -> Result<()> {
+        let taken = self.taken.load(Relaxed);
+        let mut pieces: Vec<(u32, u32)> = {
+            let mut space = self.space.lock();
+            space.settle(&self.quiesce);
+            if space.hot.total() <= keep {
                 return Ok(());
+            }
+            let large = space.hot.iter().filter(|&(_, len)| len >= LARGE_HOLE);
+            let small = space.hot.iter().filter(|&(_, len)| len < LARGE_HOLE);
+            let few = if holes == Holes::Few {
+                FEW_HOLES
+            } else {
+                usize::MAX
+            };
+            large.chain(small.take(few)).collect()
+        };
+        pieces.reverse();
+        while let Some((start, len)) = pieces.pop() {
+            let quiet = self.taken.load(Relaxed) == taken;
+            if holes == Holes::WhileQuiet && len < LARGE_HOLE && !quiet {
+                return Ok(());
+            }
+            let len = {
+                let mut space = self.space.lock();
+                let most = space.hot.total().saturating_sub(keep);
+                let len = most.min(len.into()) as u32;
+                // Somebody may have taken it, or a part of it, meanwhile.
+                if len == 0 || !space.hot.take_this(start, len) {
+                    continue;
+                }
+                len
             };
             let done = self.punch(start, len);
             self.space.lock().cold.insert(start, len);
             done?;
         }
+        Ok(())
     }
 
     /// Gives the host what a predecessor left allocated of free slots, and takes these slots into use.
@@ -243,7 +276,8 @@ impl Layer {
         self.punch_inherited()?;
         self.expire()?;
         self.commit_discards()?;
-        if self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0 {
+        let busy = self.busy.swap(false, Relaxed) || self.taken.load(Relaxed) > 0;
+        if busy {
             // All of the file; what is clean costs nothing.
             self.file.start_writeback(0, self.file.len()?);
         }
@@ -263,7 +297,8 @@ impl Layer {
         } else {
             self.idle.store(0, Relaxed);
         }
-        self.give_to_host(keep, keep)
+        let holes = if busy { Holes::Few } else { Holes::WhileQuiet };
+        self.give_to_host(keep, holes)
     }
 
     /// The host disk is full: gives back all that this layer does not need, so that what it needs finds room. What its discards freed
@@ -298,7 +333,7 @@ impl Layer {
                 space.journal_reserved = keep;
             }
         }
-        self.give_to_host(SPARE, SPARE)?;
+        self.give_to_host(SPARE, Holes::All)?;
         // A filesystem with a journal of its own hands out what was freed when that is durable there, and not before.
         self.sync(&mut self.commit.lock())?;
         self.reserve_anew();

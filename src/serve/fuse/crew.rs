@@ -15,7 +15,7 @@ use std::{
         },
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// All of them are interrupted by [`process::wake`] in whatever call they wait.
@@ -24,6 +24,7 @@ pub(super) struct Crew {
     stopping: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
+    call: Condvar,
 }
 
 #[derive(Default)]
@@ -32,12 +33,28 @@ struct State {
     running: Vec<i32>,
     /// Threads started and not ended.
     alive: usize,
+    /// Of these, the ones that take requests; and the most there were.
+    workers: usize,
     peak: usize,
+    /// Threads that rest, and how many of them are called.
+    resting: usize,
+    called: usize,
     ended: Option<Ended>,
 }
 
+/// Why a thread rests no longer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Woken {
+    /// It was called.
+    Called,
+    /// Nobody called it for as long as it wanted to rest.
+    Late,
+    /// The session is to end.
+    Stopping,
+}
+
 impl Crew {
-    /// Starts a thread. What `work` returns is why it ended, if that ends the session.
+    /// Starts a thread that takes requests. What `work` returns is why it ended, if that ends the session.
     pub(super) fn start(
         self: &Arc<Crew>,
         name: &str,
@@ -45,9 +62,27 @@ impl Crew {
     ) -> Result<()> {
         {
             let mut state = self.state.lock();
-            state.alive += 1;
-            state.peak = state.peak.max(state.alive);
+            state.workers += 1;
+            state.peak = state.peak.max(state.workers);
         }
+        let crew = Arc::clone(self);
+        let started = self.start_beside(name, move || {
+            let ended = work();
+            crew.state.lock().workers -= 1;
+            ended
+        });
+        if started.is_err() {
+            self.state.lock().workers -= 1;
+        }
+        started
+    }
+    /// Starts a thread that takes none.
+    pub(super) fn start_beside(
+        self: &Arc<Crew>,
+        name: &str,
+        work: impl FnOnce() -> Option<Ended> + Send + 'static,
+    ) -> Result<()> {
+        self.state.lock().alive += 1;
         let crew = Arc::clone(self);
         let started = thread::Builder::new()
             .name(name.into())
@@ -71,7 +106,50 @@ impl Crew {
         if state.ended.is_none() {
             state.ended = ended;
         }
+        if state.ended.is_some() {
+            // Those that rest do not hear of it otherwise.
+            self.call.notify_all();
+        }
         self.changed.notify_all();
+    }
+    /// Rests until it is called; if `most` is given, no longer than that.
+    pub(super) fn rest(&self, most: Option<Duration>) -> Woken {
+        let until = most.map(|most| Instant::now() + most);
+        let mut state = self.state.lock();
+        state.resting += 1;
+        let woken = loop {
+            if self.is_stopping() || state.ended.is_some() {
+                break Woken::Stopping;
+            }
+            if state.called > 0 {
+                state.called -= 1;
+                break Woken::Called;
+            }
+            match until {
+                None => self.call.wait(&mut state),
+                Some(until) => {
+                    if self.call.wait_until(&mut state, until).timed_out() && state.called == 0 {
+                        break Woken::Late;
+                    }
+                }
+            }
+        };
+        state.resting -= 1;
+        woken
+    }
+    /// Calls one that rests, if one does.
+    pub(super) fn call(&self) -> bool {
+        let mut state = self.state.lock();
+        if state.resting == state.called {
+            return false;
+        }
+        state.called += 1;
+        self.call.notify_one();
+        true
+    }
+    /// Is the session to end, or did it?
+    pub(super) fn is_over(&self) -> bool {
+        self.is_stopping() || self.state.lock().ended.is_some()
     }
     /// Is the session to end?
     pub(super) fn is_stopping(&self) -> bool {
@@ -98,6 +176,7 @@ impl Crew {
     pub(super) fn stop(&self) -> Ended {
         self.stopping.store(true, Release);
         let mut state = self.state.lock();
+        self.call.notify_all();
         while state.alive > 0 {
             for &tid in &state.running {
                 process::wake(tid);
@@ -107,9 +186,9 @@ impl Crew {
         }
         *state.ended.get_or_insert(Ended::Stopped)
     }
-    /// Threads now, and the most there were.
+    /// Threads that take requests now, and the most there were.
     pub(super) fn count(&self) -> (usize, usize) {
         let state = self.state.lock();
-        (state.alive, state.peak)
+        (state.workers, state.peak)
     }
 }

@@ -1,36 +1,48 @@
 //! Requests by read(2) from `/dev/fuse`, answers by write(2): the transport that every kernel has, and that a successor can take over.
 //!
 //! Each worker blocks in read(2) with a buffer of its own, serves what it got from beginning to end,
-//! and answers with one write(2). A worker that takes a request and leaves no other waiting starts one
-//! more, so as many requests are in service as are in flight, up to a limit.
+//! and answers with one write(2). As many are at work as there are processors, and one more: others would only
+//! take turns with them, and each turn costs as much as a small request. One that is about to wait for a disk says so, and
+//! another one takes its place, so as many requests wait for disks as are in flight, up to a limit. Not all
+//! waits are announced (for a lock, for memory, for a host that throttles): while all are at work a watch looks whether requests are
+//! still taken, and calls others if not.
 //!
 //! Always true: a buffer belongs to one request at a time, and never leaves its worker.
 
 use super::{
     abi,
-    crew::Crew,
+    crew::{Crew, Woken},
     ops::{Message, Reply, Service},
     session::{Ended, MAX_DATA, Options, readable},
 };
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    sys::blocking::{self, Attendant},
+};
 use memmap2::{Advice, MmapMut, MmapOptions};
 use rustix::io::Errno;
 use std::{
+    num::NonZero,
     os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{
-            AtomicU64, AtomicUsize,
-            Ordering::{AcqRel, Acquire, Relaxed},
+            AtomicBool, AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
         },
     },
-    time::{Duration, Instant},
+    thread,
+    time::Duration,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Idle workers above the number to keep end only after this long without need for more: starting and
+/// Workers above the number to keep end when they rested for so long: starting and
 /// ending threads at every change of load would cost more than they do.
 const SURPLUS_AGE: Duration = Duration::from_secs(5);
+
+/// How often the watch looks, and after how many looks at workers without work it ends.
+const LOOK: Duration = Duration::from_millis(1);
+const QUIET: u32 = 50;
 
 /// Where data begins in a [`Buffer`]: on a page, whatever stands before it.
 const DATA: usize = 4096;
@@ -109,12 +121,18 @@ pub(super) struct Pool {
     service: Arc<Service>,
     crew: Arc<Crew>,
     options: Options,
+    /// So many are at work at most, as far as they do not wait.
+    limit: usize,
     /// Workers that wait for a request or are about to.
     idle: AtomicUsize,
+    /// Those, and the ones that serve one and do not wait for a disk.
+    active: AtomicUsize,
+    /// All of them.
     threads: AtomicUsize,
-    started: Instant,
-    /// When the pool last had to grow, in milliseconds since `started`.
-    grown_at: AtomicU64,
+    /// Requests that were taken.
+    taken: AtomicU64,
+    /// Is there a watch?
+    watched: AtomicBool,
 }
 
 impl Pool {
@@ -134,57 +152,144 @@ impl Pool {
             service,
             crew,
             options,
+            limit: (thread::available_parallelism().map_or(2, NonZero::get) + 1)
+                .min(options.max_threads),
             idle: AtomicUsize::new(0),
+            active: AtomicUsize::new(0),
             threads: AtomicUsize::new(0),
-            started: Instant::now(),
-            grown_at: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+            watched: AtomicBool::new(false),
         });
-        for _ in 0..options.keep_threads.clamp(1, options.max_threads) {
-            pool.start_worker()?;
+        for n in 0..options.keep_threads.clamp(1, options.max_threads) {
+            pool.start_worker(n >= pool.limit)?;
         }
         Ok(())
     }
 
-    /// Starts one worker; it counts as idle from now on, so that no other is started in its place.
-    fn start_worker(self: &Arc<Pool>) -> Result<()> {
+    /// Starts one worker, which rests at first or is at work; then it counts as idle from now on, so that no other is started in its place.
+    fn start_worker(self: &Arc<Pool>, rests: bool) -> Result<()> {
         let buffer = Buffer::new()?;
-        self.idle.fetch_add(1, AcqRel);
         self.threads.fetch_add(1, AcqRel);
+        if !rests {
+            self.enters();
+        }
         let pool = Arc::clone(self);
         let started = self.crew.start("fuse-worker", move || {
-            let ended = pool.work(buffer);
+            blocking::attend(Arc::new(Arc::clone(&pool)));
+            let ended = match rests && !pool.rest() {
+                true => None,
+                false => pool.work(buffer),
+            };
             pool.threads.fetch_sub(1, AcqRel);
             ended
         });
         if started.is_err() {
-            self.idle.fetch_sub(1, AcqRel);
             self.threads.fetch_sub(1, AcqRel);
+            if !rests {
+                self.leaves();
+            }
         }
         started
     }
 
-    fn millis(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
+    /// One more waits for requests.
+    fn enters(&self) {
+        self.active.fetch_add(1, AcqRel);
+        self.idle.fetch_add(1, AcqRel);
+    }
+    /// One that waited for requests does so no longer, nor serves any.
+    fn leaves(&self) {
+        self.idle.fetch_sub(1, AcqRel);
+        self.active.fetch_sub(1, AcqRel);
     }
 
-    /// No reader is left: one more, if the limit allows.
-    fn grow(self: &Arc<Pool>) {
-        self.grown_at.store(self.millis(), Relaxed);
-        if self.threads.load(Acquire) >= self.options.max_threads {
-            return;
+    /// One more is to wait for requests: one that rests, or, if the limit allows, a new one. Says whether there was any.
+    fn more(self: &Arc<Pool>) -> bool {
+        self.enters();
+        if self.crew.call() {
+            return true;
         }
-        if let Err(e) = self.start_worker()
+        self.leaves();
+        if self.threads.load(Acquire) >= self.options.max_threads {
+            return false;
+        }
+        let started = self.start_worker(false);
+        if let Err(e) = &started
             && self.service.may_log()
         {
             tracing::warn!("requests have to wait: {e}");
         }
+        started.is_ok()
     }
 
-    /// Is this worker, idle again, one too many?
-    fn surplus(&self, idle_before: usize) -> bool {
-        idle_before >= self.options.keep_threads.max(1)
-            && self.millis().saturating_sub(self.grown_at.load(Relaxed))
-                > SURPLUS_AGE.as_millis() as u64
+    /// Nobody waits for requests.
+    fn is_busy(self: &Arc<Pool>) {
+        if self.active.load(Acquire) < self.limit {
+            self.more();
+        } else if self.options.max_threads > self.limit {
+            self.begin_watch();
+        }
+    }
+
+    fn begin_watch(self: &Arc<Pool>) {
+        if self.watched.load(Relaxed) || self.watched.swap(true, AcqRel) {
+            return;
+        }
+        let pool = Arc::clone(self);
+        let started = self.crew.start_beside("fuse-watch", move || {
+            pool.watch();
+            None
+        });
+        if started.is_err() {
+            self.watched.store(false, Relaxed);
+        }
+    }
+
+    /// While all are at work: calls others when no request is taken for a while, and twice as many each time.
+    fn watch(self: &Arc<Pool>) {
+        let (mut last, mut calls, mut quiet) = (0, 1, 0);
+        while !self.crew.is_over() {
+            thread::sleep(LOOK);
+            let (taken, busy) = (self.taken.load(Relaxed), self.idle.load(Acquire) == 0);
+            calls = match busy && taken == last {
+                true => (0..calls).take_while(|_| self.more()).count().max(1) * 2,
+                false => 1,
+            };
+            quiet = if busy { 0 } else { quiet + 1 };
+            last = taken;
+            if quiet > QUIET {
+                self.watched.store(false, Release);
+                if self.idle.load(Acquire) > 0 || self.watched.swap(true, AcqRel) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Until this worker is needed; false: it never is.
+    fn rest(&self) -> bool {
+        loop {
+            let one_too_many = self.threads.load(Acquire) > self.options.keep_threads;
+            match self.crew.rest(one_too_many.then_some(SURPLUS_AGE)) {
+                Woken::Called => return true,
+                Woken::Stopping => return false,
+                Woken::Late => {
+                    let fewer = |n: usize| (n > self.options.keep_threads.max(1)).then(|| n - 1);
+                    // Its starter takes it off once more.
+                    if self.threads.fetch_update(AcqRel, Acquire, fewer).is_ok() {
+                        self.threads.fetch_add(1, AcqRel);
+                        return false;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Are there as many at work without this one as there may be? Then it is none of them any more.
+    fn steps_back(&self) -> bool {
+        let fewer = |n: usize| (n > self.limit).then(|| n - 1);
+        self.active.load(Relaxed) > self.limit
+            && self.active.fetch_update(AcqRel, Acquire, fewer).is_ok()
     }
 
     fn work(self: &Arc<Pool>, mut buffer: Buffer) -> Option<Ended> {
@@ -207,16 +312,20 @@ impl Pool {
                     break Some(Ended::Failed(e.raw_os_error()));
                 }
             };
+            self.taken.fetch_add(1, Relaxed);
             if self.idle.fetch_sub(1, AcqRel) == 1 {
-                self.grow();
+                self.is_busy();
             }
             self.serve(&mut buffer, n);
-            let idle_before = self.idle.fetch_add(1, AcqRel);
-            if self.surplus(idle_before) {
-                break None;
+            if self.steps_back() {
+                if !self.rest() {
+                    return None;
+                }
+            } else {
+                self.idle.fetch_add(1, AcqRel);
             }
         };
-        self.idle.fetch_sub(1, AcqRel);
+        self.leaves();
         ended
     }
 
@@ -258,6 +367,18 @@ impl Pool {
         if let Some(ino) = flushed {
             self.service.after_flush(ino);
         }
+    }
+}
+
+impl Attendant for Arc<Pool> {
+    fn waits(&self) {
+        self.active.fetch_sub(1, AcqRel);
+        if self.idle.load(Acquire) == 0 {
+            self.more();
+        }
+    }
+    fn goes_on(&self) {
+        self.active.fetch_add(1, AcqRel);
     }
 }
 

@@ -83,7 +83,7 @@ impl Waiting {
         }
         if !state.tried {
             let waiting = Arc::clone(self);
-            let started = self.crew.start("fuse-waiting", move || {
+            let started = self.crew.start_beside("fuse-waiting", move || {
                 waiting.work();
                 None
             });
