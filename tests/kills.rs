@@ -141,7 +141,7 @@ fn live(store: &Path, memory: &Path, resume: bool, seed: u64) {
                     1 => disk.checkpoint().unwrap(),
                     2 => disk.after_flush(),
                     3 => disk.flush().unwrap(),
-                    _ => drop(disk.flush_first().unwrap()),
+                    _ => disk.flush_first().unwrap(),
                 }
             }
         });
