@@ -200,6 +200,8 @@ pub struct Layer {
     quiet: AtomicU64,
     /// Somebody does what flushes have left.
     tidying: AtomicBool,
+    /// A commit freed slots side by side since the last look.
+    large_freed: AtomicBool,
     /// Were these many, up to the last look?
     often: AtomicBool,
     /// Slots to be written ahead the next time.
@@ -408,6 +410,7 @@ impl Layer {
             syncs: AtomicU32::new(0),
             quiet: AtomicU64::new(0),
             tidying: AtomicBool::new(false),
+            large_freed: AtomicBool::new(false),
             often: AtomicBool::new(false),
             ahead: AtomicU32::new(AHEAD.0),
             idle: AtomicU32::new(0),

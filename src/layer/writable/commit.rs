@@ -2,7 +2,10 @@
 //!
 //! Always true: whoever runs this holds `commit`. A failed sync poisons the layer and is never tried again.
 
-use super::{AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, Layer, MappedRun, State};
+use super::host::{Holes, LARGE_HOLE};
+use super::{
+    AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
+};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
     self, FreeExtent, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef, Step,
@@ -58,7 +61,8 @@ impl Layer {
         Ok(true)
     }
 
-    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead. Where another thread is at it, there is nothing to do.
+    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead, large
+    /// pieces of space that go back to the host. Where another thread is at it, there is nothing to do.
     pub fn after_flush(&self) -> Result<()> {
         if self.tidying.swap(true, SeqCst) {
             return Ok(());
@@ -80,7 +84,11 @@ impl Layer {
         }
         self.keep_reserve()?;
         self.write_ahead();
-        Ok(())
+        if !self.large_freed.swap(false, Relaxed) {
+            return Ok(());
+        }
+        // Others may be in need of what was discarded.
+        self.give_to_host(HOT_SLOTS.max(self.demand.load(Relaxed)), Holes::Large)
     }
 
     /// Closes the epoch and commits it; returns its number.
@@ -174,6 +182,9 @@ impl Layer {
         );
         // As many freed slots are worth keeping as are taken between two commits; none for a disk that shrinks.
         let taken = self.taken.swap(0, Relaxed);
+        if counted.freed.iter().any(|&(_, len)| len >= LARGE_HOLE) {
+            self.large_freed.store(true, Relaxed);
+        }
         let freed: u64 = counted.freed.iter().map(|&(_, len)| u64::from(len)).sum();
         let demand = if freed > taken {
             taken

@@ -16,7 +16,7 @@ use std::ops::Range;
 const WORTH_A_FLUSH: u64 = 256;
 
 /// Free slots side by side that are worth a hole at any time: 1 MiB.
-const LARGE_HOLE: u32 = 256;
+pub(super) const LARGE_HOLE: u32 = 256;
 /// So many smaller ones are made at a time under a disk that is written to: some milliseconds of each second.
 const FEW_HOLES: usize = 128;
 
@@ -29,6 +29,8 @@ pub(super) enum Holes {
     WhileQuiet,
     /// Large pieces, and [`FEW_HOLES`] small ones.
     Few,
+    /// Large pieces.
+    Large,
 }
 
 impl Layer {
@@ -204,7 +206,10 @@ impl Layer {
         let taken = self.taken.load(Relaxed);
         let mut pieces: Vec<(u32, u32)> = {
             let mut space = self.space.lock();
-            space.settle(&self.quiesce);
+            // What has just become free, unless somebody still reads it.
+            for _ in 0..3 {
+                space.settle(&self.quiesce);
+            }
             if space.hot.total() <= keep {
                 return Ok(());
             }
