@@ -6,7 +6,9 @@
 use super::commit::{read_free_list, use_slot};
 use super::{Beginning, Counted, History, Layer, Opened, Resident, SHARDS, State};
 use crate::error::{Error, Kind, Result};
-use crate::format::{self, CommitEntry, JOURNAL_SLOTS, JOURNAL_START, Pointer, commit_slots};
+use crate::format::{
+    self, CommitEntry, JOURNAL_SLOTS, JOURNAL_START, Pointer, SLOT_ZERO, commit_slots,
+};
 use crate::io::File;
 use crate::layer::history::Keep;
 use crate::layer::recover::{self, After, Change, Replay};
@@ -125,6 +127,13 @@ impl Layer {
             }
         }
         space.inherited = unused.iter().collect();
+        // What it had written ahead, or for requests that it did not live to answer, stands behind all that is named.
+        let end = file.len()?.div_ceil(BLOCK).min(u64::from(SLOT_ZERO));
+        if end > space.high {
+            let tail = (space.high as u32, (end - space.high) as u32);
+            space.inherited.push(tail);
+            space.high = end;
+        }
         space.journal_head = replay.head;
         space.entries = counted.reserved;
         // Reserved by whoever accepted these entries.
