@@ -587,12 +587,11 @@ fn the_next_process_finds_all_that_was_accepted() {
     );
 }
 
-/// After a failed sync nobody knows what is on the disk. The next process must not accept what the last one refused.
-#[test]
-fn a_failed_sync_is_not_forgotten() {
-    let sim = SimDisk::new(5);
-    let store = Store::init_on(sim.root(), Path::new("/sim"), env(5)).unwrap();
-    let image = vec![1u8; 20 * BLOCK];
+/// A store with an image of so many blocks, all of ones.
+fn small_store(seed: u64, blocks: usize) -> (SimDisk, Store) {
+    let sim = SimDisk::new(seed);
+    let store = Store::init_on(sim.root(), Path::new("/sim"), env(seed)).unwrap();
+    let image = vec![1u8; blocks * BLOCK];
     store
         .import(
             ImportSource::Reader(&mut &image[..]),
@@ -601,6 +600,13 @@ fn a_failed_sync_is_not_forgotten() {
             &Quiet,
         )
         .unwrap();
+    (sim, store)
+}
+
+/// After a failed sync nobody knows what is on the disk. The next process must not accept what the last one refused.
+#[test]
+fn a_failed_sync_is_not_forgotten() {
+    let (sim, store) = small_store(5, 20);
     store.create(&["a".to_string()], "image", None).unwrap();
     let memory = volatile::private().unwrap();
     let object = store.resolve("a").unwrap();
@@ -736,17 +742,7 @@ fn two_areas_are_left() {
 /// would ever know of it.
 #[test]
 fn no_slot_is_forgotten() {
-    let sim = SimDisk::new(7);
-    let store = Store::init_on(sim.root(), Path::new("/sim"), env(7)).unwrap();
-    let image = vec![1u8; 200 * BLOCK];
-    store
-        .import(
-            ImportSource::Reader(&mut &image[..]),
-            "image",
-            ImportMode::Copy,
-            &Quiet,
-        )
-        .unwrap();
+    let (sim, store) = small_store(7, 200);
     store.create(&["a".to_string()], "image", None).unwrap();
     let memory = volatile::private().unwrap();
     let object = store.resolve("a").unwrap();
@@ -782,17 +778,7 @@ fn no_slot_is_forgotten() {
 /// leave them free.
 #[test]
 fn what_was_written_ahead_is_given_back() {
-    let sim = SimDisk::new(7);
-    let store = Store::init_on(sim.root(), Path::new("/sim"), env(7)).unwrap();
-    let image = vec![1u8; 200 * BLOCK];
-    store
-        .import(
-            ImportSource::Reader(&mut &image[..]),
-            "image",
-            ImportMode::Copy,
-            &Quiet,
-        )
-        .unwrap();
+    let (sim, store) = small_store(7, 200);
     store.create(&["a".to_string()], "image", None).unwrap();
     let memory = volatile::private().unwrap();
     let object = store.resolve("a").unwrap();
@@ -826,17 +812,7 @@ fn what_was_written_ahead_is_given_back() {
 /// Memory that cannot be that of the disk is refused, never taken for its changes.
 #[test]
 fn a_strange_log_is_refused() {
-    let sim = SimDisk::new(5);
-    let store = Store::init_on(sim.root(), Path::new("/sim"), env(5)).unwrap();
-    let image = vec![1u8; 20 * BLOCK];
-    store
-        .import(
-            ImportSource::Reader(&mut &image[..]),
-            "image",
-            ImportMode::Copy,
-            &Quiet,
-        )
-        .unwrap();
+    let (_sim, store) = small_store(5, 20);
     store
         .create(&["a".to_string(), "b".to_string()], "image", None)
         .unwrap();
