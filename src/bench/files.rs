@@ -45,7 +45,7 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
     let mut jobs = vec![Job {
         name: "a small change".to_string(),
         rounds,
-        peers: PeerKind::is_block,
+        peers: PeerKind::has_devices,
         measure: Box::new(change),
     }];
     let tools = [
@@ -85,7 +85,7 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
         } else {
             rounds
         },
-        peers: PeerKind::is_block,
+        peers: PeerKind::has_devices,
         measure: Box::new(|lab, peer, gauge, _| {
             peer.fork(lab.work, None, "files")?;
             let device = peer.attach(lab.work, "files")?;

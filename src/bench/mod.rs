@@ -371,7 +371,7 @@ fn check(options: &Options, lab: &Lab<'_>) -> Result<()> {
         .count() as u64;
     let whole = kinds
         .iter()
-        .filter(|k| matches!(k, PeerKind::Raw | PeerKind::Copy))
+        .filter(|k| matches!(k, PeerKind::Raw | PeerKind::Copy | PeerKind::IoUring))
         .count() as u64;
     let timed = size.base * (3 + 2 * own + whole) + size.large_file * 4;
     let counted = size.shared * (u64::from(size.disks) + 6 + 2 * own);

@@ -6,6 +6,7 @@
 use crate::{
     bench::work::{self, Work},
     error::{Error, Kind, Result},
+    serve::fuse::Transport,
     store::Store,
     sys::{loopdev, mounts, signals},
 };
@@ -45,6 +46,8 @@ pub enum PeerKind {
     Overlayfs,
     /// This.
     Forkdisk,
+    /// This through its other door, where single requests are timed.
+    IoUring,
 }
 
 impl PeerKind {
@@ -61,6 +64,7 @@ impl PeerKind {
             PeerKind::Qcow2L2 => "qcow2-l2",
             PeerKind::Overlayfs => "overlayfs",
             PeerKind::Forkdisk => "forkdisk",
+            PeerKind::IoUring => "io_uring",
         }
     }
     /// What it is, in a sentence.
@@ -76,14 +80,27 @@ impl PeerKind {
             PeerKind::Qcow2L2 => "the same with extended L2 entries (sub-clusters)",
             PeerKind::Overlayfs => "overlayfs, which copies files",
             PeerKind::Forkdisk => "forkdisk",
+            PeerKind::IoUring => "forkdisk attached with --transport io_uring: no takeover",
         }
     }
     fn is_qemu(self) -> bool {
         matches!(self, PeerKind::Qcow2 | PeerKind::Qcow2L2)
     }
-    /// Does it show disks as devices?
+    /// Is it this program, by whatever door?
+    pub fn is_forkdisk(self) -> bool {
+        matches!(self, PeerKind::Forkdisk | PeerKind::IoUring)
+    }
+    /// Does it show disks as devices, and is it a way of its own to make and to keep them?
     pub fn is_block(self) -> bool {
-        !self.is_file() && !matches!(self, PeerKind::Copy | PeerKind::Overlayfs)
+        !self.is_file()
+            && !matches!(
+                self,
+                PeerKind::Copy | PeerKind::Overlayfs | PeerKind::IoUring
+            )
+    }
+    /// Does it show disks as devices?
+    pub fn has_devices(self) -> bool {
+        self.is_block() || self == PeerKind::IoUring
     }
     /// Is it a file, without a device over it?
     pub fn is_file(self) -> bool {
@@ -160,7 +177,10 @@ impl Peer {
                 work.need("qemu-img", "qemu-utils")?;
                 work.need("qemu-storage-daemon", "qemu-utils")?;
             }
-            PeerKind::Forkdisk => {
+            PeerKind::Forkdisk | PeerKind::IoUring => {
+                if kind == PeerKind::IoUring {
+                    Transport::IoUring.available()?;
+                }
                 let store = peer.store();
                 work.note_store(&store);
                 let mut import = work.forkdisk(&store);
@@ -197,7 +217,7 @@ impl Peer {
     /// The files that hold the bytes below a disk, for the page cache.
     pub fn files(&self, name: &str) -> Vec<PathBuf> {
         match self.kind {
-            PeerKind::Forkdisk => {
+            PeerKind::Forkdisk | PeerKind::IoUring => {
                 let mut files = Vec::new();
                 for dir in ["bases", "layers"] {
                     below(&self.store().join(dir), &mut files);
@@ -251,7 +271,7 @@ impl Peer {
                 })
                 .map(drop)
             }
-            PeerKind::Forkdisk => {
+            PeerKind::Forkdisk | PeerKind::IoUring => {
                 let mut command = work.forkdisk(&self.store());
                 command.args(["create", name, "--from", from.unwrap_or("base")]);
                 work.short(command).map(drop)
@@ -271,7 +291,7 @@ impl Peer {
                     .map_err(|e| Error::io("sync", &self.home, &e))?;
                 sync_dir(&self.home)?;
             }
-            PeerKind::Forkdisk => {
+            PeerKind::Forkdisk | PeerKind::IoUring => {
                 let store = Store::open(&self.store())?;
                 started = Instant::now();
                 store.create(&[name.to_string()], from.unwrap_or("base"), None)?;
@@ -292,7 +312,7 @@ impl Peer {
         let name = |i: u32| format!("{prefix}-{i}");
         let started = Instant::now();
         match self.kind {
-            PeerKind::Forkdisk => {
+            PeerKind::Forkdisk | PeerKind::IoUring => {
                 let store = Store::open(&self.store())?;
                 let names: Vec<String> = (0..count).map(name).collect();
                 store.create(&names, "base", None)?;
@@ -342,7 +362,7 @@ impl Peer {
         {
             return Ok(());
         }
-        if self.kind == PeerKind::Forkdisk {
+        if self.kind.is_forkdisk() {
             let mut command = work.forkdisk(&self.store());
             command.args(["-y", "rm", "-r", name]);
             return work.short(command).map(drop);
@@ -357,7 +377,7 @@ impl Peer {
     }
     /// Takes many disks away at once.
     pub fn remove_many(&mut self, work: &Work, prefix: &str, count: u32) -> Result<()> {
-        if self.kind == PeerKind::Forkdisk {
+        if self.kind.is_forkdisk() {
             let store = Store::open(&self.store())?;
             let names: Vec<String> = (0..count).map(|i| format!("{prefix}-{i}")).collect();
             let plan = store.plan_removal(&names, false)?;
@@ -373,9 +393,12 @@ impl Peer {
         if self.kind.is_file() {
             return Ok(self.image(name));
         }
-        if self.kind == PeerKind::Forkdisk {
+        if self.kind.is_forkdisk() {
             let mut command = work.forkdisk(&self.store());
             command.args(["attach", name]);
+            if self.kind == PeerKind::IoUring {
+                command.args(["--transport", Transport::IoUring.word()]);
+            }
             let device = PathBuf::from(work.short(command)?.trim_end());
             let shown = Shown {
                 device: device.clone(),
@@ -476,7 +499,7 @@ impl Peer {
         let Some(shown) = self.shown.remove(name) else {
             return Ok(());
         };
-        if self.kind == PeerKind::Forkdisk {
+        if self.kind.is_forkdisk() {
             let mut command = work.forkdisk(&self.store());
             command.args(["detach", name]);
             return work.short(command).map(drop);
@@ -540,7 +563,7 @@ impl Peer {
     /// Shows a disk as a device as a user does it, and tells how long that took.
     pub fn attach_by_command(&mut self, work: &Work, name: &str) -> Result<Duration> {
         let image = self.image(name);
-        if self.kind == PeerKind::Forkdisk {
+        if self.kind.is_forkdisk() {
             let started = Instant::now();
             self.attach(work, name)?;
             return Ok(started.elapsed());
@@ -578,7 +601,7 @@ impl Peer {
     /// Takes a device away as a user does it, and tells how long that took.
     pub fn detach_by_command(&mut self, work: &Work, name: &str) -> Result<Duration> {
         let started = Instant::now();
-        if self.kind != PeerKind::Forkdisk
+        if !self.kind.is_forkdisk()
             && let Some(shown) = self.shown.get(name)
         {
             let mut command = work.command("losetup");
@@ -590,7 +613,7 @@ impl Peer {
     }
     /// The processes that serve its disks.
     pub fn servers(&self, work: &Work) -> Vec<i32> {
-        if self.kind != PeerKind::Forkdisk {
+        if !self.kind.is_forkdisk() {
             return self.shown.values().filter_map(|s| s.server).collect();
         }
         let mut command = work.forkdisk(&self.store());

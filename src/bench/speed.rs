@@ -115,9 +115,9 @@ pub fn reads<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             peers: match (cache, load.depth) {
                 // With the page cache in between no depth is left.
                 (Cache::Cold, depth) if depth == 1 || load.block > 4096 => {
-                    |kind| kind.is_block() || kind.is_file()
+                    |kind| kind.has_devices() || kind.is_file()
                 }
-                _ => |kind| kind.is_block() || kind == PeerKind::Plain,
+                _ => |kind| kind.has_devices() || kind == PeerKind::Plain,
             },
             measure: Box::new(move |lab, peer, gauge, _| {
                 let (device, _) = peer.ensure(lab.work, "reader")?;
@@ -265,8 +265,8 @@ pub fn writes<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             name: title.to_string(),
             rounds: size.rounds,
             peers: match id {
-                "write.sequential.first" => |kind| kind.is_block() || kind == PeerKind::Cached,
-                _ => PeerKind::is_block,
+                "write.sequential.first" => |kind| kind.has_devices() || kind == PeerKind::Cached,
+                _ => PeerKind::has_devices,
             },
             measure: Box::new(move |lab, peer, gauge, _| {
                 write(lab, peer, gauge, &load, disk, id, tail)
@@ -357,7 +357,7 @@ pub fn settle(dir: &Path) {
 /// Reads what is below a disk once, through the page cache, where it is not there already.
 pub fn prime(peer: &Peer, name: &str, area: u64) -> Result<()> {
     // Below the others is direct I/O: to them it makes no difference.
-    if peer.kind != PeerKind::Forkdisk {
+    if !peer.kind.is_forkdisk() {
         return Ok(());
     }
     for path in peer.files(name) {

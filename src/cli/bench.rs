@@ -60,6 +60,9 @@ enum Versus {
     Copy,
     /// Overlayfs
     Overlayfs,
+    /// Itself, attached with --transport io_uring
+    #[value(name = "io_uring")]
+    IoUring,
 }
 
 impl Versus {
@@ -72,6 +75,7 @@ impl Versus {
             Versus::Qcow2 => &[PeerKind::Qcow2, PeerKind::Qcow2L2],
             Versus::Copy => &[PeerKind::Copy],
             Versus::Overlayfs => &[PeerKind::Overlayfs],
+            Versus::IoUring => &[PeerKind::IoUring],
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `bench`, at a size that only shows that it works: its figures are of no interest, but that they are all there is, and that nothing
 //! is left of a run, however it ends.
 
-use crate::rig::*;
+use crate::{rig::*, uring::Switch};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
@@ -151,4 +151,34 @@ fn the_next_run_takes_away_what_a_killed_one_left() {
     let out = finish(bench(&w, &["sharing", "--vs", "raw"]));
     assert_eq!(out.code, 0, "{out:?}");
     nothing_left(&w);
+}
+
+#[test]
+fn the_other_door_is_measured_where_the_kernel_offers_it() {
+    if !root() {
+        return;
+    }
+    for on in [true, false] {
+        let Some(_switch) = Switch::set(on) else {
+            continue;
+        };
+        let w = World::new();
+        // Forks are the same whatever door they are used by.
+        let what = if on { "write" } else { "fork" };
+        let out = finish(bench(&w, &[what, "--vs", "raw,io_uring"]));
+        assert_eq!(out.code, 0, "{out:?}");
+        nothing_left(&w);
+        let document: Value = serde_json::from_str(&out.stdout).expect("one document");
+        let rows = document["rows"].as_array().unwrap();
+        for row in rows {
+            let peers = row["peers"].as_array().unwrap();
+            let measured = peers.iter().any(|p| p["peer"] == "io_uring");
+            let timed = row["id"].as_str().unwrap().starts_with("write.");
+            assert!(measured == on || on && !timed, "{row}");
+        }
+        let notes = document["peers"].as_array().unwrap();
+        let note = notes.iter().find(|p| p["id"] == "io_uring").unwrap();
+        let left_out = note["notes"].to_string().contains("left out");
+        assert_eq!(left_out, !on, "{note}");
+    }
 }
