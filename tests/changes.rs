@@ -6,7 +6,7 @@ use common::mortal::{Mortal, until_death};
 use common::{Rng, env};
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
-use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::io::sim::{Policy, SimDisk, Verb};
 use forkdisk::layer::volatile;
 use forkdisk::store::history::{At, Limits};
 use forkdisk::store::{ImportMode, ImportSource, Member, Quiet, QuotaChange, Store};
@@ -345,6 +345,32 @@ fn a_quota_holds_whoever_writes() {
         "{most} {refused:?}"
     );
     disk.close().unwrap();
+}
+
+/// Two writes that were both told that there is room, and room for one.
+#[test]
+fn a_quota_is_asked_again_when_the_data_is_written() {
+    let sim = SimDisk::new(1);
+    let store = store_on(&sim, 1);
+    let disk = open(&store, "d");
+    disk.write(&[6; B as usize], 0).unwrap();
+    disk.flush().unwrap();
+    store.set_quota("d", quota(2 * B), Some(&disk)).unwrap();
+    let other = disk.clone();
+    let between = move || other.write(&[8; B as usize], 590 * B).unwrap();
+    sim.meanwhile(Verb::Write, between);
+    let e = disk.write(&[7; B as usize], 5 * B).unwrap_err();
+    assert!(e.is_of_quota(), "{e}");
+    assert!(!sim.take_meanwhile(), "nobody wrote in between");
+    assert_eq!(disk.private_blocks().0, 2);
+    disk.close().unwrap();
+    drop(disk);
+    let mut expected = base();
+    expected[..B as usize].fill(6);
+    expected[590 * B as usize..][..B as usize].fill(8);
+    assert!(of(&store, "d") == expected);
+    let report = forkdisk::check::check(&store, None, &Quiet).unwrap();
+    assert!(report.leaks.is_empty() && report.corruptions.is_empty());
 }
 
 #[test]

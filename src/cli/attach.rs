@@ -76,7 +76,7 @@ impl TransportArg {
 #[derive(Args, Debug)]
 #[command(
     after_help = "Snapshots and images are attached read-only; all their users share one device.\n\
-        A disk: dev=$(forkdisk attach web-1). What reads only /dev/... can be given the device, what reads files the file."
+        What reads only /dev/... can be given the device, what reads files the file."
 )]
 pub(crate) struct Attach {
     /// A disk, snapshot or image

@@ -17,6 +17,7 @@ mod daemon;
 mod diff;
 mod diff_files;
 mod disk;
+mod examples;
 mod history;
 mod image;
 mod layers;
@@ -205,9 +206,9 @@ impl Stop {
 /// How a command ends.
 type Outcome = Result<(), Stop>;
 
-/// The parser, for completions, manual pages and tests.
+/// The parser, for completions and tests.
 pub fn command() -> clap::Command {
-    Cli::command()
+    examples::add(Cli::command(), "")
 }
 
 /// Runs the command line of this process.
