@@ -255,8 +255,16 @@ fn mount_point(dir: &Path) -> Result<PathBuf> {
 )]
 pub(crate) struct Detach {
     /// A name, its device, or where it is mounted
-    #[arg(value_name = "DISK|DEVICE|MOUNTPOINT", required = true, value_hint = ValueHint::AnyPath)]
+    #[arg(
+        value_name = "DISK|DEVICE|MOUNTPOINT",
+        required_unless_present = "all",
+        conflicts_with = "all",
+        value_hint = ValueHint::AnyPath
+    )]
     targets: Vec<String>,
+    /// Take away all that is attached; what is busy stays
+    #[arg(short, long)]
+    all: bool,
     /// Give up what was written but can no longer be flushed
     #[arg(short, long)]
     force: bool,
@@ -310,53 +318,73 @@ impl Detach {
             detached: Vec::new(),
             unmounted: Vec::new(),
         };
-        for Plan {
-            attached,
-            mounts,
-            dead,
-        } in &plans
-        {
+        let mut first = None;
+        for plan in &plans {
             if signals::caught() {
                 return Err(Error::new(Kind::Interrupted, "interrupted").into());
             }
-            let waiting = match (&mut daemon, dead) {
-                (Some(daemon), None) => Waited::ask(daemon, attached, self.force)?,
-                _ => Waited::default(),
-            };
-            let unmounted =
-                with_word_of_waiting(context, &store, attached, || unmount_all(attached, mounts));
-            if let Err(stop) = unmounted {
-                waiting.again(daemon.as_mut(), attached);
-                return Err(stop);
+            match self.take(context, &store, daemon.as_mut(), plan, &mut document) {
+                // Of all as many as can.
+                Err(Stop::Error(e)) if self.all && first.is_some() => ui.warn(&e),
+                Err(Stop::Error(e)) if self.all => first = Some(e),
+                other => other?,
             }
-            if let Some(dead) = dead {
-                dead.take_away()?;
-                ui.warn(format_args!(
-                    "the daemon that served {} is dead: what was written to it after its last flush is lost",
-                    dead.device.display()
-                ));
-                document.detached.push(AttachedDoc::new(attached, &[]));
-            } else {
-                let daemon = daemon
-                    .as_mut()
-                    .ok_or_else(|| not_attached(&attached.name))?;
-                let gone = match self.force {
-                    true => daemon.detach_by_force(handle(attached)),
-                    false => daemon.detach(handle(attached)),
-                };
-                if gone.is_err() {
-                    waiting.again(Some(daemon), attached);
-                }
-                for gone in gone? {
-                    document.detached.push(AttachedDoc::new(&gone, &[]));
-                }
-            }
-            document.unmounted.extend_from_slice(mounts);
-            ui.talk(format_args!("detached {}", attached.name));
+        }
+        if let Some(e) = first {
+            return Err(e.into());
         }
         if ui.json {
             return ui.document(document);
         }
+        Ok(())
+    }
+    /// Does what was planned, and notes it.
+    fn take(
+        &self,
+        context: &Context,
+        store: &Store,
+        mut daemon: Option<&mut Client>,
+        plan: &Plan,
+        document: &mut DetachDoc,
+    ) -> Outcome {
+        let ui = &context.ui;
+        let Plan {
+            attached,
+            mounts,
+            dead,
+        } = plan;
+        let waiting = match (&mut daemon, dead) {
+            (Some(daemon), None) => Waited::ask(daemon, attached, self.force)?,
+            _ => Waited::default(),
+        };
+        let unmounted =
+            with_word_of_waiting(context, store, attached, || unmount_all(attached, mounts));
+        if let Err(stop) = unmounted {
+            waiting.again(daemon, attached);
+            return Err(stop);
+        }
+        if let Some(dead) = dead {
+            dead.take_away()?;
+            ui.warn(format_args!(
+                "the daemon that served {} is dead: what was written to it after its last flush is lost",
+                dead.device.display()
+            ));
+            document.detached.push(AttachedDoc::new(attached, &[]));
+        } else {
+            let daemon = daemon.ok_or_else(|| not_attached(&attached.name))?;
+            let gone = match self.force {
+                true => daemon.detach_by_force(handle(attached)),
+                false => daemon.detach(handle(attached)),
+            };
+            if gone.is_err() {
+                waiting.again(Some(daemon), attached);
+            }
+            for gone in gone? {
+                document.detached.push(AttachedDoc::new(&gone, &[]));
+            }
+        }
+        document.unmounted.extend_from_slice(mounts);
+        ui.talk(format_args!("detached {}", attached.name));
         Ok(())
     }
     fn plans(&self, store: &Store, daemon: Option<&mut Client>) -> Result<Vec<Plan>> {
@@ -373,6 +401,21 @@ impl Detach {
             let attached = was_attached(store, dead);
             let mounts = mounts_in(&mounted, &attached)?;
             known.push((attached, mounts));
+        }
+        if self.all {
+            let mut plans = Vec::new();
+            for (i, (attached, mounts)) in known.into_iter().enumerate() {
+                let dead = i.checked_sub(living).map(|at| dead[at].clone());
+                // As often as it is attached; all its mounts go with the first.
+                for n in 0..attached.count.max(1) {
+                    plans.push(Plan {
+                        attached: attached.clone(),
+                        mounts: if n == 0 { mounts.clone() } else { Vec::new() },
+                        dead: dead.clone(),
+                    });
+                }
+            }
+            return Ok(plans);
         }
         let mut plans: Vec<Plan> = Vec::new();
         for target in &self.targets {

@@ -224,6 +224,7 @@ const EXAMPLES: [(&str, &[Example]); 36] = [
         &[
             ("forkdisk detach web-1", "by name"),
             ("forkdisk detach /mnt", "or by mount point, or device"),
+            ("forkdisk detach --all", "before the machine goes down"),
         ],
     ),
     (

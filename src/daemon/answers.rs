@@ -155,7 +155,7 @@ impl Server {
                         format!("attached: {}{more}", names.join(", ")),
                     )
                     .hint(
-                        "`forkdisk detach` them first; SIGTERM to the keeper detaches what it can",
+                        "`forkdisk detach --all` first; SIGTERM to the keeper detaches what it can",
                     ));
                 }
                 let keeper = self.keeper.load(SeqCst);

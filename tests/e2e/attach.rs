@@ -271,3 +271,37 @@ fn attachments_have_many_names() {
     w.ok(["detach", &id[..12]]);
     w.finish();
 }
+
+#[test]
+fn all_that_is_not_busy_is_taken_away_at_once() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    // Nothing is attached, and no daemon runs.
+    w.ok(["detach", "--all"]);
+    w.ok(["create", "d", "--from", "base", "--count", "3"]);
+    w.ok(["snapshot", "d-1@s"]);
+    let (busy, m1, m2) = (w.mkdir("busy"), w.mkdir("m1"), w.mkdir("m2"));
+    w.ok(["attach", "d-1", "--mount", s(&busy)]);
+    w.ok(["attach", "d-2", "--via", "file"]);
+    w.ok(["attach", "d-1@s", "--mount", s(&m1)]);
+    w.ok(["attach", "d-1@s", "--mount", s(&m2)]);
+    w.ok(["attach", "d-1@s"]);
+    w.ok(["attach", "d-3"]);
+    let used = File::create(busy.join("file")).unwrap();
+    w.fails_here(2, &["detach", "--all", "d-2"]);
+    let told = w.ok(["detach", "--all", "-n"]);
+    assert_eq!(told.matches("would detach d-1@s").count(), 3, "{told}");
+    assert_eq!(w.attached().len(), 4);
+    let told = w.fails_here(11, &["detach", "--all"]);
+    assert!(told.contains(s(&busy)), "{told}");
+    assert_eq!(w.attached(), ["d-1"]);
+    assert!(busy.join("file").exists(), "what is busy stays mounted");
+    let told = w.fails_here(11, &["daemon", "stop"]);
+    assert!(told.contains("detach --all"), "{told}");
+    drop(used);
+    let gone = w.json(["detach", "--all"]);
+    assert_eq!(gone["detached"][0]["name"], "d-1");
+    w.finish();
+}
