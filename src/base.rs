@@ -18,8 +18,8 @@ pub struct Base {
     sums: OnceLock<Mapping>,
     /// How many of its blocks hold data, once that is known.
     data: OnceLock<u64>,
-    /// What was counted over this base is true over this one, too.
-    counts_as: Option<Id>,
+    /// What was counted over these bases is true over this one, too.
+    counts_as: Vec<Id>,
     /// Its lock says that the base is in use.
     _held: Arc<dyn File>,
 }
@@ -49,7 +49,7 @@ impl Base {
             len,
             sums: OnceLock::new(),
             data: OnceLock::new(),
-            counts_as: None,
+            counts_as: Vec::new(),
             _held: held,
         };
         if let Some(sums) = sums {
@@ -57,8 +57,8 @@ impl Base {
         }
         Ok(base)
     }
-    /// With what is known of it: how many of its blocks hold data, and what other base shows the same ones.
-    pub fn with_counts(mut self, data: Option<u64>, counts_as: Option<Id>) -> Base {
+    /// With what is known of it: how many of its blocks hold data, and over which other bases what was counted is true of it.
+    pub fn with_counts(mut self, data: Option<u64>, counts_as: Vec<Id>) -> Base {
         if let Some(data) = data {
             self.data = data.into();
         }
@@ -67,7 +67,11 @@ impl Base {
     }
     /// Is what was counted over base `id` true of this one, too?
     pub fn counts_as(&self, id: Id) -> bool {
-        self.id == id || self.counts_as == Some(id)
+        self.id == id || self.counts_as.contains(&id)
+    }
+    /// The other bases of which [`Base::counts_as`] is true.
+    pub fn others(&self) -> &[Id] {
+        &self.counts_as
     }
     /// How many of its blocks hold data.
     pub fn data_blocks(&self) -> Result<u64> {

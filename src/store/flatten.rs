@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 /// Bytes of a disk whose map is looked at together.
 const STEP: u64 = 256 << 20;
+/// So many bases are named whose counts are true over a new one.
+const OTHERS: usize = 8;
 
 /// What a flattening made.
 #[derive(Clone, Debug)]
@@ -196,7 +198,14 @@ impl Store {
         let data = counted(&*dir.open("image", Access::Read)?, size)?;
         // Blocks of zeros became holes, and nothing else is another than it was: as many are the same ones.
         let before = chain.layers().first().and_then(|l| l.superblock().refer());
-        let same = before.filter(|(refer, over)| chain.counts_over(*over) && *refer == data);
+        let same = before.is_some_and(|(refer, over)| chain.counts_over(over) && refer == data);
+        // A layer above may have been counted over any that came before the old one, if nobody wrote its superblock since.
+        let mut counts_as = Vec::new();
+        if same {
+            let base = chain.base();
+            counts_as = vec![base.id()];
+            counts_as.extend(base.others().iter().take(OTHERS - 1));
+        }
         let meta = BaseMeta {
             id,
             len: size,
@@ -205,7 +214,7 @@ impl Store {
             digest: digest.clone(),
             link: None,
             data: Some(data),
-            counts_as: same.map(|(_, over)| over),
+            counts_as,
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;

@@ -43,8 +43,8 @@ pub struct BaseMeta {
     pub link: Option<Link>,
     /// How many of its blocks hold data, where that was counted.
     pub data: Option<u64>,
-    /// Another base: what was counted over that is true over this one, too.
-    pub counts_as: Option<Id>,
+    /// Other bases: what was counted over these is true over this one, too.
+    pub counts_as: Vec<Id>,
 }
 
 /// A file outside of the store, as it was when it was linked.
@@ -66,6 +66,8 @@ fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
 
 impl BaseMeta {
     pub(super) fn encode(&self, created: u64) -> Vec<u8> {
+        let others: Vec<String> = self.counts_as.iter().map(Id::to_string).collect();
+        let counts_as = (!others.is_empty()).then(|| others.join(" "));
         let mut record = Record::new()
             .with("id", self.id.to_string())
             .with("len", self.len.to_string())
@@ -74,7 +76,7 @@ impl BaseMeta {
             .with("created", created.to_string())
             .with_some("digest", self.digest.as_deref())
             .with_some("data", self.data.map(|n| n.to_string()))
-            .with_some("counts_as", self.counts_as.map(|id| id.to_string()));
+            .with_some("counts_as", counts_as);
         if let Some(link) = &self.link {
             record = record.with("link", link.path.to_string_lossy());
             for (key, value) in ["size", "mtime", "inode", "device"]
@@ -115,7 +117,12 @@ impl BaseMeta {
             link,
             // Whatever is there and is no count counts as if it were not there.
             data: record.number("data").ok().filter(|n| *n <= blocks(len)),
-            counts_as: record.get("counts_as").and_then(Id::parse),
+            counts_as: record
+                .get("counts_as")
+                .unwrap_or_default()
+                .split(' ')
+                .filter_map(Id::parse)
+                .collect(),
         })
     }
 }
@@ -306,7 +313,7 @@ pub(super) fn open_base(store: &Store, meta: &BaseMeta) -> Result<Base> {
         Some(link) => open_link(meta.id, link)?,
     };
     let base = Base::open(meta.id, image, meta.len, open_sums(&*dir)?, held)?;
-    Ok(base.with_counts(meta.data, meta.counts_as))
+    Ok(base.with_counts(meta.data, meta.counts_as.clone()))
 }
 
 /// The checksums of a base, if it has them.
@@ -422,7 +429,7 @@ fn import_file(
         digest: None,
         link: None,
         data: None,
-        counts_as: None,
+        counts_as: Vec::new(),
     };
     if mode == ImportMode::Link {
         meta.link = Some(Link {
@@ -655,6 +662,6 @@ fn copy_stream(
         digest,
         link: None,
         data: None,
-        counts_as: None,
+        counts_as: Vec::new(),
     })
 }

@@ -13,19 +13,19 @@ use crate::units::Id;
 use std::collections::HashMap;
 
 /// A base, as far as counts go.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Ground {
     /// Blocks that hold data.
     data: Option<u64>,
     id: Id,
-    counts_as: Option<Id>,
+    counts_as: Vec<Id>,
 }
 
 impl Ground {
     /// What a superblock says is seen through its layer, if that was counted over this base.
     fn refer(&self, superblock: &Superblock) -> Option<u64> {
         let (refer, over) = superblock.refer()?;
-        (over == self.id || Some(over) == self.counts_as).then_some(refer)
+        (over == self.id || self.counts_as.contains(&over)).then_some(refer)
     }
 }
 
@@ -86,7 +86,7 @@ impl<'a> Kept<'a> {
     }
     fn ground(&mut self, id: Id) -> Option<Ground> {
         if let Some(known) = self.grounds.get(&id) {
-            return Some(*known);
+            return Some(known.clone());
         }
         let meta = self.store.base_meta(id).ok()?;
         let counted = || {
@@ -98,7 +98,7 @@ impl<'a> Kept<'a> {
             id,
             counts_as: meta.counts_as,
         };
-        self.grounds.insert(id, ground);
+        self.grounds.insert(id, ground.clone());
         Some(ground)
     }
     fn layer(&self, id: Id, ground: &Ground) -> Result<Option<(u64, u64)>> {

@@ -437,6 +437,6 @@ fn copy_full(
         digest,
         link: None,
         data: None,
-        counts_as: None,
+        counts_as: Vec::new(),
     })
 }

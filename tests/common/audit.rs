@@ -53,7 +53,7 @@ fn seen(sim: &SimDisk, top: &ReadLayer, story: &str) {
     assert_eq!(kept, count, "{story}: data blocks seen through it");
 }
 
-/// Does a base say that what was counted over another one is true over it?
+/// Does a base say that what was counted over another one is true over it, too?
 fn counts_as(sim: &SimDisk, base: Id, other: Id) -> bool {
     let dir = sim.root().subdir("bases").expect("bases");
     let dir = dir.subdir(&base.to_string()).expect("a base");
@@ -61,7 +61,8 @@ fn counts_as(sim: &SimDisk, base: Id, other: Id) -> bool {
     let mut text = vec![0; file.len().expect("its length") as usize];
     file.read_at(&mut text, 0).expect("read");
     let text = String::from_utf8(text).expect("text");
-    text.contains(&format!("counts_as = \"{other}\""))
+    let line = text.lines().find(|line| line.starts_with("counts_as"));
+    line.is_some_and(|line| line.contains(&other.to_string()))
 }
 
 fn show(sim: &SimDisk, id: Id, is_layer: bool, truth: &mut [bool]) -> Id {

@@ -176,6 +176,32 @@ fn what_is_kept_is_what_a_plain_model_shows() {
     }
 }
 
+/// Each snapshot gets a base of its own, the oldest first: what was counted over the bases before is true over the last.
+#[test]
+fn what_is_flattened_again_and_again_stays_counted() {
+    let store = store();
+    fork(&store, "d", "base");
+    change(&store, "d", |disk| {
+        disk.discard(0, 10 * BLOCK).expect("discard")
+    });
+    let shown = refer(&store, "d");
+    for i in 0..5 {
+        store
+            .snapshot("d", &format!("s{i}"), None)
+            .expect("snapshot");
+    }
+    for i in 0..5 {
+        let done = store.flatten(&format!("d@s{i}"), &Quiet).expect("flatten");
+        store.collect_former(&done.former).expect("collect");
+        // This one is counted over the newest base, what was there before over older ones.
+        store
+            .snapshot("d", &format!("t{i}"), None)
+            .expect("snapshot");
+        assert_eq!(repairs(&store), 0, "all is counted after s{i}");
+        assert_eq!(refer(&store, "d"), shown);
+    }
+}
+
 /// Mends what can be mended; says how many steps that took.
 fn repairs(store: &Store) -> usize {
     let steps = repair::plan(store, &Quiet).expect("a plan");
