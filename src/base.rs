@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::{self, SumsHeader, ZERO_SUM};
 use crate::io::{File, Mapping};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, blocks};
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// An open base.
@@ -15,7 +16,7 @@ pub struct Base {
     file: Arc<dyn File>,
     len: u64,
     /// `scrub` may add them while the base is open.
-    sums: OnceLock<Mapping>,
+    sums: OnceLock<(Mapping, Arc<dyn File>)>,
     /// How many of its blocks hold data, once that is known.
     data: OnceLock<u64>,
     /// What was counted over these bases is true over this one, too.
@@ -53,7 +54,7 @@ impl Base {
             _held: held,
         };
         if let Some(sums) = sums {
-            base.add_sums(&*sums)?;
+            base.add_sums(sums)?;
         }
         Ok(base)
     }
@@ -88,7 +89,7 @@ impl Base {
         data_blocks(&*self.file, at, (end * BLOCK).min(self.len) - at)
     }
     /// Takes a file of checksums into use, from now on. Those that are in use already stay.
-    pub fn add_sums(&self, sums: &dyn File) -> Result<()> {
+    pub fn add_sums(&self, sums: Arc<dyn File>) -> Result<()> {
         let n = blocks(self.len);
         let cut = || {
             Error::new(Kind::Corrupt, "the checksums of the base are cut")
@@ -106,7 +107,7 @@ impl Base {
         }
         let map = sums.map(BLOCK, (n * 4) as usize)?;
         // Another thread may have been faster, with the same file.
-        let _ = self.sums.set(map);
+        let _ = self.sums.set((map, sums));
         Ok(())
     }
     /// Are its blocks verified when they are read?
@@ -132,8 +133,51 @@ impl Base {
     /// The CRC that block `lba` must have, where sums are known.
     pub fn sum(&self, lba: Lba) -> Option<u32> {
         let at = lba.0 as usize * 4;
-        let raw = self.sums.get()?.get(at..at + 4)?;
+        let raw = self.sums.get()?.0.get(at..at + 4)?;
         Some(u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]) ^ ZERO_SUM)
+    }
+    /// What of `len` bytes from `at` on may be something else than zeros: ranges of bytes in order. A hole whose checksum is not that of zeros
+    /// was none when the image was imported; it is among them, so that whoever reads what there is hears of the damage.
+    pub fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        let found = self.file.data_ranges(at, len)?;
+        let Some((_, sums)) = self.sums.get() else {
+            return Ok(found);
+        };
+        let (mut all, mut next) = (Vec::new(), at);
+        for (start, n) in found.into_iter().chain([(at + len, 0)]) {
+            self.lost_in(next..start, &**sums, &mut all)?;
+            if n > 0 {
+                push(&mut all, start, n);
+            }
+            next = start + n;
+        }
+        Ok(all)
+    }
+    /// The whole blocks of a hole that have checksums of something else.
+    fn lost_in(
+        &self,
+        hole: Range<u64>,
+        sums: &dyn File,
+        found: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
+        let first = hole.start.div_ceil(BLOCK);
+        let end = match hole.end >= self.len {
+            true => blocks(self.len),
+            false => hole.end / BLOCK,
+        };
+        if first >= end {
+            return Ok(());
+        }
+        // Most of a sparse image: its sums are a hole as well.
+        for (at, n) in sums.data_ranges(BLOCK + first * 4, (end - first) * 4)? {
+            let some = (at - BLOCK) / 4..(at + n - BLOCK).div_ceil(4).min(end);
+            for lba in some.filter(|lba| self.sum(Lba(*lba as u32)).is_some_and(|s| s != ZERO_SUM))
+            {
+                let at = lba * BLOCK;
+                push(found, at, BLOCK.min(self.len - at));
+            }
+        }
+        Ok(())
     }
     /// Reads whole blocks from `lba` on; what lies past the image's end is zeros.
     pub fn read_blocks(&self, lba: Lba, buf: &mut [u8]) -> Result<()> {
@@ -169,6 +213,14 @@ impl Base {
             }
         }
         Ok(())
+    }
+}
+
+/// Adds a range to ranges in order.
+fn push(ranges: &mut Vec<(u64, u64)>, at: u64, len: u64) {
+    match ranges.last_mut() {
+        Some((start, n)) if *start + *n == at => *n += len,
+        _ => ranges.push((at, len)),
     }
 }
 

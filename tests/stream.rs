@@ -8,6 +8,7 @@ use forkdisk::convert::stream::is_stream;
 use forkdisk::disk::Disk;
 use forkdisk::error::{Kind, Result};
 use forkdisk::format::stream::{Digest, StreamHeader, StreamRecord, StreamTrailer};
+use forkdisk::io::Access;
 use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::{
@@ -768,4 +769,43 @@ fn a_look_at_a_busy_disk_shows_one_flush() {
         end.store(true, SeqCst);
     });
     assert!(seen >= 20, "seen {seen} times, not {failed} times");
+}
+
+/// The host lost some blocks of a base: where data was is a hole. Nobody takes it for zeros: not who sends, not who copies.
+#[test]
+fn a_hole_where_data_was_is_no_zeros() {
+    let (sim, store) = store_with(9);
+    let mut image = data(9, 700 * BLOCK as u64);
+    image[600 * BLOCK..650 * BLOCK].fill(0);
+    import(&store, "base", &image);
+    fork(&store, "d", "base", None);
+    change(&store, "d", |disk| {
+        disk.write(&[7; BLOCK], 0).expect("write")
+    });
+    store.snapshot("d", "s", None).expect("snapshot");
+    let base = store.resolve("base").expect("resolve").id;
+    let dir = sim.root().subdir("bases").expect("bases");
+    let dir = dir.subdir(&base.to_string()).expect("a base");
+    let file = dir.open("image", Access::Write).expect("an image");
+    // The first of them follows data, the last is the end of the image.
+    for (at, n) in [(100, 3), (649, 2), (699, 1)] {
+        let (at, len) = (at * BLOCK as u64, n * BLOCK);
+        file.punch(at, len as u64).expect("lost");
+        let store = Store::open_on(sim.root(), Path::new("/sim"), env(10)).expect("opened");
+        let state = state(&store, "d");
+        let sent = write_stream(&state, None, &mut |_| Ok(()), &Quiet);
+        assert_eq!(sent.expect_err("damage").kind(), Kind::Corrupt);
+        drop(state);
+        let made = store.flatten("d@s", &Quiet);
+        assert_eq!(made.expect_err("damage").kind(), Kind::Corrupt);
+        let bytes = &image[at as usize..][..len];
+        file.write_at(bytes, at).expect("restored");
+    }
+    // Zeros may be stored or not, and are the same.
+    file.write_at(&[0; BLOCK], 620 * BLOCK as u64)
+        .expect("stored");
+    let store = Store::open_on(sim.root(), Path::new("/sim"), env(10)).expect("opened");
+    let before = contents(&store, "d");
+    store.flatten("d@s", &Quiet).expect("flattened");
+    assert!(contents(&store, "d") == before);
 }

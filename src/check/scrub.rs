@@ -730,7 +730,7 @@ impl Scrub<'_> {
         });
         match done {
             Ok(()) => {
-                base.add_sums(&*sums)?;
+                base.add_sums(sums)?;
                 self.report
                     .summed
                     .push(self.check.survey.called(Below::Base(id)));

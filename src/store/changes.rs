@@ -172,7 +172,7 @@ impl<'a> Holes<'a> {
         if len == 0 {
             return Ok(());
         }
-        for (at, len) in self.base.file().data_ranges(at, len)? {
+        for (at, len) in self.base.data_ranges(at, len)? {
             let (start, end) = (at / BLOCK, (at + len).div_ceil(BLOCK));
             match self.data.last_mut() {
                 Some((_, last)) if *last >= start => *last = (*last).max(end),

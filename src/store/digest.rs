@@ -338,8 +338,8 @@ fn of_base(base: &Arc<Base>, progress: &dyn Progress) -> Result<Digest> {
     while at < base.len() {
         let len = (base.len() - at).min(PIECE);
         let whole = (len as usize).next_multiple_of(BLOCK_SIZE);
-        // Holes need not be read.
-        let piece = match base.file().data_ranges(at, len)?.is_empty() {
+        // Holes need not be read, where they were holes ever since.
+        let piece = match base.data_ranges(at, len)?.is_empty() {
             true => &zeros,
             false => {
                 base.read_blocks(Lba::of(at), &mut buffer[..whole])?;

@@ -232,10 +232,10 @@ fn data_in(view: &CowDisk, chain: &Chain, at: u64, len: u64) -> Result<Vec<(u64,
             Source::Absent | Source::Zero { .. } => {}
             Source::Layer { .. } => found.push((start, end)),
             Source::Base => {
-                // Holes of the base are not read.
+                // Holes of the base are not read, where they were holes ever since.
                 let base = chain.base();
                 let inside = end.min(base.len()).saturating_sub(start);
-                for (data, n) in base.file().data_ranges(start, inside)? {
+                for (data, n) in base.data_ranges(start, inside)? {
                     let first = (data / BLOCK * BLOCK).max(start);
                     let first = found.last().map_or(first, |&(_, last)| first.max(last));
                     let last = (data + n).next_multiple_of(BLOCK).min(end);

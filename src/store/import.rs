@@ -334,7 +334,7 @@ pub(super) fn refresh_sums(store: &Store, base: &Base) {
         .bases
         .subdir(&base.id().to_string())
         .and_then(|dir| open_sums(&*dir))
-        .and_then(|sums| sums.map_or(Ok(()), |sums| base.add_sums(&*sums)));
+        .and_then(|sums| sums.map_or(Ok(()), |sums| base.add_sums(sums)));
     if let Err(e) = added {
         tracing::warn!(base = %base.id(), "its checksums cannot be used: {e}");
     }

@@ -72,7 +72,7 @@ impl CowDisk {
                 Source::Base => {
                     let base = self.top.read().chain.base().clone();
                     let inside = base.len().saturating_sub(extent.at).min(extent.len);
-                    let ranges = base.file().data_ranges(extent.at, inside)?;
+                    let ranges = base.data_ranges(extent.at, inside)?;
                     ranges.iter().map(|(_, len)| len).sum::<u64>()
                 }
             };
