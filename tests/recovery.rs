@@ -5,7 +5,7 @@ mod common;
 use common::{World, env};
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Kind, Result};
-use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
 use forkdisk::store::Store;
 use std::path::Path;
 use std::sync::Arc;
@@ -165,6 +165,32 @@ fn death_while_closing_then_a_power_cut_while_opening() {
             }
         });
     });
+}
+
+/// A sync failed while a disk was closed, and its process ended. The next one saw in the page cache what was not on the disk, and what no later sync
+/// would put there: it wrote to copy 2 of the superblock, the only good one, the power went, and both copies were gone.
+#[test]
+fn a_failed_sync_while_closing_then_a_power_cut_while_opening() {
+    let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
+    for nth in 0.. {
+        let sim = world().kill();
+        sim.set_garbage_pages(true);
+        let disk = open(&store(&sim, 2), "d1").expect("d1");
+        disk.write(&[7; 4096], 0).expect("write");
+        sim.fail_nth(Verb::Sync, nth, FaultKind::Eio);
+        if disk.close().is_ok() {
+            assert!(nth > 2, "only {nth} syncs while it was closed");
+            return;
+        }
+        sim.clear_faults();
+        each_cut(&sim, opens, |off, cut| {
+            for seed in 0..150 {
+                if let Err(e) = open(&store(&off.crash(seed), 4), "d1") {
+                    panic!("sync {nth} failed, power at {cut}, seed {seed}: {e:?}");
+                }
+            }
+        });
+    }
 }
 
 /// A power cut tore copy 2 of the superblock, which a checkpoint leaves to the next sync. Recovery wrote to copy 1, the only good one;

@@ -435,6 +435,12 @@ impl Layer {
         if second_differs {
             // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
             let bytes = c.superblock.encode().to_vec();
+            if found != State::Writable {
+                // Nobody looked whether copy 1 is on the disk: who closed may have died before he synced it, or his sync failed, and then no later one
+                // writes it. Until it is there copy 2 is the one good copy.
+                self.file.write_at(&bytes, Slot(1).at())?;
+                self.file.sync()?;
+            }
             self.file.write_at(&bytes, Slot(2).at())?;
             self.file.sync()?;
         }
