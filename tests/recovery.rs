@@ -172,24 +172,28 @@ fn death_while_closing_then_a_power_cut_while_opening() {
 #[test]
 fn a_failed_sync_while_closing_then_a_power_cut_while_opening() {
     let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
-    for nth in 0.. {
-        let sim = world().kill();
-        sim.set_garbage_pages(true);
-        let disk = open(&store(&sim, 2), "d1").expect("d1");
-        disk.write(&[7; 4096], 0).expect("write");
-        sim.fail_nth(Verb::Sync, nth, FaultKind::Eio);
-        if disk.close().is_ok() {
-            assert!(nth > 2, "only {nth} syncs while it was closed");
-            return;
-        }
-        sim.clear_faults();
-        each_cut(&sim, opens, |off, cut| {
-            for seed in 0..150 {
-                if let Err(e) = open(&store(&off.crash(seed), 4), "d1") {
-                    panic!("sync {nth} failed, power at {cut}, seed {seed}: {e:?}");
-                }
+    // What becomes of what a failed sync was to write is chance.
+    for chance in 0..24 {
+        for nth in 0.. {
+            let sim = world().kill();
+            sim.set_garbage_pages(true);
+            let disk = open(&store(&sim, 2), "d1").expect("d1");
+            disk.write(&[7; 4096], 0).expect("write");
+            sim.reseed(chance);
+            sim.fail_nth(Verb::Sync, nth, FaultKind::Eio);
+            if disk.close().is_ok() {
+                assert!(nth > 2, "only {nth} syncs while it was closed");
+                break;
             }
-        });
+            sim.clear_faults();
+            each_cut(&sim, opens, |off, cut| {
+                for seed in 0..12 {
+                    if let Err(e) = open(&store(&off.crash(seed), 4), "d1") {
+                        panic!("{chance}: sync {nth} failed, power at {cut}, seed {seed}: {e:?}");
+                    }
+                }
+            });
+        }
     }
 }
 
