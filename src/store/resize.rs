@@ -28,10 +28,17 @@ impl Store {
         let object = self.resizable(disk)?;
         let (layer, chain) = self.open_top(&object, volatile::private()?)?;
         let open = CowDisk::writable(layer, chain);
-        let done = match open.size() == size {
+        let former = open.size();
+        let done = match former == size {
             true => Ok(()),
             false => open.resize(size),
         };
+        let done = done.map_err(|e| match size < former {
+            true => e.context(
+                "the disk has its former size, but what was to be cut off may read as zeros",
+            ),
+            false => e,
+        });
         match open.close() {
             // All is flushed; only the tidying found no room. The next opening does it.
             Err(e) if e.kind() == Kind::NoSpace => {

@@ -234,7 +234,7 @@ impl SimDisk {
         state.faults.clear();
         state.call_faults.clear();
     }
-    /// While they are held, faults strike nobody, calls are not counted, and the power stays on (it goes at the first operation
+    /// While they are held, faults strike nobody, calls are not counted, the disk is not full, and the power stays on (it goes at the first operation
     /// afterwards): for a look from outside in the middle of a history.
     pub fn hold_faults(&self, hold: bool) {
         self.state.lock().held = hold;

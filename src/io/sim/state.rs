@@ -467,7 +467,7 @@ impl State {
     }
     /// How much of a range, from its start, there is space for.
     pub(super) fn room(&mut self, ino: Ino, at: u64, len: u64) -> u64 {
-        let Some(capacity) = self.capacity else {
+        let Some(capacity) = self.capacity.filter(|_| !self.held) else {
             return len;
         };
         let mut free = capacity.saturating_sub(self.used);
