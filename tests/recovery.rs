@@ -7,6 +7,7 @@ use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Kind, Result};
 use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
 use forkdisk::store::Store;
+use forkdisk::store::history::Limits;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -173,10 +174,19 @@ fn death_while_closing_then_a_power_cut_while_opening() {
 fn a_failed_sync_while_closing_then_a_power_cut_while_opening() {
     let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
     // What becomes of what a failed sync was to write is chance.
-    for chance in 0..24 {
+    for chance in 0..48 {
         for nth in 0.. {
             let sim = world().kill();
             sim.set_garbage_pages(true);
+            // Of one with a history something is written at once.
+            if chance % 2 == 1 {
+                let limits = Limits {
+                    window: Some(1_000_000),
+                    bytes: None,
+                };
+                let kept = store(&sim, 2).set_history(&["d1".to_string()], Some(limits));
+                kept.expect("a history");
+            }
             let disk = open(&store(&sim, 2), "d1").expect("d1");
             disk.write(&[7; 4096], 0).expect("write");
             sim.reseed(chance);

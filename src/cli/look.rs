@@ -88,8 +88,8 @@ impl Info {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let object = store.resolve_any(&self.reference)?;
-        let details = store.details(&object)?;
+        let details = store.with_object(&self.reference, |object| store.details(object))?;
+        let object = details.object.clone();
         let (digest, same_as) = self.digest(context, &store, &object)?;
         let names = Names::from_ids(&details.names);
         let all = context.attached_for_show(&store).into_iter();
@@ -448,10 +448,13 @@ impl Map {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let store = context.open()?;
-        let object = store.resolve_any(&self.reference)?;
-        let mut looked = Looked::at(context, &store, &object)?;
-        let object = looked.object().cloned().unwrap_or(object);
-        let details = store.details(&object)?;
+        let (mut looked, details) = store.with_object(&self.reference, |object| {
+            let looked = Looked::at(context, &store, object)?;
+            let object = looked.object().unwrap_or(object);
+            let details = store.details(object)?;
+            Ok((looked, details))
+        })?;
+        let object = details.object.clone();
         let (chain, names) = (details.chain, Names::from_ids(&details.names));
         // There may be millions: they are written as they come.
         let mut out = BufWriter::new(io::stdout().lock());

@@ -350,7 +350,7 @@ impl Layer {
             && !found.first_differs
             && !superblock.has_history();
         *layer.below.lock() = below;
-        layer.begin(state, found.second_differs, sound)?;
+        layer.begin(state, &found, sound)?;
         Ok(layer)
     }
 
@@ -428,23 +428,30 @@ impl Layer {
     }
 
     /// Makes what was found durable and starts a new generation. `later`: that it was started is written, and durable, before anything else is written.
-    fn begin(&self, found: State, second_differs: bool, later: bool) -> Result<()> {
+    fn begin(&self, state: State, found: &recover::Found, later: bool) -> Result<()> {
         let mut commit = self.commit.lock();
         let c = &mut *commit;
         let generation = c.superblock.generation.get() + 1;
-        if second_differs {
-            // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
-            let bytes = c.superblock.encode().to_vec();
-            if found != State::Writable {
-                // Nobody looked whether copy 1 is on the disk: who closed may have died before he synced it, or his sync failed, and then no later one
-                // writes it. Until it is there copy 2 is the one good copy.
-                self.file.write_at(&bytes, Slot(1).at())?;
-                self.file.sync()?;
+        // Of a layer that was closed cleanly nobody looked what of it is on the disk, and what in the page cache only: who closed it may have died
+        // before he synced a copy, or his sync failed, and then no later one writes it.
+        let unsettled = state == State::Clean && !found.fresh;
+        let bytes = c.superblock.encode().to_vec();
+        let copy = |copy| {
+            self.file.write_at(&bytes, Slot(copy).at())?;
+            self.file.sync()
+        };
+        if found.second_differs {
+            if unsettled {
+                // Until copy 1 is there copy 2 is the one good copy.
+                copy(1)?;
             }
-            self.file.write_at(&bytes, Slot(2).at())?;
-            self.file.sync()?;
+            // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.
+            copy(2)?;
+        } else if unsettled && !found.first_differs && !later {
+            // Both are the same, so copy 1 was synced before copy 2 was written; the checkpoint below writes to it.
+            copy(2)?;
         }
-        if found == State::Writable {
+        if state == State::Writable {
             // Everything behind the high-water mark was never committed.
             if self.file.len()? > Slot(c.high as u32).at() {
                 self.file.set_len(Slot(c.high as u32).at())?;
@@ -454,7 +461,7 @@ impl Layer {
             }
         }
         c.superblock.generation = U64::new(generation);
-        self.checkpoint_how(c, State::Writable, later && !second_differs)
+        self.checkpoint_how(c, State::Writable, later && !found.second_differs)
     }
 
     /// Its id.

@@ -15,6 +15,26 @@ impl Store {
             other => other,
         }
     }
+    /// Does `work` on what a reference means ([`Store::resolve_any`]). A disk may be another layer by the time it is looked at: who rolls it back, or
+    /// removes it, waits for nobody who looks. Then `work` fails as if there were damage, and is done once more on what the reference means now.
+    pub fn with_object<T>(
+        &self,
+        reference: &str,
+        mut work: impl FnMut(&Object) -> Result<T>,
+    ) -> Result<T> {
+        let mut object = self.resolve_any(reference)?;
+        loop {
+            let e = match work(&object) {
+                Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::NotFound) => e,
+                other => return other,
+            };
+            let now = self.resolve_any(reference)?;
+            if now.id == object.id {
+                return Err(e);
+            }
+            object = now;
+        }
+    }
     fn unnamed(&self, reference: &str) -> Result<Option<Object>> {
         let digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
         if reference.len() < 4 || !reference.bytes().all(digit) {

@@ -177,10 +177,25 @@ impl Store {
     pub fn usages(&self, objects: Vec<Object>) -> Result<Found<(Object, Usage)>> {
         Ok(self.space(objects)?.objects)
     }
+    /// Since they were found one may have become another layer (a rollback), or have been removed. The names lock is held, and the graph is of now.
+    fn as_they_are(&self, objects: Vec<Object>, graph: &Graph) -> Vec<Object> {
+        let several = objects.len() > 1;
+        let now = |object: Object| match graph.nodes.contains_key(&object_target(&object)) {
+            true => Some(object),
+            false => match self.object(&object.name) {
+                Ok(now) => Some(now),
+                Err(e) if several && e.kind() == Kind::NotFound => None,
+                // Who looks at it says what is wrong.
+                Err(_) => Some(object),
+            },
+        };
+        objects.into_iter().filter_map(now).collect()
+    }
     /// Space of several objects, each and together, with one look at the store.
     pub fn space(&self, objects: Vec<Object>) -> Result<Space> {
         let _lock = self.lock(false)?;
         let graph = self.graph()?;
+        let objects = self.as_they_are(objects, &graph);
         let mut costs = Costs::of(self, &graph, &objects);
         let mut space = Space::default();
         let mut seen: HashSet<Below> = HashSet::new();
