@@ -29,7 +29,7 @@ use std::{
 
 pub mod files;
 
-pub use blockdev::{Held, trim};
+pub use blockdev::{Held, or_detached, trim};
 pub use loopdev::{Detach, DetachOptions};
 pub use mounts::{Mounted, Options as MountOptions};
 

@@ -105,7 +105,7 @@ fn trim(
     let flush = || -> Result<()> {
         let device = device_of(&attached)?;
         let open = fs::File::open(device).and_then(|open| open.sync_all());
-        open.map_err(|e| Error::io("flush", device, &e))
+        open.map_err(|e| attach::or_detached(device, Error::io("flush", device, &e)))
     };
     flush()?;
     let before = used()?;

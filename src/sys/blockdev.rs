@@ -2,6 +2,7 @@
 //! discard what the filesystem does not use.
 
 use crate::error::{Error, Kind, Result};
+use crate::sys::loopdev;
 use rustix::fs::{Mode, OFlags};
 use std::{
     fs, io,
@@ -45,10 +46,27 @@ pub fn hold(device: &Path) -> Result<Held> {
     })
 }
 
+/// What failed on a loop device, or, if nothing is attached to that any more, that somebody was faster.
+pub fn or_detached(device: &Path, error: Error) -> Error {
+    match loopdev::backing_file(device) {
+        Some(_) => error,
+        None => Error::new(
+            Kind::Busy,
+            format!("{} was detached meanwhile", device.display()),
+        )
+        .hint("run it again"),
+    }
+}
+
 impl Held {
     /// Writes back what the kernel caches of the device, and forgets it.
     pub fn drop_cache(&self) -> Result<()> {
-        let failed = |e: io::Error| Error::io("empty the cache of", &self.device, &e);
+        let failed = |e: io::Error| {
+            or_detached(
+                &self.device,
+                Error::io("empty the cache of", &self.device, &e),
+            )
+        };
         self.open.sync_all().map_err(failed)?;
         // SAFETY: BLKFLSBUF takes no argument and touches no memory of this process.
         match unsafe { libc::ioctl(self.open.as_raw_fd(), BLKFLSBUF, 0) } {

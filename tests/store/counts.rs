@@ -202,6 +202,52 @@ fn what_is_flattened_again_and_again_stays_counted() {
     }
 }
 
+/// Between finding objects and looking at them one was rolled back, and another was removed: neither is damage.
+#[test]
+fn what_changed_since_it_was_found_is_no_damage() {
+    let store = store();
+    for name in ["d", "e"] {
+        fork(&store, name, "base");
+        change(&store, name, |disk| {
+            disk.discard(0, 10 * BLOCK).expect("discard")
+        });
+    }
+    store.snapshot("d", "s", None).expect("snapshot");
+    change(&store, "d", |disk| {
+        disk.discard(0, 20 * BLOCK).expect("discard")
+    });
+    let found = store.list().expect("a list");
+    let before = store.resolve("d").expect("there");
+    store.rollback("d", "s").expect("rollback");
+    let plan = store.plan_removal(&["e".to_string()], false).expect("plan");
+    store.remove(&plan).expect("removed");
+    let looked = store.usages(found).expect("usages");
+    assert!(looked.damaged.is_empty(), "{:?}", looked.damaged);
+    let names: Vec<&str> = looked.sound.iter().map(|(o, _)| o.name.as_str()).collect();
+    assert_eq!(names, ["base", "d", "d@s"]);
+    assert_eq!(looked.sound[1].1.refer, looked.sound[2].1.refer);
+    // Who asks for one by its name gets what it is now.
+    let mut seen = Vec::new();
+    let details = store.with_object("d", |object| {
+        // The first look is at what it was.
+        let object = if seen.is_empty() { &before } else { object };
+        seen.push(object.id);
+        store.details(object)
+    });
+    assert!(
+        details.is_err() && seen == [before.id],
+        "it did not change meanwhile"
+    );
+    let mut rolled = false;
+    let details = store.with_object("d", |object| {
+        if !std::mem::replace(&mut rolled, true) {
+            store.rollback("d", "s").expect("rollback");
+        }
+        store.details(object)
+    });
+    assert_eq!(details.expect("details").depth, 2);
+}
+
 /// Mends what can be mended; says how many steps that took.
 fn repairs(store: &Store) -> usize {
     let steps = repair::plan(store, &Quiet).expect("a plan");
