@@ -216,7 +216,8 @@ const REMARKS: [&str; 8] = [
     "Sharing and amplification are counted at a loop device with a filesystem of its own, so that what others do is not in them; \
      page cache by cachestat(2).",
     "Ratios are medians of the ratios to raw within one round.",
-    "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first.",
+    "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first, by one thread \
+     (at depth 32 by as many, each in a part of its own). CACHED-LOOP is the same file with a loop device over it: forkdisk's way without FUSE and without forkdisk.",
     "XFS and Btrfs lie in an image file on the same host filesystem, with one more loop device below them.",
 ];
 
@@ -233,6 +234,9 @@ impl Book {
             .any(|g| options.groups.contains(g))
         {
             kinds.push(PeerKind::Cached);
+            if options.peers.contains(&PeerKind::Raw) {
+                kinds.push(PeerKind::CachedLoop);
+            }
         }
         kinds.sort();
         let notes = kinds.into_iter().map(|id| PeerNote {

@@ -64,8 +64,14 @@ pub fn must_exist(work: &Work) -> Result<()> {
     }
 }
 
-/// Runs a load on a file or device; `direct`: past the page cache of whatever that is.
+/// Runs a load on a file or device; `direct`: past the page cache of whatever that is. Through it a request under way takes a thread, each of which reads
+/// a part of its own.
 pub fn run(work: &Work, target: &Path, load: &Load, direct: bool, seed: u64) -> Result<Figures> {
+    let threads = match direct || load.block > 4096 {
+        true => 1,
+        false => load.depth,
+    };
+    let part = load.area / u64::from(threads);
     let mut command = work.command("fio");
     command
         .args([
@@ -90,9 +96,13 @@ pub fn run(work: &Work, target: &Path, load: &Load, direct: bool, seed: u64) -> 
         .arg(format!("--rw={}", load.rw))
         .arg(format!("--bs={}", load.block))
         .arg(format!("--iodepth={}", load.depth))
-        .arg(format!("--size={}", load.area))
+        .arg(format!("--size={part}"))
         .arg(format!("--runtime={}ms", load.millis))
         .arg(format!("--randseed={seed}"));
+    if threads > 1 {
+        command.arg(format!("--numjobs={threads}"));
+        command.arg(format!("--offset_increment={part}"));
+    }
     if load.rw == "randrw" {
         command.arg(format!("--rwmixread={}", load.reads));
     }

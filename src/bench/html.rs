@@ -290,7 +290,7 @@ fn chart(out: &mut String, row: &Row) -> std::fmt::Result {
 }
 
 /// Text that is no markup.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -18,6 +18,7 @@ mod fork;
 mod html;
 mod machine;
 mod peers;
+mod picture;
 mod quiet;
 mod sharing;
 mod speed;
@@ -28,6 +29,7 @@ pub use book::{Better, Cell, Must, PeerNote, Report, Row, Sample, Verdict, figur
 pub use html::page;
 pub use machine::Machine;
 pub use peers::PeerKind;
+pub use picture::picture;
 pub use quiet::Others;
 
 use crate::{
@@ -277,6 +279,9 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         }
         if has(Group::Read) || has(Group::Write) {
             wanted.push(PeerKind::Cached);
+            if kinds.contains(&PeerKind::Raw) {
+                wanted.push(PeerKind::CachedLoop);
+            }
         }
         let mut peers = set_up(&lab, &mut book, &wanted, &dir, &base, true)?;
         gate(&lab, &mut book, &mut peers);

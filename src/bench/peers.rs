@@ -32,6 +32,8 @@ pub enum PeerKind {
     Plain,
     /// The same through the page cache: what the memory of this machine allows anybody who uses it.
     Cached,
+    /// A loop device over a file, through the page cache: what is left of forkdisk's way without forkdisk.
+    CachedLoop,
     /// A whole copy for each disk.
     Copy,
     /// Reflinks of XFS.
@@ -57,6 +59,7 @@ impl PeerKind {
             PeerKind::Raw => "raw",
             PeerKind::Plain => "plain",
             PeerKind::Cached => "cached",
+            PeerKind::CachedLoop => "cached-loop",
             PeerKind::Copy => "copy",
             PeerKind::Xfs => "xfs",
             PeerKind::Btrfs => "btrfs",
@@ -73,6 +76,7 @@ impl PeerKind {
             PeerKind::Raw => "a loop device over a file: no copy-on-write, the limit",
             PeerKind::Plain => "a file on the same filesystem, without a device over it",
             PeerKind::Cached => "the same file through the page cache, as forkdisk uses it",
+            PeerKind::CachedLoop => "a loop device over a file, through the page cache",
             PeerKind::Copy => "a whole copy of the base for each disk",
             PeerKind::Xfs => "reflinks on XFS, a loop device over each",
             PeerKind::Btrfs => "reflinks on Btrfs, a loop device over each",
@@ -95,7 +99,7 @@ impl PeerKind {
         !self.is_file()
             && !matches!(
                 self,
-                PeerKind::Copy | PeerKind::Overlayfs | PeerKind::IoUring
+                PeerKind::CachedLoop | PeerKind::Copy | PeerKind::Overlayfs | PeerKind::IoUring
             )
     }
     /// Does it show disks as devices?
@@ -188,6 +192,8 @@ impl Peer {
                 work.long(import)?;
             }
             PeerKind::Raw if one_file => copy(work, base, &peer.home.join("disk.img"))?,
+            // That of raw: one more would take the room of a base, and they are never used at the same time.
+            PeerKind::CachedLoop => peer.base = parent.join("raw/disk.img"),
             _ => {}
         }
         Ok(peer)
@@ -206,7 +212,7 @@ impl Peer {
     }
     fn image(&self, name: &str) -> PathBuf {
         match (self.kind, name) {
-            (PeerKind::Plain, _) => self.base.clone(),
+            (PeerKind::Plain | PeerKind::CachedLoop, _) => self.base.clone(),
             // What is only read.
             (PeerKind::Cached, "reader") => self.base.clone(),
             (PeerKind::Raw, _) if self.one_file => self.home.join("disk.img"),
@@ -248,7 +254,9 @@ impl Peer {
                     .and_then(|base| File::create(&to)?.set_len(base.len()));
                 len.map_err(|e| Error::io("create", to, &e))
             }
-            PeerKind::Plain | PeerKind::Cached | PeerKind::Overlayfs => Ok(()),
+            PeerKind::Plain | PeerKind::Cached | PeerKind::CachedLoop | PeerKind::Overlayfs => {
+                Ok(())
+            }
             PeerKind::Xfs | PeerKind::Btrfs => {
                 let from = from.map_or(self.base.clone(), |n| self.image(n));
                 let mut command = work.command("cp");
@@ -357,10 +365,18 @@ impl Peer {
     /// Takes a disk away.
     pub fn remove(&mut self, work: &Work, name: &str) -> Result<()> {
         self.detach(work, name)?;
-        if (self.kind.is_file() || self.kind == PeerKind::Raw && self.one_file)
-            && self.kind != PeerKind::Cached
-        {
-            return Ok(());
+        match self.kind {
+            PeerKind::Plain => return Ok(()),
+            PeerKind::Raw if self.one_file => return Ok(()),
+            PeerKind::CachedLoop => {
+                // Raw goes round what is in memory of its file, and would have to look for it.
+                if let Ok(file) = File::open(&self.base) {
+                    let _ = file.sync_data();
+                    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+                }
+                return Ok(());
+            }
+            _ => {}
         }
         if self.kind.is_forkdisk() {
             let mut command = work.forkdisk(&self.store());
@@ -416,7 +432,10 @@ impl Peer {
             }
             false => (self.image(name), None),
         };
-        let attached = device_over(&file);
+        let attached = match self.kind {
+            PeerKind::CachedLoop => cached_device_over(&file),
+            _ => device_over(&file),
+        };
         if let (Err(_), Some(pid)) = (&attached, server) {
             work.end(pid);
         }
@@ -665,8 +684,19 @@ fn check_signal() -> Result<()> {
     }
 }
 
-/// A loop device with direct I/O over a file: the device, and the file's numbers.
-pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
+/// A loop device that goes through the page cache of its file: the device, and the file's numbers.
+fn cached_device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
+    let (open, dev, ino) = open_below(file)?;
+    let setup = loopdev::Setup {
+        read_only: false,
+        block_size: 512,
+        direct_io: false,
+    };
+    let device = loopdev::attach(open.as_fd(), file, setup)?;
+    Ok((device, dev, ino))
+}
+
+fn open_below(file: &Path) -> Result<(File, u64, u64)> {
     let open = File::options()
         .read(true)
         .write(true)
@@ -675,6 +705,13 @@ pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
     let meta = open
         .metadata()
         .map_err(|e| Error::io("look at", file, &e))?;
+    let (dev, ino) = (meta.dev(), meta.ino());
+    Ok((open, dev, ino))
+}
+
+/// A loop device with direct I/O over a file: the device, and the file's numbers.
+pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
+    let (open, dev, ino) = open_below(file)?;
     // Where the file below cannot do direct I/O in sectors of 512 bytes (reflinks on XFS), the kernel goes through the page cache without
     // a word.
     for block_size in [512, 4096] {
@@ -685,10 +722,10 @@ pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
         };
         let device = loopdev::attach(open.as_fd(), file, setup)?;
         if loopdev::status(&device)?.is_some_and(|s| s.direct_io) {
-            return Ok((device, meta.dev(), meta.ino()));
+            return Ok((device, dev, ino));
         }
         let options = loopdev::DetachOptions::default();
-        loopdev::detach(&device, meta.dev(), meta.ino(), options)?;
+        loopdev::detach(&device, dev, ino, options)?;
     }
     Err(Error::new(
         Kind::Unsupported,

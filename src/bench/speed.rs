@@ -113,11 +113,12 @@ pub fn reads<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             name: title.to_string(),
             rounds: size.rounds,
             peers: match (cache, load.depth) {
-                // With the page cache in between no depth is left.
-                (Cache::Cold, depth) if depth == 1 || load.block > 4096 => {
-                    |kind| kind.has_devices() || kind.is_file()
+                (Cache::Warm, _) => |kind| kind.has_devices() || kind == PeerKind::Plain,
+                // Its one thread serves requests one by one.
+                (Cache::Cold, 32) => |kind| kind.has_devices() || kind.is_file(),
+                (Cache::Cold, _) => {
+                    |kind| kind.has_devices() || kind.is_file() || kind == PeerKind::CachedLoop
                 }
-                _ => |kind| kind.has_devices() || kind == PeerKind::Plain,
             },
             measure: Box::new(move |lab, peer, gauge, _| {
                 let (device, _) = peer.ensure(lab.work, "reader")?;
@@ -264,8 +265,11 @@ pub fn writes<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
         jobs.push(Job {
             name: title.to_string(),
             rounds: size.rounds,
-            peers: match id {
-                "write.sequential.first" => |kind| kind.has_devices() || kind == PeerKind::Cached,
+            peers: match (id, load.sync) {
+                ("write.sequential.first", _) => |kind| {
+                    kind.has_devices() || matches!(kind, PeerKind::Cached | PeerKind::CachedLoop)
+                },
+                (_, true) => |kind| kind.has_devices() || kind == PeerKind::CachedLoop,
                 _ => PeerKind::has_devices,
             },
             measure: Box::new(move |lab, peer, gauge, _| {

@@ -102,6 +102,9 @@ pub(crate) struct Bench {
     /// Also write a page with charts
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     html: Option<PathBuf>,
+    /// Also write one picture, of all that can be compared with raw
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    svg: Option<PathBuf>,
     /// Also write the JSON document, with all samples
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     save: Option<PathBuf>,
@@ -157,7 +160,10 @@ impl Bench {
                 )
             });
         }
-        let files: Vec<&PathBuf> = self.html.iter().chain(&self.save).collect();
+        let files: Vec<&PathBuf> = [&self.html, &self.svg, &self.save]
+            .into_iter()
+            .flatten()
+            .collect();
         // Found out before, not after half an hour.
         for file in &files {
             fs::write(file, "").map_err(|e| failed(file, &e))?;
@@ -172,9 +178,12 @@ impl Bench {
                 let _ = fs::remove_file(file);
             }
         })?;
+        let date = time::date_time(report.started);
         if let Some(file) = &self.html {
-            let page = bench::page(&report, &time::date_time(report.started));
-            fs::write(file, page).map_err(|e| failed(file, &e))?;
+            fs::write(file, bench::page(&report, &date)).map_err(|e| failed(file, &e))?;
+        }
+        if let Some(file) = &self.svg {
+            fs::write(file, bench::picture(&report, &date)).map_err(|e| failed(file, &e))?;
         }
         if let Some(file) = &self.save {
             let document = Document::new(&report).text();

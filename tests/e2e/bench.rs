@@ -34,7 +34,15 @@ fn a_run_measures_all_rows_and_leaves_nothing() {
     }
     let w = World::new();
     let (page, saved) = (w.path("page.html"), w.path("all.json"));
-    let files = ["--html", s(&page), "--save", s(&saved)];
+    let picture = w.path("picture.svg");
+    let files = [
+        "--html",
+        s(&page),
+        "--svg",
+        s(&picture),
+        "--save",
+        s(&saved),
+    ];
     let out = finish({
         let mut command = bench(&w, &["fork", "read", "--vs", "raw"]);
         command.args(files);
@@ -70,8 +78,11 @@ fn a_run_measures_all_rows_and_leaves_nothing() {
         let peers = row["peers"].as_array().unwrap();
         let named: BTreeSet<&str> = peers.iter().map(|p| p["peer"].as_str().unwrap()).collect();
         let wanted: &[&str] = match row["group"].as_str() {
-            Some("read") if ["read.random.qd1.cold", "read.sequential.cold"].contains(&id) => {
+            Some("read") if id == "read.random.qd32.cold" => {
                 &["cached", "forkdisk", "plain", "raw"]
+            }
+            Some("read") if id.ends_with(".cold") => {
+                &["cached", "cached-loop", "forkdisk", "plain", "raw"]
             }
             Some("read") => &["forkdisk", "plain", "raw"],
             _ => &["forkdisk"],
@@ -92,6 +103,11 @@ fn a_run_measures_all_rows_and_leaves_nothing() {
     assert_eq!(again, document);
     let page = fs::read_to_string(&page).unwrap();
     assert_eq!(page.matches("<svg").count(), rows.len());
+    // The picture shows a mark of ours for each row that raw is in, beside that of the legend.
+    let picture = fs::read_to_string(&picture).unwrap();
+    let with_raw = rows.iter().filter(|row| row["group"] == "read").count();
+    let marks = picture.matches("<circle class=\"ours\"").count();
+    assert_eq!(marks, with_raw + 1, "{picture}");
 }
 
 #[test]
