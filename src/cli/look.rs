@@ -537,7 +537,7 @@ fn describe<'a>(extent: Extent, chain: &[Below], names: &'a Names) -> ExtentDoc<
         Source::Absent => ("absent", None, None, None),
         Source::Zero { depth } => ("zero", Some(depth), of_layer(depth), None),
         Source::Layer { depth, slot } => ("layer", Some(depth), of_layer(depth), Some(slot.at())),
-        Source::Base => {
+        Source::Base | Source::Hole => {
             let depth = chain.len().saturating_sub(1) as u32;
             ("base", Some(depth), of_layer(depth), Some(extent.at))
         }

@@ -178,7 +178,10 @@ fn for_data(
         let size = WINDOW.min(disk.size() - window);
         for extent in disk.extents(window, size)? {
             let end = (extent.at + extent.len).min(len);
-            if matches!(extent.from, Source::Absent | Source::Zero { .. }) {
+            if matches!(
+                extent.from,
+                Source::Absent | Source::Zero { .. } | Source::Hole
+            ) {
                 told(end)?;
                 continue;
             }

@@ -12,6 +12,7 @@ pub use stats::DiskStats;
 
 use super::ahead::Stream;
 use super::{Disk, Extent, Source};
+use crate::base::Base;
 use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
 use crate::format::{self, Header, Pointer};
@@ -737,8 +738,53 @@ impl Disk for CowDisk {
             }
             block += n as u64;
         }
-        Ok(out)
+        show_holes(out, top.chain.base())
     }
+}
+
+/// Tells data of the base from its holes.
+fn show_holes(extents: Vec<Extent>, base: &Base) -> Result<Vec<Extent>> {
+    let of_base = |e: &&Extent| e.from == Source::Base;
+    let (Some(first), Some(last)) = (
+        extents.iter().find(of_base),
+        extents.iter().rev().find(of_base),
+    ) else {
+        return Ok(extents);
+    };
+    // Asked once, not for each extent.
+    let end = (last.at + last.len).min(base.len());
+    let ranges = base.data_ranges(first.at, end.saturating_sub(first.at))?;
+    let mut ranges = ranges
+        .into_iter()
+        .map(|(at, len)| (at / BLOCK * BLOCK, (at + len).next_multiple_of(BLOCK)))
+        .peekable();
+    let mut out: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        if extent.from != Source::Base {
+            out.push(extent);
+            continue;
+        }
+        let (mut at, end) = (extent.at, extent.at + extent.len);
+        while at < end {
+            while ranges.next_if(|&(_, data_end)| data_end <= at).is_some() {}
+            let (from, next) = match ranges.peek() {
+                Some(&(start, data_end)) if start <= at => (Source::Base, data_end.min(end)),
+                Some(&(start, _)) => (Source::Hole, start.min(end)),
+                None => (Source::Hole, end),
+            };
+            match out.last_mut() {
+                // Two ranges may share a block, or touch.
+                Some(e) if e.from == from && e.at + e.len == at => e.len += next - at,
+                _ => out.push(Extent {
+                    at,
+                    len: next - at,
+                    from,
+                }),
+            }
+            at = next;
+        }
+    }
+    Ok(out)
 }
 
 /// Does a block from `from` lengthen the extent?

@@ -126,4 +126,6 @@ pub enum Source {
     },
     /// The base image, at the same offset.
     Base,
+    /// A hole of the base image: zeros that take no space.
+    Hole,
 }

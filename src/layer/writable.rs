@@ -76,6 +76,9 @@ const RESERVE_STEP: u32 = 16;
 const MAX_FREED: usize = 1 << 20;
 /// A journal this full is checkpointed at the end of a flush.
 const CHECKPOINT_SLOTS: u32 = JOURNAL_SLOTS / 2;
+/// And one that changes so many regions: who opens the layer after an unclean stop asks the runs about each, which are read from the disk for that, some 16 us
+/// a region.
+const CHECKPOINT_REGIONS: usize = 4096;
 
 /// A region of which everything this layer knows is in memory.
 struct Resident {
@@ -218,6 +221,8 @@ pub struct Layer {
     past: AtomicU64,
     /// The last commit left the history much larger than it may be.
     over: AtomicBool,
+    /// The journal changes so many regions that it should be emptied.
+    scattered: AtomicBool,
     /// What lies below it, where that is known.
     below: Mutex<Option<Arc<dyn Below>>>,
     /// What is seen through it could not be counted.
@@ -420,6 +425,7 @@ impl Layer {
             keeps: AtomicBool::new(keeps),
             past: AtomicU64::new(past),
             over: AtomicBool::new(false),
+            scattered: AtomicBool::new(false),
             below: Mutex::new(None),
             uncounted: AtomicBool::new(false),
             file: host.clone(),

@@ -97,6 +97,10 @@ impl Memtable {
     pub fn applied(&self) -> u64 {
         self.applied
     }
+    /// Number of regions that have a map of their own here.
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
     /// Does it say nothing?
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty() && self.zeros.is_empty()

@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::{Access, Dir, File};
 use crate::layer::refer::Below as _;
 use crate::layer::rewrite::{self, Measure};
-use crate::units::{BLOCK, Id};
+use crate::units::Id;
 use std::sync::Arc;
 
 /// Bytes of a disk whose map is looked at together.
@@ -183,7 +183,7 @@ impl Store {
         let mut bytes = 0;
         let mut buf = vec![0; PIECE];
         for step in (0..size).step_by(STEP as usize) {
-            for (mut at, end) in data_in(&view, chain, step, STEP.min(size - step))? {
+            for (mut at, end) in data_in(&view, step, STEP.min(size - step))? {
                 while at < end {
                     let n = (end - at).min(PIECE as u64) as usize;
                     view.read(&mut buf[..n], at)?;
@@ -224,26 +224,14 @@ impl Store {
 }
 
 /// Where a stretch of a chain's content may be something else than zeros: from and to, in whole blocks.
-fn data_in(view: &CowDisk, chain: &Chain, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+fn data_in(view: &CowDisk, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     for extent in view.extents(at, len)? {
         let (start, end) = (extent.at, extent.at + extent.len);
         match extent.from {
-            Source::Absent | Source::Zero { .. } => {}
-            Source::Layer { .. } => found.push((start, end)),
-            Source::Base => {
-                // Holes of the base are not read, where they were holes ever since.
-                let base = chain.base();
-                let inside = end.min(base.len()).saturating_sub(start);
-                for (data, n) in base.data_ranges(start, inside)? {
-                    let first = (data / BLOCK * BLOCK).max(start);
-                    let first = found.last().map_or(first, |&(_, last)| first.max(last));
-                    let last = (data + n).next_multiple_of(BLOCK).min(end);
-                    if first < last {
-                        found.push((first, last));
-                    }
-                }
-            }
+            // Holes of the base are not read, where they were holes ever since.
+            Source::Absent | Source::Zero { .. } | Source::Hole => {}
+            Source::Layer { .. } | Source::Base => found.push((start, end)),
         }
     }
     Ok(found)

@@ -248,3 +248,93 @@ fn for_scripts_there_are_tabs_and_exact_numbers() {
     w.fails_here(12, &["attach", short]);
     w.finish();
 }
+
+/// Holes of an image take no space in a copy of a disk either: `map` tells them from data, and so does the file that a disk is shown as.
+#[test]
+fn holes_of_an_image_are_told_from_its_data() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.sparse("base.img", 8 << 20);
+    let data = w.file("data", &noise(5, 64 << 10));
+    // Data in the middle, and one byte in the last block.
+    dd(s(&data), s(&image), &["conv=notrunc", "bs=64K", "seek=16"]);
+    dd(
+        s(&data),
+        s(&image),
+        &["conv=notrunc", "bs=1", "count=1", "seek=8388607"],
+    );
+    w.ok(["import", s(&image), "base"]);
+    w.ok(["create", "d", "--from", "base", "--size", "9M"]);
+    let file = w.ok(["attach", "d", "--via", "file"]);
+    let file = std::path::PathBuf::from(file.trim_end());
+    // A block of its own in a hole.
+    dd(
+        s(&data),
+        s(&file),
+        &["conv=notrunc,fsync", "bs=4K", "count=1", "seek=100"],
+    );
+
+    let map = w.json(["map", "d"]);
+    let extents: Vec<_> = map["extents"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| {
+            assert_eq!(e["zero"].as_bool(), e["data"].as_bool().map(|d| !d), "{e}");
+            let number = |name: &str| e[name].as_u64().unwrap();
+            (
+                e["type"].as_str().unwrap().to_string(),
+                number("start"),
+                number("length"),
+                e["data"].as_bool().unwrap(),
+            )
+        })
+        .collect();
+    let of = |kind: &str, from: u64, to: u64, data| (kind.to_string(), from, to - from, data);
+    let (mib, end) = (1 << 20, 8 << 20);
+    assert_eq!(
+        extents,
+        [
+            of("base", 0, 409_600, false),
+            of("layer", 409_600, 413_696, true),
+            of("base", 413_696, mib, false),
+            of("base", mib, mib + 65_536, true),
+            of("base", mib + 65_536, end - 4096, false),
+            of("base", end - 4096, end, true),
+            of("absent", end, 9 << 20, false),
+        ]
+    );
+    // What `cp --sparse`, `qemu-img convert` and others ask.
+    let open = fs::File::open(&file).unwrap();
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Ok(data) = rustix::fs::seek(&open, rustix::fs::SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&open, rustix::fs::SeekFrom::Hole(data)).unwrap();
+        found.push((data, at));
+    }
+    let wanted = [(409_600, 413_696), (mib, mib + 65_536), (end - 4096, end)];
+    assert_eq!(found, wanted);
+    drop(open);
+    w.ok(["detach", "d"]);
+
+    // A flattened disk and an exported one have the same bytes, and the same holes.
+    w.ok(["flatten", "d"]);
+    let out = w.path("out");
+    w.ok(["export", "d", s(&out)]);
+    let mut want = fs::read(&image).unwrap();
+    want.resize(9 << 20, 0);
+    want[409_600..413_696].copy_from_slice(&noise(5, 64 << 10)[..4096]);
+    assert!(fs::read(&out).unwrap() == want);
+    assert!(du(&out) < 128 << 10, "{}", du(&out));
+    let data: u64 = w.json(["map", "d"])["extents"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|e| e["data"] == true)
+        .map(|e| e["length"].as_u64().unwrap())
+        .sum();
+    assert_eq!(data, 4096 + 65_536 + 4096);
+    w.finish();
+}

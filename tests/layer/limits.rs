@@ -189,3 +189,42 @@ fn images_of_any_length_read_as_zeros_past_their_end() {
         assert!(read_all(&*disk).expect("read") == expected, "{len}");
     }
 }
+
+/// Who opens a disk after a crash asks the block map about each region that its journal changes, and should not wait for that: a journal of many
+/// regions is emptied, however short it is.
+#[test]
+fn a_journal_of_many_regions_is_emptied() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 4096]);
+    fork(&store, "image", "wide", Some(1 << 40));
+    let disk = open(&store, "wide").expect("wide");
+    let journal = || disk.stats().layer.expect("writable").journal;
+    let (mut emptied, mut longest) = (0, 0);
+    for flush in 0..60u64 {
+        let before = journal();
+        for n in 0..100 {
+            let at = (flush * 100 + n) * 512 * B;
+            disk.write(&[n as u8 + 1; 4096], at).expect("write");
+        }
+        disk.flush().expect("flush");
+        emptied += u32::from(journal() < before);
+        longest = longest.max(journal());
+    }
+    assert_eq!(emptied, 1, "after 4,096 regions of 6,000");
+    assert!(longest < 50 * B, "{longest} bytes");
+    // As many changes in one place are no reason.
+    for n in 0..60u64 {
+        let before = journal();
+        for at in 0..100 {
+            disk.write(&[n as u8 + 1; 4096], at * B).expect("write");
+        }
+        disk.flush().expect("flush");
+        assert!(journal() > before, "{n}");
+    }
+    let left = again(&sim.crash_with(Policy::AllDropped), 3);
+    let disk = open(&left, "wide").expect("wide");
+    for n in [1, 4095, 4096, 5999u64] {
+        assert_eq!(block(&*disk, n * 512)[0], (n % 100) as u8 + 1, "{n}");
+    }
+    assert_eq!(block(&*disk, 99)[0], 60);
+}

@@ -67,7 +67,7 @@ impl CowDisk {
         let mut data = 0;
         for extent in self.extents(at, len)? {
             data += match extent.from {
-                Source::Absent | Source::Zero { .. } => 0,
+                Source::Absent | Source::Zero { .. } | Source::Hole => 0,
                 Source::Layer { .. } => extent.len,
                 Source::Base => {
                     let base = self.top.read().chain.base().clone();

@@ -4,7 +4,8 @@
 
 use super::host::{Holes, LARGE_HOLE};
 use super::{
-    AHEAD, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS, Layer, MappedRun, State,
+    AHEAD, CHECKPOINT_REGIONS, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS,
+    Layer, MappedRun, State,
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -73,7 +74,10 @@ impl Layer {
     }
 
     fn tidy(&self) -> Result<()> {
-        if self.space.lock().journal_head > CHECKPOINT_SLOTS || self.over.load(SeqCst) {
+        if self.space.lock().journal_head > CHECKPOINT_SLOTS
+            || self.over.load(SeqCst)
+            || self.scattered.load(SeqCst)
+        {
             match self.checkpoint_now() {
                 // The journal still has room: nothing is lost, and writers will be told in time.
                 Err(e) if e.kind() == Kind::NoSpace => {
@@ -227,6 +231,8 @@ impl Layer {
                 use_slot(&mut c.free, &mut c.high, slot.0);
             }
         }
+        let scattered = c.memtable.regions() > CHECKPOINT_REGIONS;
+        self.scattered.store(scattered, SeqCst);
         match (undo, time) {
             (Some(undo), Some(time)) => {
                 // What it replaced is held.
@@ -407,6 +413,7 @@ impl Layer {
         history.done(&mut c.history);
         self.past.store(c.history.slots(), SeqCst);
         self.over.store(false, SeqCst);
+        self.scattered.store(false, SeqCst);
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);

@@ -528,7 +528,7 @@ fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
         } in disk.extents(from, len)?
         {
             let is_data = match source {
-                Source::Absent | Source::Zero { .. } => false,
+                Source::Absent | Source::Zero { .. } | Source::Hole => false,
                 Source::Layer { .. } | Source::Base => true,
             };
             if is_data == want_data && start + len > at {
