@@ -330,6 +330,9 @@ impl Detach {
                 other => other?,
             }
         }
+        if daemon.is_none() {
+            daemon::clear_dead(&store);
+        }
         if let Some(e) = first {
             return Err(e.into());
         }

@@ -154,7 +154,11 @@ impl Daemon {
             }
             Daemon::Stop => {
                 let Some(mut client) = Client::connect(&store)? else {
+                    let left = !context.dry_run && daemon::clear_dead(&store);
                     ui.talk(format_args!("no daemon runs for {shown}"));
+                    if left {
+                        ui.talk("the mount of a dead one was taken away");
+                    }
                     return if ui.json {
                         ui.document(json!({"store": path, "stopped": false}))
                     } else {

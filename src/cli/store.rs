@@ -8,6 +8,7 @@ use crate::{
         render::{json::Done, size::parse_size},
         ui::Paint,
     },
+    daemon,
     doctor::{self, Status},
     error::{Error, Kind},
     store::{CheckReport, Finding, Store},
@@ -142,6 +143,9 @@ impl Gc {
             }
         }
         let mut report = store.gc(context.dry_run)?;
+        if !context.dry_run {
+            daemon::clear_dead(&store);
+        }
         if !context.dry_run
             && let Some((bytes, shrunk)) = context.reclaim_attached(&store)
         {

@@ -673,6 +673,35 @@ pub(super) fn is_kept(run_dir: &File) -> bool {
         == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
+/// Takes away what a dead daemon left, if one did and none lives: of no use to anybody, and in the way of who removes the store. Says whether there was
+/// something.
+pub fn clear_dead(store: &Store) -> bool {
+    let run_dir = store.run_dir();
+    let Ok(mount) = std::path::absolute(run_dir.join(MOUNT)) else {
+        return false;
+    };
+    let is_left = || {
+        let found = mounts::at(&mount).ok().flatten();
+        found.is_some_and(|found| found.fs_type.starts_with("fuse"))
+    };
+    // Most often there is nothing, and nothing is to be made to find that out.
+    if !is_left() || private::must_be_private(&run_dir).is_err() {
+        return false;
+    }
+    let Ok(lock) = File::open(run_dir.join(LOCK)) else {
+        return false;
+    };
+    // As long as we hold it nobody begins. A server may live without its keeper for a moment.
+    let ours = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+    let served =
+        || socket_path(&run_dir).is_ok_and(|(_dir, path)| UnixStream::connect(path).is_ok());
+    if !ours || served() {
+        return false;
+    }
+    clear_away(&run_dir, &mount);
+    !is_left()
+}
+
 /// Takes away what a dead daemon left: its mount, and loop devices over files of it that nobody uses.
 fn clear_away(run_dir: &Path, mount: &Path) {
     dead::note(run_dir, mount);

@@ -28,7 +28,7 @@ pub mod stats;
 
 pub use client::{Client, PastOwner, TakenOver, Waiting};
 pub use dead::{Dead, dead_devices};
-pub use keeper::{Keep, keep, run, serve};
+pub use keeper::{Keep, clear_dead, keep, run, serve};
 
 pub use crate::serve::fuse::session::Transport;
 

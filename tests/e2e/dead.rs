@@ -135,11 +135,42 @@ fn without_a_daemon_the_dead_devices_go_with_detach() {
     w.ok(["detach", s(&m)]);
     assert_eq!(w.loops(), [""; 0]);
     assert!(!w.mounts().contains(&m));
+    assert!(!w.mounts().contains(&w.store.join("run/disks")), "its own");
     w.fails_here(12, &["detach", "d-1"]);
     w.ok(["attach", "d-2", "--mount", s(&m)]);
     assert!(fs::read(m.join("f")).unwrap() == noise(1, 3 << 20));
     w.ok(["detach", "d-2"]);
     w.finish();
+}
+
+/// What nobody serves any more goes with the first that looks for garbage, or wants the daemon gone; the devices that somebody uses are still known then.
+#[test]
+fn without_a_daemon_its_mount_goes() {
+    if !root() {
+        return;
+    }
+    for command in [&["gc"][..], &["daemon", "stop"]] {
+        let (w, m) = in_use();
+        let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+        let served = w.store.join("run/disks");
+        // One that lives is left alone.
+        w.run(command);
+        assert!(w.mounts().contains(&served), "{command:?}");
+        kill(keeper, "STOP");
+        kill_and_wait(server);
+        kill_and_wait(keeper);
+        w.ok([command, &["-n"]].concat());
+        assert!(w.mounts().contains(&served), "{command:?} -n");
+        w.ok(command);
+        assert!(!w.mounts().contains(&served), "{command:?}");
+        assert!(w.mounts().contains(&m), "{command:?}: it is in use");
+        w.ok(["detach", s(&m)]);
+        assert_eq!(w.loops(), [""; 0]);
+        w.ok(["attach", "d-2", "--mount", s(&m)]);
+        assert!(fs::read(m.join("f")).unwrap() == noise(1, 3 << 20));
+        w.ok(["detach", "d-2"]);
+        w.finish();
+    }
 }
 
 /// What `detach` called durable is: whatever dies right after it.
