@@ -172,3 +172,33 @@ fn fstrim_gives_deleted_files_back() {
     w.ok(["detach", "d"]);
     w.finish();
 }
+
+/// Nobody flushes, nobody looks, and still what was discarded is durable, and its space free, soon after the disk is quiet.
+#[test]
+fn discards_of_a_quiet_disk_give_space_back() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    let device = device.trim_end();
+    let layer = w.layer_of("d");
+    let data = w.file("data", &noise(7, 24 << 20));
+    shell(&format!(
+        "dd if={} of={device} bs=1M oflag=direct conv=fsync status=none",
+        s(&data)
+    ));
+    let full = du(&layer);
+    assert!(full >= 24 << 20);
+    // Held open: to close a device would flush what is dirty of it.
+    let open = fs::File::options().write(true).open(device).unwrap();
+    let flushes = |w: &World| w.json(["stats", "d"])["disks"][0]["flushes"].as_u64();
+    let before = flushes(&w).unwrap();
+    tool("blkdiscard", ["-o", "0", "-l", "16777216", device]);
+    eventually("the space is given back", || du(&layer) < full - (15 << 20));
+    assert_eq!(flushes(&w), Some(before), "and nobody flushed");
+    drop(open);
+    w.ok(["detach", "d"]);
+    w.finish();
+}
