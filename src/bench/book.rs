@@ -206,7 +206,7 @@ pub struct Book {
 }
 
 /// How the figures come about.
-const REMARKS: [&str; 8] = [
+const REMARKS: [&str; 10] = [
     "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors (XFS: 4096, which its reflinks need); load by fio (libaio, direct I/O).",
     "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache, \
      where that is used at all (by forkdisk and overlayfs; the others go round it).",
@@ -218,6 +218,8 @@ const REMARKS: [&str; 8] = [
     "Ratios are medians of the ratios to raw within one round.",
     "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first, by one thread \
      (at depth 32 by as many, each in a part of its own). CACHED-LOOP is the same file with a loop device over it: forkdisk's way without FUSE and without forkdisk.",
+    "qcow2 is stacked 64 deep at most: to open more takes QEMU longer than all other rows together.",
+    "Page cache per disk: each device has pages of its own, of what is read through it; the base below is there once more, for all (FORKDISK, QCOW2-CACHED).",
     "XFS and Btrfs lie in an image file on the same host filesystem, with one more loop device below them.",
 ];
 
@@ -237,6 +239,9 @@ impl Book {
             if options.peers.contains(&PeerKind::Raw) {
                 kinds.push(PeerKind::CachedLoop);
             }
+        }
+        if options.groups.contains(&Group::Sharing) && kinds.contains(&PeerKind::Qcow2) {
+            kinds.push(PeerKind::Qcow2Cached);
         }
         kinds.sort();
         let notes = kinds.into_iter().map(|id| PeerNote {

@@ -324,7 +324,10 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         let (dir, device) = peers::filesystem(&work, &host, "mkfs.ext4", room)?;
         let inner = dir.join("base.img");
         peers::copy(&work, &base, &inner)?;
-        let wanted: Vec<PeerKind> = kinds.iter().copied().filter(|k| k.is_block()).collect();
+        let mut wanted: Vec<PeerKind> = kinds.iter().copied().filter(|k| k.is_block()).collect();
+        if has(Group::Sharing) && kinds.contains(&PeerKind::Qcow2) {
+            wanted.push(PeerKind::Qcow2Cached);
+        }
         let mut peers = Vec::new();
         for kind in wanted {
             // Filesystems of their own lie beside it, not in it.
@@ -440,7 +443,7 @@ fn fatal(kind: PeerKind, error: &Error) -> bool {
 /// A server that corrupts what it serves is not timed: each that is not the kernel has to prove itself.
 fn gate(lab: &Lab<'_>, book: &mut Book, peers: &mut Vec<Peer>) {
     peers.retain_mut(|peer| {
-        if !matches!(peer.kind, PeerKind::Qcow2 | PeerKind::Qcow2L2) {
+        if !peer.kind.is_qemu() {
             return true;
         }
         lab.watch

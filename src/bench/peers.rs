@@ -44,6 +44,8 @@ pub enum PeerKind {
     Qcow2,
     /// The same with sub-clusters.
     Qcow2L2,
+    /// qcow2 through the host's page cache, where that is what is counted.
+    Qcow2Cached,
     /// Files instead of blocks.
     Overlayfs,
     /// This.
@@ -65,6 +67,7 @@ impl PeerKind {
             PeerKind::Btrfs => "btrfs",
             PeerKind::Qcow2 => "qcow2",
             PeerKind::Qcow2L2 => "qcow2-l2",
+            PeerKind::Qcow2Cached => "qcow2-cached",
             PeerKind::Overlayfs => "overlayfs",
             PeerKind::Forkdisk => "forkdisk",
             PeerKind::IoUring => "io_uring",
@@ -82,13 +85,18 @@ impl PeerKind {
             PeerKind::Btrfs => "reflinks on Btrfs, a loop device over each",
             PeerKind::Qcow2 => "qcow2 over the base: QEMU's FUSE export, a loop device over it",
             PeerKind::Qcow2L2 => "the same with extended L2 entries (sub-clusters)",
+            PeerKind::Qcow2Cached => "qcow2 through the host's page cache (cache.direct=off)",
             PeerKind::Overlayfs => "overlayfs, which copies files",
             PeerKind::Forkdisk => "forkdisk",
             PeerKind::IoUring => "forkdisk attached with --transport io_uring: no takeover",
         }
     }
-    fn is_qemu(self) -> bool {
-        matches!(self, PeerKind::Qcow2 | PeerKind::Qcow2L2)
+    /// Is it served by QEMU?
+    pub fn is_qemu(self) -> bool {
+        matches!(
+            self,
+            PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached
+        )
     }
     /// Is it this program, by whatever door?
     pub fn is_forkdisk(self) -> bool {
@@ -99,7 +107,11 @@ impl PeerKind {
         !self.is_file()
             && !matches!(
                 self,
-                PeerKind::CachedLoop | PeerKind::Copy | PeerKind::Overlayfs | PeerKind::IoUring
+                PeerKind::CachedLoop
+                    | PeerKind::Copy
+                    | PeerKind::Qcow2Cached
+                    | PeerKind::Overlayfs
+                    | PeerKind::IoUring
             )
     }
     /// Does it show disks as devices?
@@ -177,7 +189,7 @@ impl Peer {
                 peer.home = dir;
                 copy(work, base, &peer.base)?;
             }
-            PeerKind::Qcow2 | PeerKind::Qcow2L2 => {
+            PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached => {
                 work.need("qemu-img", "qemu-utils")?;
                 work.need("qemu-storage-daemon", "qemu-utils")?;
             }
@@ -216,7 +228,9 @@ impl Peer {
             // What is only read.
             (PeerKind::Cached, "reader") => self.base.clone(),
             (PeerKind::Raw, _) if self.one_file => self.home.join("disk.img"),
-            (PeerKind::Qcow2 | PeerKind::Qcow2L2, _) => self.home.join(format!("{name}.qcow2")),
+            (PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached, _) => {
+                self.home.join(format!("{name}.qcow2"))
+            }
             _ => self.home.join(format!("{name}.img")),
         }
     }
@@ -230,7 +244,9 @@ impl Peer {
                 }
                 files
             }
-            PeerKind::Qcow2 | PeerKind::Qcow2L2 => vec![self.base.clone(), self.image(name)],
+            PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached => {
+                vec![self.base.clone(), self.image(name)]
+            }
             _ => vec![self.image(name)],
         }
     }
@@ -263,7 +279,7 @@ impl Peer {
                 command.arg("--reflink=always").arg(from).arg(to);
                 work.short(command).map(drop)
             }
-            PeerKind::Qcow2 | PeerKind::Qcow2L2 => {
+            PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached => {
                 let mut command = work.command("qemu-img");
                 command.args(["create", "-q", "-f", "qcow2"]);
                 if self.kind == PeerKind::Qcow2L2 {
@@ -455,16 +471,20 @@ impl Peer {
         File::create(&file).map_err(|e| Error::io("create", &file, &e))?;
         let image = self.image(name);
         let text = |path: &Path| path.display().to_string();
-        let file_node = |path: &Path| {
-            let (path, direct) = (text(path), serde_json::json!({"direct": true}));
-            serde_json::json!({"driver": "file", "filename": path, "aio": "native", "cache": direct, "discard": "unmap"})
-        };
+        let direct = self.kind != PeerKind::Qcow2Cached;
+        let (cache, aio) = (
+            serde_json::json!({"direct": direct}),
+            // Native is for direct I/O alone.
+            if direct { "native" } else { "threads" },
+        );
+        let file_node = |path: &Path| serde_json::json!({"driver": "file", "filename": text(path), "aio": aio, "cache": cache, "discard": "unmap"});
         let mut node = serde_json::json!({
-            "driver": "qcow2", "node-name": "disk", "discard": "unmap", "cache": {"direct": true}, "file": file_node(&image),
+            "driver": "qcow2", "node-name": "disk", "discard": "unmap", "cache": cache, "file": file_node(&image),
         });
         // What is named by the image itself would be read by threads instead.
         if !self.stacked.borrow().contains(name) {
-            node["backing"] = serde_json::json!({"driver": "raw", "cache": {"direct": true}, "file": file_node(&self.base)});
+            node["backing"] =
+                serde_json::json!({"driver": "raw", "cache": cache, "file": file_node(&self.base)});
             node["backing"]["file"]["read-only"] = true.into();
             node["backing"]["read-only"] = true.into();
         }

@@ -84,7 +84,7 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book, device: &Path) -> Vec<Job<'a>> {
     vec![Job {
         name: format!("{disks} disks read the same"),
         rounds: 1,
-        peers: PeerKind::is_block,
+        peers: |kind| kind.is_block() || kind == PeerKind::Qcow2Cached,
         measure: Box::new(move |lab, peer, gauge, _| {
             let host = peer.below().unwrap_or(&host).to_path_buf();
             let names: Vec<String> = (0..disks).map(|i| format!("share-{i}")).collect();
