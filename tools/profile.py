@@ -159,12 +159,13 @@ def processors(title, rate, seconds, frequency, picture):
 
 def flame(stacks, title):
     """A flame graph (after Brendan Gregg): as wide as its share of all samples, callers below, in the order of the alphabet."""
-    wide, row, least = 1200.0, 16, 0.002
+    wide, row, least, most = 1200.0, 16, 0.002, 32
     total = sum(stacks.values())
     tree = {}
     for stack, count in stacks.items():
         level = tree
-        for frame in stack:
+        # Deeper ones are those of programs without frame pointers, and say nothing.
+        for frame in stack[:most]:
             entry = level.setdefault(frame, [0, {}])
             entry[0] += count
             level = entry[1]

@@ -83,9 +83,9 @@ fn draw(out: &mut String, report: &Report, date: &str) -> std::fmt::Result {
     let high = groups.clone().fold(2.0 * EDGE, |sum, (_, rows)| {
         sum + HEADING + ROW * rows.len() as f64
     });
-    write!(
+    writeln!(
         out,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDE} {high}\" role=\"img\" aria-label=\"forkdisk beside others\"><style>{STYLE}</style>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDE} {high}\" role=\"img\" aria-label=\"forkdisk beside others\"><style>{STYLE}</style>"
     )?;
     legend(out)?;
     for speed in GRID {
@@ -114,10 +114,9 @@ fn draw(out: &mut String, report: &Report, date: &str) -> std::fmt::Result {
     }
     writeln!(
         out,
-        "<text class=\"faint\" x=\"4\" y=\"{:.1}\">How many times as quick as raw (a loop device over a file); bars are bounds. {} {}, {}</text></svg>",
+        "<text class=\"faint\" x=\"4\" y=\"{:.1}\">How many times as quick as raw (a loop device over a file): further right is better. Bars are bounds. {} on Linux {}</text></svg>",
         high - EDGE / 2.0,
         escape(date),
-        escape(&report.command),
         escape(&report.machine.kernel)
     )
 }
