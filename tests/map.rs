@@ -566,6 +566,42 @@ fn rich() -> (Packed, Model) {
 }
 
 /// Everything a reader can do with a run; what it returns does not matter, only that it returns.
+/// What is said to be read for some regions is what is read for them: of all regions that is the whole payload, each byte of it once; and a run of which nothing
+/// but that is left still answers for them.
+#[test]
+fn places_of_regions_are_what_is_read() {
+    let (packed, model) = rich();
+    let run = packed.open();
+    let all: Vec<u32> = (0..1 << 23).collect();
+    let mut places: Vec<_> = run.directories(&all).chain(run.bodies(&all)).collect();
+    places.sort_unstable_by_key(|place| place.start);
+    let payload = packed.reference.len.get() - u64::from(packed.reference.trailer_len.get());
+    let mut at = 0;
+    for place in &places {
+        assert_eq!(place.start, at);
+        at = place.end;
+    }
+    // The trailer begins at the next multiple of its own alignment.
+    assert!(at <= payload && payload - at < 8, "{at} of {payload}");
+
+    let mut some: Vec<u32> = model.blocks.keys().map(|b| (b / REGION) as u32).collect();
+    some.dedup();
+    let some: Vec<u32> = some.into_iter().step_by(3).collect();
+    let mut left = packed.bytes.clone();
+    left[..at as usize].fill(0);
+    // Checksums are of pieces of 4096 bytes.
+    for place in run.directories(&some).chain(run.bodies(&some)) {
+        let from = place.start as usize / 4096 * 4096;
+        let to = (place.end as usize).next_multiple_of(4096).min(at as usize);
+        left[from..to].copy_from_slice(&packed.bytes[from..to]);
+    }
+    let left = Run::open(&left[..], packed.reference, &LAYER).expect("its trailer is there");
+    for region in some {
+        let (found, wanted) = (left.region(Region(region)), run.region(Region(region)));
+        assert_eq!(found.expect("all is there"), wanted.expect("sound"));
+    }
+}
+
 fn read_all(bytes: &[u8], reference: RunRef) -> bool {
     let Ok(run) = Run::open(bytes, reference, &LAYER) else {
         return false;

@@ -277,6 +277,7 @@ pub fn replay_after(
         runs,
         regions: HashMap::new(),
     };
+    prefetch(file, runs, &records);
     for record in records {
         replay.last_changes = replay.changes.len();
         let (sequence, time) = (record.header.sequence.get(), record.header.time.get());
@@ -297,6 +298,40 @@ pub fn replay_after(
         }
     }
     Ok(replay)
+}
+
+/// Fewer regions are looked up one after the other before all could be asked for.
+const FEW: usize = 32;
+
+/// Asks for what the runs say of all the regions that the journal changes, first where it stands and then itself: on the disk it is anywhere, and to wait for one after
+/// the other takes as many times as long as the disk can serve at once.
+fn prefetch(file: &dyn File, runs: &[Arc<MappedRun>], records: &[CommitRecord<'_>]) {
+    let asked = records.iter().filter(|record| record.undo.is_none());
+    let mut regions: Vec<u32> = asked
+        .flat_map(|record| record.entries)
+        .flat_map(|entry| {
+            let (lba, count, _) = entry.get();
+            let last = u64::from(lba.0) + u64::from(count).saturating_sub(1);
+            [lba.region().0, Lba(last as u32).region().0]
+        })
+        .collect();
+    regions.sort_unstable();
+    regions.dedup();
+    if regions.len() < FEW {
+        return;
+    }
+    for run in runs {
+        let start = Slot(run.reference().slot.get()).at();
+        for place in run.directories(&regions) {
+            file.prefetch(start + place.start, place.end - place.start);
+        }
+    }
+    for run in runs {
+        let start = Slot(run.reference().slot.get()).at();
+        for place in run.bodies(&regions) {
+            file.prefetch(start.saturating_add(place.start), place.end - place.start);
+        }
+    }
 }
 
 /// What the runs say, remembered region by region while the journal is replayed.

@@ -10,7 +10,7 @@ use crate::format::{
     RunHeader, RunRef, SUM_PIECE, ZERO_RANGE_MIN, ZeroRange, crc,
 };
 use crate::units::{BLOCK_SIZE, Id, MAX_DISK, REGION_BLOCKS, REGION_BYTES, Region, Slot};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -445,6 +445,34 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             }
         }
         Ok(self.in_zero_range(region.0).then(RegionMap::zeros))
+    }
+    /// Which groups could say something of these regions, which are in rising order; each once.
+    fn groups_of<'a>(&'a self, regions: &'a [u32]) -> impl Iterator<Item = &'a Fence> {
+        let mut last = None;
+        regions.iter().filter_map(move |region| {
+            let group = self.fences.partition_point(|f| f.region.get() <= *region);
+            let group = group.checked_sub(1)?;
+            (last.replace(group) != Some(group)).then(|| &self.fences[group])
+        })
+    }
+    /// What of the run is read to find these regions, which are in rising order, as bytes from its beginning. Looks at the trailer only.
+    pub fn directories<'a>(&'a self, regions: &'a [u32]) -> impl Iterator<Item = Range<u64>> {
+        self.groups_of(regions).map(|fence| {
+            let (at, entries) = (fence.at.get(), u64::from(fence.entries.get()));
+            at..at.saturating_add(entries * size_of::<DirEntry>() as u64)
+        })
+    }
+    /// What is read of it then. Reads the directories; what cannot be read of them is left out.
+    pub fn bodies<'a>(&'a self, regions: &'a [u32]) -> impl Iterator<Item = Range<u64>> {
+        let entries = self.groups_of(regions).filter_map(|f| self.group(f).ok());
+        let wanted = entries
+            .flatten()
+            .filter(|e| e.count.get() > 0 && regions.binary_search(&e.region.get()).is_ok());
+        wanted.map(|e| {
+            let list = e.flags.get() & FLAG_LIST != 0;
+            let len = body_len(usize::from(e.count.get()), list) as u64;
+            e.at.get()..e.at.get().saturating_add(len)
+        })
     }
     fn in_zero_range(&self, region: u32) -> bool {
         let after = self
