@@ -1,5 +1,6 @@
 """What tools/profile asks of the kernel's events and of perf's samples. Read from stdin what `perf script` prints."""
 
+import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -88,11 +89,29 @@ def line(title, rows):
     through = [row for row in rows if row[1] is not None]
     if len(through) * 2 > len(rows):
         rows = through
-    cells = []
+    means = []
     for column in range(len(STEPS)):
         values = [row[column] for row in rows if row[column] is not None]
-        cells.append(f"{sum(values) / len(values):.1f}" if values else "")
-    print(f"{title:38}" + "".join(f"{cell:>13}" for cell in cells) + f"{len(rows):>9}")
+        means.append(sum(values) / len(values) if values else None)
+    print(json.dumps([title, len(rows), *means]))
+
+
+def table():
+    """Of each title the median of the rounds, as printed by `line`."""
+    rounds = defaultdict(list)
+    for text in sys.stdin:
+        title, *values = json.loads(text)
+        rounds[title].append(values)
+    print(f"{'mean of the quickest 95 of 100, us':38}" + "".join(f"{name:>13}" for name in STEPS) + f"{'whole, each round':>26}{'seen':>9}")
+    for title, all_of in rounds.items():
+        cells = []
+        for column in zip(*all_of):
+            known = sorted(value for value in column if value is not None)
+            cells.append(known[len(known) // 2] if known else None)
+        seen, steps = cells[0], cells[1:]
+        text = "".join(f"{'' if cell is None else f'{cell:.1f}':>13}" for cell in steps)
+        whole = " ".join(f"{values[1]:.0f}" for values in all_of)
+        print(f"{title:38}{text}{whole:>26}{seen:>9}")
 
 
 # Who does it, by the first that fits: a part of a thread's name, a function anywhere in the stack, what it is called.
@@ -202,8 +221,8 @@ def flame(stacks, title):
 
 def main():
     what, *rest = sys.argv[1:]
-    if what == "head" and rest == ["steps"]:
-        print(f"{'mean of the quickest 95 of 100, us':38}" + "".join(f"{name:>13}" for name in STEPS) + f"{'seen':>9}")
+    if what == "table":
+        table()
     elif what == "steps":
         steps(*rest)
     elif what == "processors":
