@@ -230,6 +230,33 @@ fn a_torn_second_copy_then_a_power_cut_during_recovery() {
     }
 }
 
+/// A power cut tore copy 2 while a disk was closed. Who opened it wrote copy 1 once more, as it might have been in the page cache only, and another power cut tore
+/// the only good copy.
+#[test]
+fn a_torn_second_copy_of_a_closed_disk_then_a_power_cut_while_opening() {
+    let opens = |sim: &SimDisk| open(&store(sim, 3), "d1").map(drop);
+    let closes = |sim: &SimDisk| {
+        let disk = open(&store(sim, 2), "d1")?;
+        disk.write(&[7; 4096], 0)?;
+        disk.close()
+    };
+    let sim = world();
+    sim.set_garbage_pages(true);
+    each_cut(&sim, closes, |off, closing| {
+        for seed in 0..8 {
+            each_cut(&off.crash(seed), opens, |off, opening| {
+                for again in 0..4 {
+                    if let Err(e) = open(&store(&off.crash(seed << 8 | again), 4), "d1") {
+                        panic!(
+                            "power at {closing}, seed {seed}, at {opening}, seed {again}: {e:?}"
+                        );
+                    }
+                }
+            });
+        }
+    });
+}
+
 /// A power cut in a renaming kept the disk's new name and dropped that of its snapshot: nobody could complete it, as there was no disk of
 /// the old name any more.
 #[test]

@@ -447,8 +447,9 @@ impl Layer {
             self.file.sync()
         };
         if found.second_differs {
-            if unsettled {
-                // Until copy 1 is there copy 2 is the one good copy.
+            if unsettled && !found.damaged_copy {
+                // Until copy 1 is there copy 2 is the one good copy. A torn copy 2 is none: it was written after copy 1 was synced, and to write copy 1
+                // once more could tear the one that is left.
                 copy(1)?;
             }
             // A crash tore or dropped copy 2: it takes over before the checkpoint below writes to the one good copy.

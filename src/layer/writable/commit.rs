@@ -231,7 +231,8 @@ impl Layer {
                 use_slot(&mut c.free, &mut c.high, slot.0);
             }
         }
-        let scattered = c.memtable.regions() > CHECKPOINT_REGIONS;
+        // A history is read back without asking the runs, and has room for so many checkpoints only.
+        let scattered = c.history.keep.is_none() && c.memtable.regions() > CHECKPOINT_REGIONS;
         self.scattered.store(scattered, SeqCst);
         match (undo, time) {
             (Some(undo), Some(time)) => {
