@@ -35,15 +35,7 @@ impl Base {
         sums: Option<Arc<dyn File>>,
         held: Arc<dyn File>,
     ) -> Result<Base> {
-        let found = file.len()?;
-        if found != len {
-            return Err(Error::new(
-                Kind::Corrupt,
-                format!("the base image has {found} bytes, but had {len} when it was imported"),
-            )
-            .path(file.path())
-            .hint("restore the image: all disks over it depend on its exact contents"));
-        }
+        check_len(&*file, len)?;
         let base = Base {
             id,
             file,
@@ -140,6 +132,8 @@ impl Base {
     /// was none when the image was imported; it is among them, so that whoever reads what there is hears of the damage.
     pub fn data_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
         let found = self.file.data_ranges(at, len)?;
+        // Afterwards: what is cut off of a linked image is no hole.
+        check_len(&*self.file, self.len)?;
         let Some((_, sums)) = self.sums.get() else {
             return Ok(found);
         };
@@ -214,6 +208,20 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// Has the image the length that it had when it was imported?
+fn check_len(image: &dyn File, len: u64) -> Result<()> {
+    let found = image.len()?;
+    if found == len {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Corrupt,
+        format!("the base image has {found} bytes, but had {len} when it was imported"),
+    )
+    .path(image.path())
+    .hint("restore the image: all disks over it depend on its exact contents"))
 }
 
 /// Adds a range to ranges in order.

@@ -642,12 +642,16 @@ fn take_lock(run_dir: &Path) -> Result<File> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(|e| Error::io("open", &path, &e))?;
-    let deadline = Instant::now() + Duration::from_secs(2);
+    let begun = Instant::now();
+    // One that is just ending holds it for a moment longer than it answers; who takes away what a dead one left, as long as devices take to go.
+    let may_go = || match begun.elapsed() {
+        waited if waited < Duration::from_secs(2) => true,
+        waited => waited < Duration::from_secs(15) && !is_served(run_dir),
+    };
     loop {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
-            // One that is just ending holds it for a moment longer than it answers.
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+            Err(rustix::io::Errno::WOULDBLOCK) if may_go() => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -660,6 +664,11 @@ fn take_lock(run_dir: &Path) -> Result<File> {
             Err(e) => return Err(Error::io("lock", &path, &e.into())),
         }
     }
+}
+
+/// Does somebody answer at the socket?
+fn is_served(run_dir: &Path) -> bool {
+    socket_path(run_dir).is_ok_and(|(_dir, path)| UnixStream::connect(path).is_ok())
 }
 
 /// Does a keeper live in this run directory?
@@ -688,14 +697,17 @@ pub fn clear_dead(store: &Store) -> bool {
     if !is_left() || private::must_be_private(&run_dir).is_err() {
         return false;
     }
-    let Ok(lock) = File::open(run_dir.join(LOCK)) else {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let lock = File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(run_dir.join(LOCK));
+    let Ok(lock) = lock else {
         return false;
     };
     // As long as we hold it nobody begins. A server may live without its keeper for a moment.
     let ours = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
-    let served =
-        || socket_path(&run_dir).is_ok_and(|(_dir, path)| UnixStream::connect(path).is_ok());
-    if !ours || served() {
+    if !ours || is_served(&run_dir) {
         return false;
     }
     clear_away(&run_dir, &mount);

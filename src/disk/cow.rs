@@ -672,8 +672,19 @@ impl Disk for CowDisk {
             .map_err(|e| Error::io("open", base.file().path(), &e))
     }
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>> {
-        let top = self.top.read();
-        self.check(at, len)?;
+        let (found, base) = {
+            let top = self.top.read();
+            self.check(at, len)?;
+            (Self::mapped(&top, at, len)?, top.chain.base().clone())
+        };
+        // Not under the lock: the host is asked, and a seal would wait for its answer, and all others for the seal.
+        show_holes(found, &base)
+    }
+}
+
+impl CowDisk {
+    /// What the block maps say of a range; what is of the base may be a hole of it.
+    fn mapped(top: &Top, at: u64, len: u64) -> Result<Vec<Extent>> {
         if len == 0 {
             return Ok(Vec::new());
         }
@@ -711,7 +722,7 @@ impl Disk for CowDisk {
                 continue;
             }
             let _guard = top.layer.as_ref().map(Layer::enter);
-            Self::locate::<REGION_BLOCKS>(&top, lba.region(), lba.index(), &mut places[..n])?;
+            Self::locate::<REGION_BLOCKS>(top, lba.region(), lba.index(), &mut places[..n])?;
             for (i, place) in places[..n].iter().enumerate() {
                 let at = (block + i as u64) * BLOCK;
                 let from = match *place {
@@ -738,7 +749,7 @@ impl Disk for CowDisk {
             }
             block += n as u64;
         }
-        show_holes(out, top.chain.base())
+        Ok(out)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::io::File;
 use crate::map::{Item, Memtable, RegionMap, WORDS, merge, undo};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The superblock that counts, and how it was found.
@@ -303,6 +304,9 @@ pub fn replay_after(
 /// Fewer regions are looked up one after the other before all could be asked for.
 const FEW: usize = 32;
 
+/// Asked for at most, in bytes: a file that was made to deceive may name the same places again and again.
+const AHEAD: u64 = 1 << 30;
+
 /// Asks for what the runs say of all the regions that the journal changes, first where it stands and then itself: on the disk it is anywhere, and to wait for one after
 /// the other takes as many times as long as the disk can serve at once.
 fn prefetch(file: &dyn File, runs: &[Arc<MappedRun>], records: &[CommitRecord<'_>]) {
@@ -320,17 +324,23 @@ fn prefetch(file: &dyn File, runs: &[Arc<MappedRun>], records: &[CommitRecord<'_
     if regions.len() < FEW {
         return;
     }
-    for run in runs {
-        let start = Slot(run.reference().slot.get()).at();
-        for place in run.directories(&regions) {
-            file.prefetch(start + place.start, place.end - place.start);
+    let mut left = AHEAD;
+    let mut ask = |run: &MappedRun, place: Range<u64>| {
+        let len = place.end - place.start;
+        let enough = left < len;
+        if !enough {
+            left -= len;
+            let start = Slot(run.reference().slot.get()).at();
+            file.prefetch(start.saturating_add(place.start), len);
         }
+        !enough
+    };
+    for run in runs {
+        // Each is asked for while the one before is on its way.
+        let _all = run.directories(&regions).all(|place| ask(run, place));
     }
     for run in runs {
-        let start = Slot(run.reference().slot.get()).at();
-        for place in run.bodies(&regions) {
-            file.prefetch(start.saturating_add(place.start), place.end - place.start);
-        }
+        let _all = run.bodies(&regions).all(|place| ask(run, place));
     }
 }
 

@@ -79,6 +79,8 @@ const CHECKPOINT_SLOTS: u32 = JOURNAL_SLOTS / 2;
 /// And one that changes so many regions: who opens the layer after an unclean stop asks the runs about each, and they are read from the disk for that
 /// (`cargo bench --bench scale`: 190 ms for 4,096 of 100 million blocks).
 const CHECKPOINT_REGIONS: usize = 2048;
+/// A checkpoint for which the host had no room is tried again when the journal is so much longer, in slots.
+const PUT_OFF: u32 = JOURNAL_SLOTS / 32;
 
 /// A region of which everything this layer knows is in memory.
 struct Resident {
@@ -223,6 +225,8 @@ pub struct Layer {
     over: AtomicBool,
     /// The journal changes so many regions that it should be emptied.
     scattered: AtomicBool,
+    /// How long the journal must be before a checkpoint is tried again, in slots: the host had no room for the last one.
+    put_off: AtomicU32,
     /// What lies below it, where that is known.
     below: Mutex<Option<Arc<dyn Below>>>,
     /// What is seen through it could not be counted.
@@ -426,6 +430,7 @@ impl Layer {
             past: AtomicU64::new(past),
             over: AtomicBool::new(false),
             scattered: AtomicBool::new(false),
+            put_off: AtomicU32::new(0),
             below: Mutex::new(None),
             uncounted: AtomicBool::new(false),
             file: host.clone(),

@@ -458,8 +458,9 @@ impl<B: Deref<Target = [u8]>> Run<B> {
     /// What of the run is read to find these regions, which are in rising order, as bytes from its beginning. Looks at the trailer only.
     pub fn directories<'a>(&'a self, regions: &'a [u32]) -> impl Iterator<Item = Range<u64>> {
         self.groups_of(regions).map(|fence| {
-            let (at, entries) = (fence.at.get(), u64::from(fence.entries.get()));
-            at..at.saturating_add(entries * size_of::<DirEntry>() as u64)
+            let entries = (fence.entries.get() as usize).min(GROUP_REGIONS);
+            let at = fence.at.get();
+            at..at.saturating_add((entries * size_of::<DirEntry>()) as u64)
         })
     }
     /// What is read of it then. Reads the directories; what cannot be read of them is left out.
@@ -470,7 +471,8 @@ impl<B: Deref<Target = [u8]>> Run<B> {
             .filter(|e| e.count.get() > 0 && regions.binary_search(&e.region.get()).is_ok());
         wanted.map(|e| {
             let list = e.flags.get() & FLAG_LIST != 0;
-            let len = body_len(usize::from(e.count.get()), list) as u64;
+            let count = usize::from(e.count.get()).min(REGION_BLOCKS);
+            let len = body_len(count, list) as u64;
             e.at.get()..e.at.get().saturating_add(len)
         })
     }

@@ -5,7 +5,7 @@
 use super::host::{Holes, LARGE_HOLE};
 use super::{
     AHEAD, CHECKPOINT_REGIONS, CHECKPOINT_SLOTS, Commit, Counted, FreeSet, HOT_MAX, HOT_SLOTS,
-    Layer, MappedRun, State,
+    Layer, MappedRun, PUT_OFF, State,
 };
 use crate::error::{Error, Kind, Result};
 use crate::format::{
@@ -74,13 +74,14 @@ impl Layer {
     }
 
     fn tidy(&self) -> Result<()> {
-        if self.space.lock().journal_head > CHECKPOINT_SLOTS
-            || self.over.load(SeqCst)
-            || self.scattered.load(SeqCst)
-        {
+        let head = self.space.lock().journal_head;
+        let long = head > CHECKPOINT_SLOTS || self.scattered.load(SeqCst);
+        // A history that is too large gives room, so that is tried at once.
+        if self.over.load(SeqCst) || long && head >= self.put_off.load(SeqCst) {
             match self.checkpoint_now() {
-                // The journal still has room: nothing is lost, and writers will be told in time.
+                // The journal still has room: nothing is lost, and writers will be told in time. Each try writes the map up to where the room ends.
                 Err(e) if e.kind() == Kind::NoSpace => {
+                    self.put_off.store(head + PUT_OFF, SeqCst);
                     tracing::warn!(layer = %self.id, "checkpoint put off: {e}")
                 }
                 other => other?,
@@ -415,6 +416,7 @@ impl Layer {
         self.past.store(c.history.slots(), SeqCst);
         self.over.store(false, SeqCst);
         self.scattered.store(false, SeqCst);
+        self.put_off.store(0, SeqCst);
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);
