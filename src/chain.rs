@@ -249,8 +249,13 @@ impl Chain {
 }
 
 impl Below for Chain {
-    fn base(&self) -> Id {
-        self.base.id()
+    fn counted_over(&self, kept: Option<Id>) -> Id {
+        // The base may have come there so lately that a power cut brings back the one before it. What was counted over that one is true over this, but
+        // that one knows nothing of this.
+        match self.base.others().first() {
+            Some(before) if kept.is_some_and(|kept| kept != self.base.id()) => *before,
+            _ => self.base.id(),
+        }
     }
     fn counts_over(&self, base: Id) -> bool {
         self.base.counts_as(base)

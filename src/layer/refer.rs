@@ -16,8 +16,8 @@ pub type Bits = [u64; WORDS];
 
 /// What lies below a layer, as far as it matters which blocks hold data.
 pub trait Below: Send + Sync {
-    /// Id of the base at the bottom.
-    fn base(&self) -> Id;
+    /// Which base a new count is said to be over, where the one before it was over `kept`, if that is known.
+    fn counted_over(&self, kept: Option<Id>) -> Id;
     /// Is what was counted over that base true of this, too?
     fn counts_over(&self, base: Id) -> bool;
     /// How many data blocks it shows, if that is known.

@@ -41,7 +41,10 @@ impl Layer {
         }
         let kept = kept.filter(|(_, base)| below.counts_over(*base));
         match self.count_refer(c, kept.map(|(refer, _)| refer), &*below) {
-            Ok(refer) => refer.map(|refer| (refer, below.base())),
+            Ok(refer) => {
+                let over = below.counted_over(kept.map(|(_, base)| base));
+                refer.map(|refer| (refer, over))
+            }
             Err(e) => {
                 // Whatever cannot be read below is met by whoever reads it: it is no reason to stop those who write.
                 tracing::warn!(layer = %self.id, "what is seen through it is not counted any more: {e}");
