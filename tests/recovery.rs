@@ -243,9 +243,9 @@ fn a_torn_second_copy_of_a_closed_disk_then_a_power_cut_while_opening() {
     let sim = world();
     sim.set_garbage_pages(true);
     each_cut(&sim, closes, |off, closing| {
-        for seed in 0..8 {
+        for seed in 0..48 {
             each_cut(&off.crash(seed), opens, |off, opening| {
-                for again in 0..4 {
+                for again in 0..16 {
                     if let Err(e) = open(&store(&off.crash(seed << 8 | again), 4), "d1") {
                         panic!(
                             "power at {closing}, seed {seed}, at {opening}, seed {again}: {e:?}"

@@ -6,6 +6,7 @@ use forkdisk::disk::Source;
 use forkdisk::error::Kind;
 use forkdisk::format::MAX_DEPTH;
 use forkdisk::io::sim::Policy;
+use forkdisk::store::history::Limits;
 use forkdisk::units::MAX_DISK;
 
 #[test]
@@ -227,4 +228,66 @@ fn a_journal_of_many_regions_is_emptied() {
         assert_eq!(block(&*disk, n * 512)[0], (n % 100) as u8 + 1, "{n}");
     }
     assert_eq!(block(&*disk, 99)[0], 60);
+}
+
+/// A history has room for so many checkpoints only: it would be short.
+#[test]
+fn a_journal_of_many_regions_stays_where_a_history_is_kept() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 4096]);
+    fork(&store, "image", "wide", Some(1 << 40));
+    let kept = Limits {
+        window: None,
+        bytes: Some(1 << 30),
+    };
+    store
+        .set_history(&["wide".to_string()], Some(kept))
+        .expect("a history");
+    let disk = open(&store, "wide").expect("wide");
+    let journal = || disk.stats().layer.expect("writable").journal;
+    for flush in 0..60u64 {
+        let before = journal();
+        for n in 0..100 {
+            let at = (flush * 100 + n) * 512 * B;
+            disk.write(&[n as u8 + 1; 4096], at).expect("write");
+        }
+        disk.flush().expect("flush");
+        assert!(journal() > before, "flush {flush}");
+    }
+}
+
+/// Where the host has no room for that, it is not tried at each flush: the map would be written each time, up to where the room ends.
+#[test]
+fn a_journal_that_cannot_be_emptied_costs_no_more() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 4096]);
+    fork(&store, "image", "wide", Some(1 << 40));
+    let disk = open(&store, "wide").expect("wide");
+    let flush = |fill: u8, regions: std::ops::Range<u64>| {
+        for n in regions {
+            disk.write(&[fill; 4096], n * 512 * B).expect("write");
+        }
+        let before = sim.calls();
+        disk.flush().expect("flush");
+        sim.calls() - before
+    };
+    // Room in the journal for what follows, and slots that are free.
+    for n in 0..100 {
+        flush(n, 0..8);
+    }
+    disk.checkpoint().expect("checkpoint");
+    flush(1, 0..2040);
+    let usual = (0..10).map(|n| flush(n, 0..4)).max().expect("some");
+    let used = sim.used();
+    sim.set_capacity(Some(used + 10 * B));
+    flush(1, 2040..2050);
+    let costs: Vec<u64> = (0..40).map(|n| flush(n, 0..4)).collect();
+    let dear = costs.iter().filter(|calls| **calls > usual + 1).count();
+    assert!((1..=3).contains(&dear), "{usual} {costs:?}");
+    sim.set_capacity(None);
+    for n in 0..40 {
+        flush(n, 0..4);
+    }
+    let journal = disk.stats().layer.expect("writable").journal;
+    assert!(journal < 60 * B, "{journal} bytes");
 }
