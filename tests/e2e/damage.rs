@@ -442,6 +442,39 @@ fn a_linked_image_that_changes_unseen() {
     w.finish();
 }
 
+/// What is cut off of a linked image while a disk over it is open is damage, and no hole.
+#[test]
+fn a_linked_image_that_is_cut_while_it_is_in_use() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.file("i.img", &noise(1, 1 << 20));
+    w.ok(["import", s(&image), "base", "--link"]);
+    w.ok(["create", "d", "--from", "base"]);
+    let file = w.ok(["attach", "d", "--via", "file"]);
+    let open = File::open(file.trim_end()).unwrap();
+    let seek = |to| rustix::fs::seek(&open, to);
+    assert_eq!(seek(rustix::fs::SeekFrom::Hole(0)), Ok(1 << 20));
+    let cut = File::options().write(true).open(&image).unwrap();
+    let time = cut.metadata().unwrap().modified().unwrap();
+    cut.set_len(4096).unwrap();
+    for to in [
+        rustix::fs::SeekFrom::Hole(0),
+        rustix::fs::SeekFrom::Data(8192),
+    ] {
+        assert_eq!(seek(to), Err(rustix::io::Errno::IO));
+    }
+    assert_eq!(w.run(["map", "d"]).code, 4);
+    cut.write_all_at(&noise(1, 1 << 20), 0).unwrap();
+    cut.set_modified(time).unwrap();
+    assert_eq!(seek(rustix::fs::SeekFrom::Hole(0)), Ok(1 << 20));
+    drop(open);
+    w.ok(["map", "d"]);
+    w.ok(["detach", "d"]);
+    w.finish();
+}
+
 /// SIGINT ends a scrub with 130; the next one goes on. Names that are lost come back.
 #[test]
 fn a_scrub_is_interrupted_and_names_are_repaired() {
