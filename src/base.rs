@@ -72,13 +72,16 @@ impl Base {
             return Ok(*known);
         }
         let data = data_blocks(&*self.file, 0, self.len)?;
+        check_len(&*self.file, self.len)?;
         let counted = data.iter().map(|(start, end)| end - start).sum();
         Ok(*self.data.get_or_init(|| counted))
     }
     /// Its blocks that hold data, of `start` to before `end`: ranges in order.
     pub fn data_in(&self, start: u64, end: u64) -> Result<Vec<(u64, u64)>> {
         let at = (start * BLOCK).min(self.len);
-        data_blocks(&*self.file, at, (end * BLOCK).min(self.len) - at)
+        let found = data_blocks(&*self.file, at, (end * BLOCK).min(self.len) - at)?;
+        check_len(&*self.file, self.len)?;
+        Ok(found)
     }
     /// Takes a file of checksums into use, from now on. Those that are in use already stay.
     pub fn add_sums(&self, sums: Arc<dyn File>) -> Result<()> {

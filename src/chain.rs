@@ -253,7 +253,7 @@ impl Below for Chain {
         // The base may have come there so lately that a power cut brings back the one before it. What was counted over that one is true over this, but
         // that one knows nothing of this.
         match self.base.others().first() {
-            Some(before) if kept.is_some_and(|kept| kept != self.base.id()) => *before,
+            Some(before) if kept != Some(self.base.id()) => *before,
             _ => self.base.id(),
         }
     }

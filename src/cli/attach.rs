@@ -318,28 +318,38 @@ impl Detach {
             detached: Vec::new(),
             unmounted: Vec::new(),
         };
+        let done = self.take_all(context, &store, daemon.as_mut(), &plans, &mut document);
+        if daemon.is_none() {
+            daemon::clear_dead(&store);
+        }
+        // What was detached is told also where something could not be.
+        if ui.json && (done.is_ok() || !document.detached.is_empty()) {
+            let told = ui.document(document);
+            return done.and(told);
+        }
+        done
+    }
+    fn take_all(
+        &self,
+        context: &Context,
+        store: &Store,
+        mut daemon: Option<&mut Client>,
+        plans: &[Plan],
+        document: &mut DetachDoc,
+    ) -> Outcome {
         let mut first = None;
-        for plan in &plans {
+        for plan in plans {
             if signals::caught() {
                 return Err(Error::new(Kind::Interrupted, "interrupted").into());
             }
-            match self.take(context, &store, daemon.as_mut(), plan, &mut document) {
+            match self.take(context, store, daemon.as_deref_mut(), plan, document) {
                 // Of all as many as can.
-                Err(Stop::Error(e)) if self.all && first.is_some() => ui.warn(&e),
+                Err(Stop::Error(e)) if self.all && first.is_some() => context.ui.warn(&e),
                 Err(Stop::Error(e)) if self.all => first = Some(e),
                 other => other?,
             }
         }
-        if daemon.is_none() {
-            daemon::clear_dead(&store);
-        }
-        if let Some(e) = first {
-            return Err(e.into());
-        }
-        if ui.json {
-            return ui.document(document);
-        }
-        Ok(())
+        first.map_or(Ok(()), |e| Err(e.into()))
     }
     /// Does what was planned, and notes it.
     fn take(

@@ -655,11 +655,17 @@ fn take_lock(run_dir: &Path) -> Result<File> {
                 std::thread::sleep(Duration::from_millis(20));
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(
-                    Error::new(Kind::Busy, "a daemon runs for this store already")
-                        .path(path)
-                        .hint("`forkdisk daemon status` shows it"),
-                );
+                let (why, hint) = match is_served(run_dir) {
+                    true => (
+                        "a daemon runs for this store already",
+                        "`forkdisk daemon status` shows it",
+                    ),
+                    false => (
+                        "the lock of this store's daemon is held, and nobody answers",
+                        "`fuser` tells who holds it",
+                    ),
+                };
+                return Err(Error::new(Kind::Busy, why).path(path).hint(hint));
             }
             Err(e) => return Err(Error::io("lock", &path, &e.into())),
         }

@@ -133,6 +133,8 @@ struct Commit {
     /// Newest epoch that is in a commit.
     epoch: u64,
     history: History,
+    /// How long the journal must be before a checkpoint is tried again that can wait, in slots: the host had no room for the last one.
+    put_off: u32,
     buffer: Vec<u8>,
 }
 
@@ -225,8 +227,6 @@ pub struct Layer {
     over: AtomicBool,
     /// The journal changes so many regions that it should be emptied.
     scattered: AtomicBool,
-    /// How long the journal must be before a checkpoint is tried again, in slots: the host had no room for the last one.
-    put_off: AtomicU32,
     /// What lies below it, where that is known.
     below: Mutex<Option<Arc<dyn Below>>>,
     /// What is seen through it could not be counted.
@@ -405,6 +405,7 @@ impl Layer {
                 zero_blocks: b.zero as i64,
                 epoch: 0,
                 history: b.history,
+                put_off: 0,
                 buffer: Vec::new(),
                 superblock: b.superblock,
             }),
@@ -430,7 +431,6 @@ impl Layer {
             past: AtomicU64::new(past),
             over: AtomicBool::new(false),
             scattered: AtomicBool::new(false),
-            put_off: AtomicU32::new(0),
             below: Mutex::new(None),
             uncounted: AtomicBool::new(false),
             file: host.clone(),

@@ -110,7 +110,8 @@ impl Campaign {
                         {
                             let first = !stop.swap(true, Ordering::Relaxed);
                             if first {
-                                let report = report(trouble, failure);
+                                let given = text("FORKDISK_CRASH_OPS").is_some();
+                                let report = report(trouble, failure, given);
                                 *failed.lock().expect("nobody panics with it") = Some(report);
                             }
                             return;
@@ -182,7 +183,7 @@ impl Campaign {
 }
 
 /// What is said of a failure: as it was found, and as small as it could be made.
-fn report(trouble: Trouble, failure: Failure) -> String {
+fn report(trouble: Trouble, failure: Failure, given: bool) -> String {
     let repeat = |failure: &Failure, ops: bool| {
         let Failure { plan, place, .. } = failure;
         let ops = match ops {
@@ -199,7 +200,6 @@ fn report(trouble: Trouble, failure: Failure) -> String {
             trouble.test()
         )
     };
-    let given = text("FORKDISK_CRASH_OPS").is_some();
     let mut said = format!(
         "{}\n   to repeat it: {}\n",
         failure.why,
@@ -363,7 +363,7 @@ fn what_failed_once_does_not_fail_again() {
             let plan = Plan::parse(seed, ops).expect("a plan");
             let failed = campaign.planned(plan, None, &Figures::default(), &AtomicBool::new(false));
             if let Some((trouble, failure)) = failed {
-                panic!("{what}: {}", report(trouble, failure));
+                panic!("{what}: {}", report(trouble, failure, true));
             }
         }
     }

@@ -294,9 +294,16 @@ fn all_that_is_not_busy_is_taken_away_at_once() {
     let told = w.ok(["detach", "--all", "-n"]);
     assert_eq!(told.matches("would detach d-1@s").count(), 3, "{told}");
     assert_eq!(w.attached().len(), 4);
+    let told = w.run(["detach", "--all", "--json"]);
+    assert!(
+        told.code == 11 && told.stderr.contains(s(&busy)),
+        "{told:?}"
+    );
+    let gone: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert_eq!(gone["detached"].as_array().unwrap().len(), 5, "{told:?}");
+    assert_eq!(w.attached(), ["d-1"]);
     let told = w.fails_here(11, &["detach", "--all"]);
     assert!(told.contains(s(&busy)), "{told}");
-    assert_eq!(w.attached(), ["d-1"]);
     assert!(busy.join("file").exists(), "what is busy stays mounted");
     let told = w.fails_here(11, &["daemon", "stop"]);
     assert!(told.contains("detach --all"), "{told}");

@@ -74,18 +74,11 @@ impl Layer {
     }
 
     fn tidy(&self) -> Result<()> {
-        let head = self.space.lock().journal_head;
-        let long = head > CHECKPOINT_SLOTS || self.scattered.load(SeqCst);
-        // A history that is too large gives room, so that is tried at once.
-        if self.over.load(SeqCst) || long && head >= self.put_off.load(SeqCst) {
-            match self.checkpoint_now() {
-                // The journal still has room: nothing is lost, and writers will be told in time. Each try writes the map up to where the room ends.
-                Err(e) if e.kind() == Kind::NoSpace => {
-                    self.put_off.store(head + PUT_OFF, SeqCst);
-                    tracing::warn!(layer = %self.id, "checkpoint put off: {e}")
-                }
-                other => other?,
-            }
+        if self.space.lock().journal_head > CHECKPOINT_SLOTS
+            || self.over.load(SeqCst)
+            || self.scattered.load(SeqCst)
+        {
+            self.checkpoint_if_room()?;
         }
         self.keep_reserve()?;
         self.write_ahead();
@@ -272,6 +265,25 @@ impl Layer {
         self.checkpoint(&mut commit, State::Writable)
     }
 
+    /// The same for whoever can do without. The journal still has room: nothing is lost if the host has none, and writers will be told in time. Then it is
+    /// not tried again at once, as each try writes the map up to where the room ends.
+    pub(super) fn checkpoint_if_room(&self) -> Result<()> {
+        let mut commit = self.commit.lock();
+        self.check_poison()?;
+        let head = commit.head;
+        if head == 0 || head < commit.put_off {
+            return Ok(());
+        }
+        match self.checkpoint(&mut commit, State::Writable) {
+            Err(e) if e.kind() == Kind::NoSpace => {
+                commit.put_off = (head + PUT_OFF).min(JOURNAL_SLOTS - 1);
+                tracing::warn!(layer = %self.id, "checkpoint put off: {e}");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     /// FORMAT.md, "Checkpoint". An error before the superblock is touched (no space for the run) leaves all as it was; a failed
     /// sync or superblock write poisons.
     pub(super) fn checkpoint(&self, c: &mut Commit, state: State) -> Result<()> {
@@ -416,7 +428,7 @@ impl Layer {
         self.past.store(c.history.slots(), SeqCst);
         self.over.store(false, SeqCst);
         self.scattered.store(false, SeqCst);
-        self.put_off.store(0, SeqCst);
+        c.put_off = 0;
         c.memtable = Memtable::new();
         c.head = 0;
         *self.runs.write() = Arc::new(runs);

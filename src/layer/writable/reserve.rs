@@ -36,10 +36,7 @@ impl Layer {
         let needed = blocks(self.commit.lock().memtable.run_len()).min(u64::from(MOST)) as u32;
         match self.enlarge_reserve(needed) {
             Ok(()) => Ok(()),
-            Err(e) if e.kind() == Kind::NoSpace => match self.checkpoint_now() {
-                Err(e) if e.kind() == Kind::NoSpace => Ok(()),
-                other => other,
-            },
+            Err(e) if e.kind() == Kind::NoSpace => self.checkpoint_if_room(),
             // The flush before it was good, whatever became of this.
             Err(e) => {
                 tracing::debug!(layer = %self.id, "nothing is in reserve: {e}");

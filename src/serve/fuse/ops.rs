@@ -31,7 +31,7 @@ const BLKSIZE: u32 = 4096;
 /// First look of LSEEK, in bytes; it doubles up to [`SEEK_MAX`], so that a seek over a large empty disk takes
 /// few steps and one into data costs little.
 const SEEK_FIRST: u64 = 256 << 10;
-const SEEK_MAX: u64 = 64 << 20;
+const SEEK_MAX: u64 = 1 << 30;
 
 /// Failures logged per second; the rest is counted. A failing disk fails thousands of requests.
 const LOGGED_PER_SECOND: u64 = 10;
