@@ -191,6 +191,15 @@ fn images_of_any_length_read_as_zeros_past_their_end() {
     }
 }
 
+/// Writes a block in each of a hundred regions, other ones for each `flush`, and flushes.
+fn hundred_regions(disk: &dyn Disk, flush: u64) {
+    for n in 0..100 {
+        let at = (flush * 100 + n) * 512 * B;
+        disk.write(&[n as u8 + 1; 4096], at).expect("write");
+    }
+    disk.flush().expect("flush");
+}
+
 /// Who opens a disk after a crash asks the block map about each region that its journal changes, and should not wait for that: a journal of many
 /// regions is emptied, however short it is.
 #[test]
@@ -203,11 +212,7 @@ fn a_journal_of_many_regions_is_emptied() {
     let (mut emptied, mut longest) = (0, 0);
     for flush in 0..60u64 {
         let before = journal();
-        for n in 0..100 {
-            let at = (flush * 100 + n) * 512 * B;
-            disk.write(&[n as u8 + 1; 4096], at).expect("write");
-        }
-        disk.flush().expect("flush");
+        hundred_regions(&*disk, flush);
         emptied += u32::from(journal() < before);
         longest = longest.max(journal());
     }
@@ -247,11 +252,7 @@ fn a_journal_of_many_regions_stays_where_a_history_is_kept() {
     let journal = || disk.stats().layer.expect("writable").journal;
     for flush in 0..60u64 {
         let before = journal();
-        for n in 0..100 {
-            let at = (flush * 100 + n) * 512 * B;
-            disk.write(&[n as u8 + 1; 4096], at).expect("write");
-        }
-        disk.flush().expect("flush");
+        hundred_regions(&*disk, flush);
         assert!(journal() > before, "flush {flush}");
     }
 }
