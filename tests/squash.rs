@@ -168,6 +168,47 @@ fn a_hundred_layers_become_one_and_then_a_base() {
     sound(&store);
 }
 
+/// A fresh fork has nothing of its own, and the layer it stands on is others' too.
+#[test]
+fn a_flattened_disk_stands_on_nothing_of_its_image() {
+    let (_sim, store) = simulated(60);
+    let disk = open(&store, "d");
+    disk.write(&data(3, 9 * B), 5 * B).expect("write");
+    store.commit_running(&disk, "d", "i", None).expect("commit");
+    store
+        .create(&["fork".to_string()], "i", None)
+        .expect("create");
+    let shown = contents(&store, "fork");
+    let flatten = |name: &str| {
+        let flat = store.flatten(name, &Quiet).expect("flatten");
+        assert!(flat.base.is_some(), "{name}");
+        store.collect_former(&flat.former).expect("collect");
+    };
+    // At rest, and open.
+    store.seal("fork").expect("seal");
+    flatten("fork");
+    store.seal_open(&disk, "d").expect("seal");
+    flatten("d");
+    assert!(store.rechain(&disk).expect("rechain"));
+    sound(&store);
+    // Now there is nothing to seal, and nothing to flatten.
+    store.seal("fork").expect("seal");
+    store.seal_open(&disk, "d").expect("seal");
+    for name in ["fork", "d"] {
+        assert_eq!((depth(&store, name), name), (2, name));
+        assert_eq!(store.flatten(name, &Quiet).expect("flatten").base, None);
+    }
+    // Both fail if anything still stands on them.
+    remove(&store, "i");
+    remove(&store, "image");
+    assert!(contents(&store, "fork") == shown);
+    assert!(read_all(&*disk).expect("read") == shown);
+    disk.close().expect("close");
+    drop(disk);
+    sound(&store);
+    assert_eq!(store.layers().expect("list").sound.len(), 4);
+}
+
 /// Ends the work after so many bytes.
 struct After(AtomicU64);
 impl Progress for After {

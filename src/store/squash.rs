@@ -450,22 +450,32 @@ impl Store {
         disk.rechain(new);
         Ok(true)
     }
-    /// Seals the layer of a disk at rest, if it holds anything or stands on a base: all it shows is in sealed layers then.
+    /// Seals the layer of a disk at rest: all it shows is in sealed layers then, and the topmost of them is its own. Nothing is done where that is so already.
     pub fn seal(&self, disk: &str) -> Result<Object> {
         let _lock = self.lock(true)?;
         let source = self.resolve_locked(disk)?;
         let empty = self.unchanged(&source)?.is_some();
-        if !(empty && matches!(source.parent, Some(Below::Layer(_)))) {
+        if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_at_rest(&source, None)?;
         }
         self.object(&source.name)
+    }
+    /// Is the layer below a disk one that has no name, and that nothing else stands on?
+    fn stands_on_its_own(&self, disk: &Object) -> Result<bool> {
+        let Some(below @ Below::Layer(_)) = disk.parent else {
+            return Ok(false);
+        };
+        let graph = self.graph()?;
+        Ok(!graph.unreadable
+            && graph.names.get(&below).is_none_or(Vec::is_empty)
+            && graph.children.get(&below).is_none_or(|c| c.len() <= 1))
     }
     /// [`Store::seal`] for an attached disk that `running` is.
     pub fn seal_open(&self, running: &CowDisk, disk: &str) -> Result<Object> {
         let _lock = self.lock(true)?;
         let source = self.resolve_locked(disk)?;
         let empty = running.private_blocks() == (0, 0);
-        if !(empty && matches!(source.parent, Some(Below::Layer(_)))) {
+        if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_running(&source, running, None)?;
         }
         self.object(&source.name)
