@@ -209,6 +209,40 @@ fn a_flattened_disk_stands_on_nothing_of_its_image() {
     assert_eq!(store.layers().expect("list").sound.len(), 4);
 }
 
+/// What a flattening made goes with what was written since the snapshot.
+#[test]
+fn a_rollback_takes_the_base_of_a_flattened_disk_with_it() {
+    let (_sim, store) = simulated(60);
+    store.snapshot("d", "s", None).expect("snapshot");
+    let shown = contents(&store, "d");
+    for open_meanwhile in [false, true] {
+        let disk = open(&store, "d");
+        disk.write(&data(3, 9 * B), 5 * B).expect("write");
+        let running = if open_meanwhile {
+            store.seal_open(&disk, "d").expect("seal");
+            Some(disk)
+        } else {
+            disk.close().expect("close");
+            drop(disk);
+            store.seal("d").expect("seal");
+            None
+        };
+        let flat = store.flatten("d", &Quiet).expect("flatten");
+        if let Some(disk) = running {
+            assert!(store.rechain(&disk).expect("rechain"));
+            store.collect_former(&flat.former).expect("collect");
+            store.rollback_running(&disk, "d", "s").expect("roll back");
+            assert!(read_all(&*disk).expect("read") == shown);
+            disk.close().expect("close");
+        } else {
+            store.collect_former(&flat.former).expect("collect");
+            store.rollback("d", "s").expect("roll back");
+            assert!(contents(&store, "d") == shown);
+        }
+        sound(&store);
+    }
+}
+
 /// Ends the work after so many bytes.
 struct After(AtomicU64);
 impl Progress for After {

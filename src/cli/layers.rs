@@ -82,7 +82,7 @@ impl Squash {
         let progress = ui.progress(&format!("squashing {name}"));
         let done = store.squash(plan, &*progress)?;
         drop(progress);
-        let freed = settle(context, &store, &done.former)?;
+        let freed = done.replaced + settle(context, &store, &done.former)?;
         (document.copied, document.freed) = (Some(done.copied), Some(freed));
         if ui.json {
             return ui.document(document);
@@ -148,6 +148,7 @@ impl Flatten {
         }
         ui.talk(format_args!("flattening {name}; needs up to {needs}"));
         signals::catch();
+        let depth = store.details(&object)?.depth;
         if object.kind == ObjectKind::Disk {
             match context.daemon_of(&store, &name)? {
                 Some((mut daemon, _)) => daemon.seal(&name)?,
@@ -157,12 +158,12 @@ impl Flatten {
         let progress = ui.progress(&format!("flattening {name}"));
         let done = store.flatten(&name, &*progress)?;
         drop(progress);
-        let freed = settle(context, &store, &done.former)?;
+        let freed = done.replaced + settle(context, &store, &done.former)?;
         document.bytes = done.bytes;
         document.base_id = done.base.map(|id| id.to_string());
         document.digest = done.digest;
         document.freed = Some(freed);
-        document.depth_before = Some(done.depth);
+        document.depth_before = Some(depth);
         document.depth_after = Some(done.depth_after);
         if ui.json {
             return ui.document(document);

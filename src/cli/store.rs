@@ -32,6 +32,7 @@ impl Init {
                     Kind::Exists,
                     format!("there is a store at {} already", path.display()),
                 )
+                .hint("use it, or choose another directory with --store")
                 .into()),
                 Err(e) if e.kind() == Kind::NoStore => {
                     let dry_run = true;

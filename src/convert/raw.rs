@@ -9,7 +9,7 @@
 //! process that is killed. Where the filesystem cannot do that, it has a hidden name beside the target.
 
 use crate::{
-    disk::{Disk, Source},
+    disk::{Disk, stretches},
     error::{Error, Kind, Result},
     store::Progress,
     units::{BLOCK_SIZE, REGION_BYTES},
@@ -176,16 +176,10 @@ fn for_data(
     let mut window = 0;
     while window < len {
         let size = WINDOW.min(disk.size() - window);
-        for extent in disk.extents(window, size)? {
-            let end = (extent.at + extent.len).min(len);
-            if matches!(
-                extent.from,
-                Source::Absent | Source::Zero { .. } | Source::Hole
-            ) {
-                told(end)?;
-                continue;
-            }
-            let mut at = extent.at.max(window);
+        for stretch in stretches(&disk.extents(window, size)?) {
+            let end = stretch.end.min(len);
+            let mut at = stretch.start;
+            told(at.min(len))?;
             while at < end {
                 let piece = &mut buf[..(end - at).min(PIECE as u64) as usize];
                 disk.read(piece, at)?;
@@ -195,6 +189,7 @@ fn for_data(
             }
         }
         window += size;
+        told(window.min(len))?;
     }
     told(len)
 }
@@ -314,7 +309,11 @@ fn hidden_name(target: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{disk::Extent, store::Quiet, units::BLOCK};
+    use crate::{
+        disk::{Extent, Source},
+        store::Quiet,
+        units::BLOCK,
+    };
     use std::os::unix::fs::MetadataExt;
 
     /// Blocks by letter: `.` is absent, `z` recorded as zeros, `0` data that is all zeros, others data.

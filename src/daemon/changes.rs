@@ -113,7 +113,9 @@ impl Server {
         if let Some(busy) = concerned.iter().find(|n| table[*n].phase != Phase::Ready) {
             return Err(in_transit(busy));
         }
-        if let Some(other) = table.get(new) {
+        // Where the name is taken, that is what there is to say.
+        let taken = self.store.resolve(new).is_ok_and(|o| o.name == new);
+        if let Some(other) = table.get(new).filter(|_| !taken) {
             return Err(Error::new(
                 Kind::Busy,
                 format!("something else is attached under the name {new}"),

@@ -123,7 +123,7 @@ impl Server {
             }
         })?;
         self.rechain();
-        let freed = self.store.collect_former(&done.former)?;
+        let freed = done.replaced + self.store.collect_former(&done.former)?;
         tracing::info!(
             disk = name,
             layers,

@@ -753,6 +753,8 @@ impl Server {
                 tracing::error!(disk = name, "{e:?}");
             }
         }
+        // Of layers that are being joined nothing is left lying about. It ends by itself, as nothing is attached any more.
+        let _joining = self.joining.try_lock_for(CALM);
         // Not before: a server that dies while it closes is followed by one that has all.
         let ended = self.handover.set_session(json!({
             "negotiated": self.session.negotiated(),

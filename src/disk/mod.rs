@@ -15,6 +15,7 @@ pub mod cow;
 pub use cow::{CowDisk, DiskStats};
 
 use crate::error::{Error, Kind, Result};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 /// A fixed-size array of bytes that outlives crashes. Any offset and any length within the size; all
@@ -57,6 +58,20 @@ pub trait Disk: Send + Sync {
     }
     /// What stands where in `at..at+len` (rounded outwards to blocks), in order and without gaps.
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>>;
+}
+
+/// Where something else than zeros may stand, of what [`Disk::extents`] found: from and to, in whole blocks. What lies side by side is one stretch, whichever
+/// layer or base it is in, so that it can be read at once.
+pub fn stretches(extents: &[Extent]) -> Vec<Range<u64>> {
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for extent in extents {
+        match (extent.from, found.last_mut()) {
+            (Source::Absent | Source::Zero { .. } | Source::Hole, _) => {}
+            (_, Some(last)) if last.end == extent.at => last.end += extent.len,
+            _ => found.push(extent.at..extent.at + extent.len),
+        }
+    }
+    found
 }
 
 /// A disk that could not be opened again under its users: every request gets the same error.

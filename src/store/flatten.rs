@@ -3,16 +3,17 @@
 //! Always true: the topmost sealed layer keeps its id, and becomes an empty one over the new base, in one rename. The base is durable before
 //! that. It has no name: the layer needs it, and so it goes with it.
 
-use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Sink, counted};
+use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Same, Sink, counted};
 use super::names::TEMPORARY;
 use super::{Below, Object, ObjectKind, Progress, Store};
 use crate::chain::Chain;
-use crate::disk::{CowDisk, Disk, Source};
+use crate::disk::{CowDisk, Disk, Extent, Source, stretches};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, Dir, File};
 use crate::layer::refer::Below as _;
 use crate::layer::rewrite::{self, Measure};
-use crate::units::Id;
+use crate::units::{BLOCK, Id};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes of a disk whose map is looked at together.
@@ -35,6 +36,8 @@ pub struct Flattened {
     pub depth_after: u32,
     /// What the object stood on until now, and may be needed by nobody any more.
     pub former: Vec<Below>,
+    /// Host bytes of the file that its topmost layer had until now: they are free when nobody has it open any more.
+    pub replaced: u64,
 }
 
 impl Store {
@@ -66,6 +69,7 @@ impl Store {
                 depth,
                 depth_after: depth,
                 former: Vec::new(),
+                replaced: 0,
             });
         };
         let mut former: Vec<Below> = chain.layers()[1..]
@@ -96,11 +100,10 @@ impl Store {
             self.bases
                 .rename_new(&format!("{TEMPORARY}{id}"), &id.to_string())?;
             self.bases.sync()?;
-            self.replace(&top, &*layer)?;
-            Ok(copied)
+            Ok((copied, self.replace(&top, &*layer)?))
         });
         match done {
-            Ok((digest, bytes)) => {
+            Ok(((digest, bytes), replaced)) => {
                 drop(chain);
                 drop(top);
                 self.forget_replaced();
@@ -111,6 +114,7 @@ impl Store {
                     depth,
                     depth_after: above + 1,
                     former,
+                    replaced,
                 })
             }
             Err(e) => {
@@ -182,13 +186,21 @@ impl Store {
         };
         let mut bytes = 0;
         let mut buf = vec![0; PIECE];
+        let shares = sink.shares();
         for step in (0..size).step_by(STEP as usize) {
-            for (mut at, end) in data_in(&view, step, STEP.min(size - step))? {
+            let extents = view.extents(step, STEP.min(size - step))?;
+            let same = match shares {
+                true => extents.iter().filter_map(|e| stands_in(chain, e)).collect(),
+                false => Vec::new(),
+            };
+            for Range { start: mut at, end } in stretches(&extents) {
                 while at < end {
                     let n = (end - at).min(PIECE as u64) as usize;
                     view.read(&mut buf[..n], at)?;
                     sink.hole(at).map_err(told)?;
-                    sink.data(&buf[..n]).map_err(told)?;
+                    let first = same.partition_point(|s| s.at + s.len <= at);
+                    let last = same.partition_point(|s| s.at < at + n as u64);
+                    sink.data_of(&buf[..n], &same[first..last]).map_err(told)?;
                     at += n as u64;
                     bytes += n as u64;
                 }
@@ -223,16 +235,23 @@ impl Store {
     }
 }
 
-/// Where a stretch of a chain's content may be something else than zeros: from and to, in whole blocks.
-fn data_in(view: &CowDisk, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
-    let mut found: Vec<(u64, u64)> = Vec::new();
-    for extent in view.extents(at, len)? {
-        let (start, end) = (extent.at, extent.at + extent.len);
-        match extent.from {
-            // Holes of the base are not read, where they were holes ever since.
-            Source::Absent | Source::Zero { .. } | Source::Hole => {}
-            Source::Layer { .. } | Source::Base => found.push((start, end)),
-        }
+/// The file that the bytes of an extent stand in, and where.
+fn stands_in<'a>(chain: &'a Chain, extent: &Extent) -> Option<Same<'a>> {
+    let Extent { at, len, from } = *extent;
+    match from {
+        Source::Layer { depth, slot } => Some(Same {
+            at,
+            len,
+            file: &**chain.layers().get(depth as usize)?.file(),
+            from: slot.at(),
+        }),
+        // A last block that is not whole is whole in the copy.
+        Source::Base => Some(Same {
+            at,
+            len: len.min((chain.base().len() / BLOCK * BLOCK).saturating_sub(at)),
+            file: &**chain.base().file(),
+            from: at,
+        }),
+        _ => None,
     }
-    Ok(found)
 }

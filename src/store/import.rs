@@ -481,9 +481,28 @@ pub(super) struct Sink<'a> {
     hasher: Option<Sha256>,
     /// Bytes so far, holes included.
     pub(super) at: u64,
+    /// Bytes that the files have room for.
+    room: u64,
     progress: &'a dyn Progress,
     total: u64,
 }
+
+/// The files become longer by so much of the image at a time. XFS gives whoever writes past the end of a file more than he asked for, and what lies before
+/// the next piece of data then is no hole any more: so the end is always ahead of what is written.
+const ROOM: u64 = 256 << 20;
+
+/// Bytes of an image that stand in another file, too, and do not change there.
+pub(super) struct Same<'a> {
+    /// Where they go.
+    pub(super) at: u64,
+    pub(super) len: u64,
+    pub(super) file: &'a dyn File,
+    /// Where they are in that file.
+    pub(super) from: u64,
+}
+
+/// Shorter ones are not shared: each is an extent of the file.
+const SHARED: u64 = 64 << 10;
 
 /// Zeros for the digest of holes.
 static ZEROS: [u8; PIECE] = [0; PIECE];
@@ -500,9 +519,25 @@ impl<'a> Sink<'a> {
             sums: dir.open("sums", Access::CreateNew)?,
             hasher: digest.then(Sha256::new),
             at: 0,
+            room: 0,
             progress,
             total,
         })
+    }
+    /// Can files of this filesystem have blocks in common?
+    pub(super) fn shares(&self) -> bool {
+        self.image.fd().is_some_and(crate::sys::fiemap::can_share)
+    }
+    fn make_room(&mut self, end: u64) -> Result<()> {
+        if end > self.room {
+            self.room = end.next_multiple_of(ROOM);
+            if self.total >= end {
+                self.room = self.room.min(self.total);
+            }
+            self.image.set_len(self.room)?;
+            self.sums.set_len(BLOCK + self.room / BLOCK * 4)?;
+        }
+        Ok(())
     }
     fn tell(&self) -> Result<()> {
         if self.progress.update(self.at, self.total) {
@@ -526,6 +561,11 @@ impl<'a> Sink<'a> {
     }
     /// A piece of data: begins at a block boundary, ends at one unless it is the last.
     pub(super) fn data(&mut self, piece: &[u8]) -> Result<()> {
+        self.data_of(piece, &[])
+    }
+    /// [`Sink::data`] of blocks of which some stand in other files, too: where the filesystem can let both have them, it does.
+    pub(super) fn data_of(&mut self, piece: &[u8], same: &[Same<'_>]) -> Result<()> {
+        self.make_room(self.at + piece.len() as u64)?;
         if let Some(h) = &mut self.hasher {
             h.update(piece);
         }
@@ -547,9 +587,10 @@ impl<'a> Sink<'a> {
             match (zero, run) {
                 (false, None) => run = Some(i),
                 (true, Some(start)) => {
-                    self.image.write_at(
+                    self.put(
                         &piece[start * BLOCK_SIZE..i * BLOCK_SIZE],
                         self.at + (start * BLOCK_SIZE) as u64,
+                        same,
                     )?;
                     run = None;
                 }
@@ -557,9 +598,10 @@ impl<'a> Sink<'a> {
             }
         }
         if let Some(start) = run {
-            self.image.write_at(
+            self.put(
                 &piece[start * BLOCK_SIZE..],
                 self.at + (start * BLOCK_SIZE) as u64,
+                same,
             )?;
         }
         if sums.iter().any(|&b| b != 0) {
@@ -568,6 +610,25 @@ impl<'a> Sink<'a> {
         self.image.start_writeback(self.at, piece.len() as u64);
         self.at += piece.len() as u64;
         self.tell()
+    }
+    fn put(&self, bytes: &[u8], at: u64, same: &[Same<'_>]) -> Result<()> {
+        let (mut done, end) = (at, at + bytes.len() as u64);
+        let rest = |done: u64, to: u64| match done < to {
+            true => self
+                .image
+                .write_at(&bytes[(done - at) as usize..(to - at) as usize], done),
+            false => Ok(()),
+        };
+        for other in same {
+            let (from, to) = (other.at.max(done), (other.at + other.len).min(end));
+            if to.saturating_sub(from) >= SHARED {
+                rest(done, from)?;
+                let there = other.from + (from - other.at);
+                self.image.copy_from(other.file, there, from, to - from)?;
+                done = to;
+            }
+        }
+        rest(done, end)
     }
     /// Makes both files whole and durable; returns the digest.
     pub(super) fn finish(mut self, id: Id, len: u64) -> Result<Option<String>> {

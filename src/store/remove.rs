@@ -45,7 +45,12 @@ impl Store {
                     format!("{needed} is in use by {}", list.join(", ")),
                 )
                 .hint(format!(
-                    "`forkdisk rm -r {needed} -n` shows all that would go"
+                    "{}`forkdisk rm -r {needed} -n` shows all that would go",
+                    // Of a disk its snapshots are in the way.
+                    match first.iter().any(|o| o.kind == ObjectKind::Disk) {
+                        true => "`forkdisk flatten DISK` makes a disk independent; ",
+                        false => "",
+                    }
                 )));
             }
             let more: Vec<Object> = users.into_values().flatten().cloned().collect();

@@ -50,6 +50,8 @@ pub struct Squashed {
     pub copied: u64,
     /// What the layer stood on until now, and may be needed by nobody any more.
     pub former: Vec<Below>,
+    /// Host bytes of the layer's file until now: they are free when nobody has it open any more.
+    pub replaced: u64,
 }
 
 impl Squash {
@@ -163,8 +165,8 @@ impl Store {
             .open(temporary, Access::Read)
             .is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
-    /// Puts `file` in the place of the layer `old`. The names lock is held, and `file` is durable.
-    pub(super) fn replace(&self, old: &ReadLayer, file: &dyn File) -> Result<()> {
+    /// Puts `file` in the place of the layer `old`. The names lock is held, and `file` is durable. Returns the host bytes of the old file.
+    pub(super) fn replace(&self, old: &ReadLayer, file: &dyn File) -> Result<u64> {
         let id = old.id();
         let name = layer_file(id);
         let gone = || {
@@ -194,7 +196,9 @@ impl Store {
         }
         // Readers share its lock from now on. Should a power cut take the rename back, all is as it was: nothing goes before it is durable.
         file.lock(false)?;
-        self.layers.rename(&replacement(id), &name)
+        let replaced = now.allocated()?;
+        self.layers.rename(&replacement(id), &name)?;
+        Ok(replaced)
     }
     /// Removes those of `former` that nothing needs any more and nobody has open; returns the host bytes.
     pub fn collect_former(&self, former: &[Below]) -> Result<u64> {
@@ -371,6 +375,7 @@ impl Store {
             return Ok(Squashed {
                 copied: 0,
                 former: Vec::new(),
+                replaced: 0,
             });
         };
         let id = top.id();
@@ -405,11 +410,10 @@ impl Store {
         )
         .and_then(|copied| {
             let _lock = self.lock(true)?;
-            self.replace(&top, &*file)?;
-            Ok(copied)
+            Ok((copied, self.replace(&top, &*file)?))
         });
-        let copied = match written {
-            Ok(copied) => copied,
+        let (copied, replaced) = match written {
+            Ok(done) => done,
             Err(e) => {
                 if e.kind() != Kind::Interrupted {
                     self.drop_replacement(id);
@@ -422,7 +426,11 @@ impl Store {
         drop(plan);
         drop(top);
         self.forget_replaced();
-        Ok(Squashed { copied, former })
+        Ok(Squashed {
+            copied,
+            former,
+            replaced,
+        })
     }
     /// Lets an open disk read through the files that its layers have now; says whether any had been replaced. What the disk shows does not change.
     pub fn rechain(&self, disk: &CowDisk) -> Result<bool> {

@@ -8,6 +8,15 @@ use std::{
 /// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`.
 const FIEMAP: libc::Ioctl = 0xC020_660B_u32 as libc::Ioctl;
 
+/// Filesystems whose files can have blocks in common, by their magic numbers (statfs(2)): xfs, btrfs, bcachefs.
+const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
+
+/// Can files of this one's filesystem have blocks in common, so that copying within the kernel takes no room?
+pub fn can_share(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|stat| SHARING.contains(&(stat.f_type as u64 & 0xffff_ffff)))
+}
+
 /// The last extent of the file.
 const LAST: u32 = 0x1;
 /// Extents that are nowhere, or not as they are on the device: unknown, delayed, encoded, inside an inode, packed with others.

@@ -1,7 +1,7 @@
 //! Layers under disks in use: joined, flattened, removed in the middle, while a filesystem on them is written to.
 
 use crate::rig::*;
-use std::{fs, process::Command, thread, time::Duration};
+use std::{fs, os::unix::fs::FileExt, process::Command, thread, time::Duration};
 
 /// Bytes of a file that must stay as it is.
 const FILE: usize = 75 * 4096;
@@ -242,8 +242,92 @@ fn on_xfs_blocks_are_shared() {
     let more = used().saturating_sub(before);
     assert!(more < 6 << 20, "{more} bytes more");
     assert!(read_direct(device.as_ref(), 0, 20 << 20) == held);
+    // Nor are they after it is flattened.
+    let before = used();
+    w.ok(["flatten", "d"]);
+    let more = used().saturating_sub(before);
+    assert!(more < 6 << 20, "{more} bytes more");
+    assert!(read_direct(device.as_ref(), 0, 20 << 20) == held);
     w.ok(["detach", "d"]);
     ends(&w);
+}
+
+/// Single blocks far apart, on a filesystem that gives more than is asked for to whoever makes a file longer: what is between them stays holes.
+#[test]
+fn on_xfs_holes_stay_holes() {
+    if !root() {
+        return;
+    }
+    let w = World::at("host/store");
+    let host = w.mkdir("host");
+    let disk = w.sparse("host.img", 700 << 20);
+    tool("mkfs.xfs", ["-q", "-m", "reflink=1", s(&disk)]);
+    tool("mount", ["-o", "loop", s(&disk), s(&host)]);
+    let image = w.sparse("scattered", 256 << 20);
+    let open = fs::File::options().write(true).open(&image).unwrap();
+    for n in 0..1024 {
+        open.write_all_at(&noise(n, 4096), n << 18).unwrap();
+    }
+    let used = || {
+        tool("sync", ["-f", s(&host)]);
+        let stat = rustix::fs::statvfs(&host).unwrap();
+        (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    };
+    let costs = |what: &str, work: &dyn Fn()| {
+        let before = used();
+        work();
+        let more = used().saturating_sub(before);
+        assert!(more < 12 << 20, "{what}: {more} bytes more");
+    };
+    costs("a copy", &|| {
+        drop(w.ok(["import", "--copy", s(&image), "copied"]))
+    });
+    costs("a stream", &|| {
+        let from = fs::File::open(&image).unwrap();
+        let mut import = w.command(["import", "-", "streamed"]);
+        assert!(import.stdin(from).status().unwrap().success());
+    });
+    w.ok(["create", "d", "--from", "copied"]);
+    costs("a flattening", &|| drop(w.ok(["flatten", "d"])));
+    for name in ["copied", "streamed", "d"] {
+        let out = w.path("out");
+        w.ok(["export", "-f", name, s(&out)]);
+        assert!(
+            fs::read(&out).unwrap() == fs::read(&image).unwrap(),
+            "{name}"
+        );
+    }
+    ends(&w);
+}
+
+/// The server ends while it joins layers of which nobody needs one alone, or has just done so: nothing is left over.
+#[test]
+fn a_daemon_that_ends_leaves_no_layers_behind() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    for round in 0..3 {
+        let disk = format!("d{round}");
+        w.ok(["create", &disk, "--from", "base"]);
+        let device = w.ok(["attach", &disk]);
+        let open = fs::File::options().write(true).open(&device).unwrap();
+        let mut names = vec!["rm".to_string()];
+        for n in 0..40 {
+            open.write_all_at(&noise(n, 4096), 4096 * n).unwrap();
+            open.sync_all().unwrap();
+            let name = format!("{disk}@s{n}");
+            w.ok(["snapshot", &name]);
+            names.push(name);
+        }
+        drop(open);
+        w.ok(&names);
+        w.ok(["detach", &disk]);
+        w.ok(["daemon", "stop"]);
+        let out = w.run(["check"]);
+        assert_eq!(out.code, 0, "{out:?}\n{}", w.log());
+    }
+    w.finish();
 }
 
 /// Too little room is told before anything is written; an interrupt changes nothing, and what was copied is not copied again.

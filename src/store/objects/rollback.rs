@@ -173,7 +173,7 @@ impl Store {
         }
         !named
     }
-    /// Removes a layer that a disk wrote into, and those below that only it needed. What cannot be removed is left to `gc`.
+    /// Removes a layer that a disk wrote into, and the layers and the base below that only it needed. What cannot be removed is left to `gc`.
     /// `kept`: the layer of the snapshot, which has a name.
     fn forget_layers(&self, from: Below, kept: Id) {
         // The usual: what it wrote into stood on the snapshot, and nothing stands on that.
@@ -194,16 +194,18 @@ impl Store {
         };
         let garbage: HashSet<Below> = graph.garbage(|_| true).into_iter().collect();
         let mut at = Some(from);
-        while let Some(below @ Below::Layer(id)) = at {
-            if !garbage.contains(&below) {
-                return;
-            }
+        while let Some(below) = at.filter(|below| garbage.contains(below)) {
             at = graph.nodes.get(&below).and_then(|n| n.parent);
-            match self.remove_layer(id) {
+            let removed = match below {
+                Below::Layer(id) => self.remove_layer(id),
+                // A flattening made it, for what is gone.
+                Below::Base(id) => self.remove_idle_base(id),
+            };
+            match removed {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(e) => {
-                    tracing::warn!(layer = %id, "what was rolled back is left to `forkdisk gc`: {e}");
+                    tracing::warn!(id = %below.id(), "what was rolled back is left to `forkdisk gc`: {e}");
                     return;
                 }
             }
