@@ -358,6 +358,10 @@ record! {
         syncing: U64,
         /// In the first area alone: the last commit that is known to be durable.
         durable: U64,
+        /// In the first area alone: bytes that users wrote over the layer's life, as far as it was noted.
+        user_written: U64,
+        /// In the first area alone: bytes that were written to the layer's file, the same.
+        host_written: U64,
     }
 }
 record! {

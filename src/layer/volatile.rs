@@ -33,6 +33,8 @@ const POISONED: usize = std::mem::offset_of!(VolatileHeader, poisoned);
 /// In the first area.
 const SYNCING: usize = std::mem::offset_of!(VolatileHeader, syncing);
 const DURABLE: usize = std::mem::offset_of!(VolatileHeader, durable);
+const USER_WRITTEN: usize = std::mem::offset_of!(VolatileHeader, user_written);
+const HOST_WRITTEN: usize = std::mem::offset_of!(VolatileHeader, host_written);
 
 const _: () = assert!(AREA.is_multiple_of(BLOCK_SIZE));
 const _: () = assert!(COUNT.is_multiple_of(8) && POISONED.is_multiple_of(8));
@@ -73,6 +75,12 @@ pub fn durable(memory: &SharedMemory, sequence: u64) {
     memory.store(DURABLE, sequence);
 }
 
+/// Notes the bytes that were written over the layer's life, by users and to its file. Nothing depends on them.
+pub fn written(memory: &SharedMemory, user: u64, host: u64) {
+    memory.store(USER_WRITTEN, user);
+    memory.store(HOST_WRITTEN, host);
+}
+
 /// Forgets everything: the disk is not attached any more.
 pub fn clear(memory: &SharedMemory) {
     for area in [0, 1] {
@@ -93,8 +101,10 @@ fn empty(memory: &SharedMemory, area: usize, layer: &Id, generation: u64, sequen
         count: U64::new(0),
         syncing: U64::new(0),
         durable: U64::new(0),
+        user_written: U64::new(0),
+        host_written: U64::new(0),
     };
-    // All but what is said of syncs, which is not about the entries.
+    // All but what is said of syncs and of the layer's life, which is not about the entries.
     memory.write(area * AREA, &header.as_bytes()[..SYNCING]);
 }
 
@@ -128,6 +138,8 @@ impl VolatileLog {
         generation: u64,
         sequence: u64,
     ) -> VolatileLog {
+        // Those of another layer, perhaps.
+        written(&memory, 0, 0);
         empty(&memory, 1, layer, generation, sequence);
         empty(&memory, 0, layer, generation, sequence);
         VolatileLog {
@@ -225,6 +237,8 @@ pub enum Found {
         syncing: Syncing,
         /// The last commit that is known to be durable.
         durable: u64,
+        /// What [`written`] noted: by users, to the file.
+        written: (u64, u64),
     },
 }
 
@@ -236,6 +250,7 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
     let mut foreign = false;
     let mut syncing = Syncing::No;
     let mut durable = 0;
+    let mut written = (0, 0);
     for area in [0, 1] {
         let mut bytes = [0; size_of::<VolatileHeader>()];
         memory.read(area * AREA, &mut bytes);
@@ -260,6 +275,7 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
         }
         if area == 0 {
             durable = header.durable.get();
+            written = (header.user_written.get(), header.host_written.get());
             syncing = match header.syncing.get() {
                 0 => Syncing::No,
                 2 => Syncing::Superblock,
@@ -296,6 +312,7 @@ pub fn find(memory: &SharedMemory, layer: &Id) -> Result<Found> {
             areas,
             syncing,
             durable,
+            written,
         }),
         _ => Ok(Found::Nothing),
     }

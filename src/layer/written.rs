@@ -19,7 +19,7 @@ pub(super) struct Written {
     user: AtomicU64,
     host: AtomicU64,
     /// `host` when it was opened.
-    began: u64,
+    began: AtomicU64,
     unsettled: Arc<Unsettled>,
 }
 
@@ -31,7 +31,7 @@ impl Written {
             inner,
             user: AtomicU64::new(superblock.user_written.get()),
             host: AtomicU64::new(began),
-            began,
+            began: AtomicU64::new(began),
             unsettled: Arc::default(),
         }
     }
@@ -47,6 +47,12 @@ impl Written {
     pub fn by_user(&self, bytes: u64) {
         self.user.fetch_add(bytes, Relaxed);
     }
+    /// A predecessor had counted as many, by users and to the file.
+    pub fn at_least(&self, (user, host): (u64, u64)) {
+        self.user.fetch_max(user, Relaxed);
+        let before = self.host.fetch_max(host, Relaxed);
+        self.began.fetch_add(host.saturating_sub(before), Relaxed);
+    }
     /// So many bytes are written to the file itself.
     pub fn by_another(&self, bytes: u64) {
         self.host.fetch_add(bytes, Relaxed);
@@ -61,7 +67,7 @@ impl Written {
     }
     /// Bytes that were written to the file since it was opened.
     pub fn since_opened(&self) -> u64 {
-        self.host().wrapping_sub(self.began)
+        self.host().wrapping_sub(self.began.load(Relaxed))
     }
     /// Puts the counts into a superblock that is about to be written, twice.
     pub fn note(&self, next: &mut Superblock) {

@@ -113,12 +113,25 @@ fn what_a_disk_reads_and_writes_is_counted() {
     assert!(rest["written_bytes"].is_null());
     assert_eq!(number(&rest, "total_written_bytes"), 4 << 20);
     assert!(number(&rest, "total_host_written_bytes") >= host);
-    w.ok(["attach", "d"]);
+    let device = w.ok(["attach", "d"]);
     let again = disk(&w.json(["stats", "d"]), "d");
     assert_eq!(number(&again, "written_bytes"), 0);
     assert_eq!(number(&again, "total_written_bytes"), 4 << 20);
     assert!(again["amplification"].is_null());
+    // A successor counts on what was written over the layer's life, and anew what it does itself.
+    dd(s(&data), &device, &["oflag=direct", "conv=fsync"]);
+    let before = disk(&w.json(["stats", "d"]), "d");
+    kill_and_wait(w.pid("server_pid"));
+    let after = disk(&w.json(["stats", "d"]), "d");
+    for d in [&before, &after] {
+        assert_eq!(number(d, "total_written_bytes"), 8 << 20);
+    }
+    let total = "total_host_written_bytes";
+    assert!(number(&after, total) >= number(&before, total), "{after}");
+    assert!(number(&after, "host_written_bytes") < 1 << 20, "{after}");
     w.ok(["detach", "d"]);
+    let rest = disk(&w.json(["stats", "d"]), "d");
+    assert_eq!(number(&rest, "total_written_bytes"), 8 << 20);
     w.finish();
     assert!(w.ok(["stats", "--prometheus"]).contains("forkdisk_up 0"));
 }

@@ -139,6 +139,7 @@ impl Layer {
     pub(super) fn sync(&self, c: &mut Commit) -> Result<()> {
         self.sync_marked(Syncing::Slots)?;
         volatile::durable(&self.volatile, c.next_commit - 1);
+        self.note_written();
         self.early.arrived();
         c.second_pending = false;
         if let Some(freed) = c.owed.take() {

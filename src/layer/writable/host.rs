@@ -278,6 +278,7 @@ impl Layer {
     /// about once a second.
     pub fn maintain(&self) -> Result<()> {
         self.check_poison()?;
+        self.note_written();
         self.punch_inherited()?;
         self.expire()?;
         self.commit_discards()?;

@@ -42,7 +42,7 @@ impl Layer {
                 .path(file.path())
                 .hint("`forkdisk detach --force` the disk and attach it again: it comes back as of its last flush")
         };
-        let (generation, areas, syncing, durable) = match volatile::find(&memory, &id)? {
+        let (generation, areas, syncing, durable, written) = match volatile::find(&memory, &id)? {
             // It had not come far enough to accept anything.
             Found::Nothing => return Layer::open_on(file, memory, keep),
             Found::Log {
@@ -50,7 +50,8 @@ impl Layer {
                 areas,
                 syncing,
                 durable,
-            } => (generation, areas, syncing, durable),
+                written,
+            } => (generation, areas, syncing, durable, written),
         };
         let found = recover::superblock(&*file, &header)?;
         let superblock = found.superblock;
@@ -174,6 +175,8 @@ impl Layer {
                 history,
             },
         );
+        layer.host.at_least(written);
+        layer.note_written();
         let owed = owed.into_iter().map(|slot| (slot, 1)).collect();
         layer.go_on(&replay.memtable, &fresh, owed)?;
         layer.settle_superblock(&found, syncing)?;

@@ -1,6 +1,7 @@
 //! What a layer that is open for writing tells of itself: for people.
 
 use super::Layer;
+use crate::layer::volatile;
 use crate::sync::atomic::Ordering::Relaxed;
 use crate::units::BLOCK;
 
@@ -29,6 +30,10 @@ impl Layer {
             dirty: self.logged.load(Relaxed),
             journal: u64::from(self.space.lock().journal_head) * BLOCK,
         }
+    }
+    /// Lets a successor of this process know what was written so far.
+    pub(super) fn note_written(&self) {
+        volatile::written(&self.volatile, self.host.user(), self.host.host());
     }
     /// Counts what a user wrote, for [`LayerStats::user_written`].
     pub fn written_by_user(&self, bytes: u64) {
