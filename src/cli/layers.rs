@@ -1,7 +1,12 @@
 //! What layers an object stands on: `squash`, `flatten`.
 
 use crate::{
-    cli::{Outcome, context::Context, store::counted},
+    cli::{
+        Outcome,
+        context::Context,
+        states::{points, tell_of_history},
+        store::counted,
+    },
     daemon::Client,
     error::Result,
     store::{Below, ObjectKind, Store},
@@ -150,10 +155,12 @@ impl Flatten {
         signals::catch();
         let depth = store.details(&object)?.depth;
         if object.kind == ObjectKind::Disk {
+            let points = points(&store, &object);
             match context.daemon_of(&store, &name)? {
                 Some((mut daemon, _)) => daemon.seal(&name)?,
                 None => store.seal(&name)?,
             };
+            tell_of_history(context, &store, &object, points);
         }
         let progress = ui.progress(&format!("flattening {name}"));
         let done = store.flatten(&name, &*progress)?;

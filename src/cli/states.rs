@@ -23,8 +23,31 @@ fn writer(context: &Context, store: &Store, object: &Object) -> Result<Option<Cl
 /// is sealed for it, if it has changed since it was sealed last.
 pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Result<State> {
     match writer(context, store, object)? {
-        Some(mut daemon) => Ok(store.state_of(daemon.settle(&object.name)?)?.of_a_disk()),
+        Some(mut daemon) => {
+            let points = points(store, object);
+            let state = store.state_of(daemon.settle(&object.name)?)?.of_a_disk();
+            tell_of_history(context, store, object, points);
+            Ok(state)
+        }
         None => store.state(object),
+    }
+}
+
+/// How many flush points the history of a disk has, as far as can be told.
+pub(crate) fn points(store: &Store, object: &Object) -> usize {
+    match object.kind {
+        ObjectKind::Disk => store.history(&object.name).map_or(0, |h| h.points.len()),
+        _ => 0,
+    }
+}
+
+/// After something that may have sealed a disk's layer: says so if its history of so many points ended with that.
+pub(crate) fn tell_of_history(context: &Context, store: &Store, object: &Object, before: usize) {
+    if before > 1 && points(store, object) < before {
+        context.ui.warn(format_args!(
+            "the history of {0} begins anew: what it was at earlier flushes is gone",
+            object.name
+        ));
     }
 }
 

@@ -166,6 +166,23 @@ fn an_attached_disk_shows_its_past() {
     tool("umount", [s(&m)]);
     tool("e2fsck", ["-fn", device.as_str()]);
 
+    // Whatever needs a sealed layer ends it, and says so.
+    let out = w.path("out");
+    for command in [&["export", "-f", "web", s(&out)][..], &["flatten", "web"]] {
+        assert!(
+            w.json(["ls", "--history", "web"])["points"]
+                .as_array()
+                .unwrap()
+                .len()
+                > 1
+        );
+        let told = w.run(command).stderr;
+        assert!(told.contains("the history of web begins anew"), "{told}");
+        let told = w.run(command).stderr;
+        assert!(!told.contains("begins anew"), "{told}");
+        good_point(&w, &device, &m, &content);
+    }
+
     // A setting counts at once.
     w.ok(["resize", "web", "--history", "none"]);
     let error = w.fails_here(12, &["rewind", "web", "--at", "-0.5s"]);
