@@ -4,7 +4,7 @@ use crate::{
     cli::{
         Outcome, Stop, context::Context, names::Names, render::json::ObjectDoc, states::settled,
     },
-    convert::{self, raw, stream},
+    convert::{self, qcow2, raw, stream},
     error::{Error, Kind, Result},
     store::{Effort, ImportMode, ImportSource, Object, ObjectKind, Store},
     sys::signals,
@@ -209,6 +209,16 @@ enum Format {
     Stream,
 }
 
+impl Format {
+    fn word(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Stream => "stream",
+        }
+    }
+}
+
 /// Write a disk, snapshot or image into a file
 #[derive(Args, Debug)]
 #[command(
@@ -250,7 +260,7 @@ impl Export {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
         let stdout = self.file == Path::new("-");
-        let as_stream = self.as_stream()?;
+        let format = self.format()?;
         let store = context.open_to_change()?;
         let object = store.resolve_any(&self.reference)?;
         if stdout {
@@ -292,7 +302,7 @@ impl Export {
             }
         }
         if context.dry_run {
-            return self.answer(context, &store, &object, as_stream, 0, None);
+            return self.answer(context, &store, &object, format, 0, None);
         }
         signals::catch();
         let since = match since {
@@ -307,23 +317,28 @@ impl Export {
         let since = since.as_ref().map(|(state, digest)| (state, *digest));
         let state = settled(context, &store, &object)?;
         let progress = ui.progress(&format!("exporting {}", object.name));
-        if !stdout && as_stream {
+        if !stdout && format == Format::Stream {
             let totals = stream::export_file(&state, since, &self.file, self.force, &*progress)?;
             drop(progress);
             let digest = Some(totals.digest.to_string());
-            return self.answer(context, &store, &object, true, totals.data, digest);
+            return self.answer(context, &store, &object, format, totals.data, digest);
         }
         let disk = state.disk();
         if !stdout {
-            let written = raw::export_file(disk, len, &self.file, self.force, &*progress)?;
+            let export = match format {
+                Format::Qcow2 => qcow2::export_file,
+                _ => raw::export_file,
+            };
+            let written = export(disk, len, &self.file, self.force, &*progress)?;
             drop(progress);
-            return self.answer(context, &store, &object, false, written, None);
+            return self.answer(context, &store, &object, format, written, None);
         }
         let out = io::stdout().as_fd().try_clone_to_owned();
         let mut out = File::from(out.map_err(|e| Stop::output(&e))?);
-        let sent = match as_stream {
-            true => stream::export_to(&state, since, &mut out, &*progress)?.map(|_| ()),
-            false => raw::export_stream(disk, len, &mut out, &*progress)?,
+        let sent = match format {
+            Format::Stream => stream::export_to(&state, since, &mut out, &*progress)?.map(|_| ()),
+            Format::Qcow2 => qcow2::export_stream(disk, len, &mut out, &*progress)?,
+            Format::Raw => raw::export_stream(disk, len, &mut out, &*progress)?,
         };
         drop(progress);
         match sent.map_err(|e| Stop::output(&e)) {
@@ -332,21 +347,20 @@ impl Export {
             other => other,
         }
     }
-    /// Is it to be a stream? Else it is a raw image.
-    fn as_stream(&self) -> Result<bool> {
+    /// What is to be written.
+    fn format(&self) -> Result<Format> {
         match (self.format, &self.since) {
-            (Some(Format::Qcow2), _) => Err(Error::new(
-                Kind::Unsupported,
-                "export as qcow2 is not built yet",
-            )
-            .hint("export raw, then `qemu-img convert -f raw -O qcow2 FILE.img FILE.qcow2`")),
-            (Some(Format::Raw), Some(_)) => Err(Error::new(
+            (None, None) => Ok(Format::Raw),
+            (None, Some(_)) => Ok(Format::Stream),
+            (Some(image @ (Format::Raw | Format::Qcow2)), Some(_)) => Err(Error::new(
                 Kind::Invalid,
-                "a raw image is no difference, so there is nothing it could be since",
+                format!(
+                    "a {} image is no difference, so there is nothing it could be since",
+                    image.word()
+                ),
             )
-            .hint("leave out `-O raw`, or --since")),
-            (Some(Format::Stream), _) | (None, Some(_)) => Ok(true),
-            (Some(Format::Raw) | None, None) => Ok(false),
+            .hint(format!("leave out `-O {}`, or --since", image.word()))),
+            (Some(format), _) => Ok(format),
         }
     }
     fn answer(
@@ -354,7 +368,7 @@ impl Export {
         context: &Context,
         store: &Store,
         object: &Object,
-        as_stream: bool,
+        format: Format,
         written: u64,
         digest: Option<String>,
     ) -> Outcome {
@@ -365,7 +379,7 @@ impl Export {
                 dry_run: context.dry_run,
                 object: ObjectDoc::new(object, &Names::of(store)?),
                 file: &self.file,
-                format: if as_stream { "stream" } else { "raw" },
+                format: format.word(),
                 since: self.since.as_deref(),
                 written,
                 digest,

@@ -1,8 +1,9 @@
 //! Disks from and to other formats.
 //!
-//! So far: raw export ([`raw`]), streams of differences ([`stream`]), and telling what a file is before it is taken for a raw
+//! So far: raw export ([`raw`]), export as qcow2 ([`qcow2`]), streams of differences ([`stream`]), and telling what a file is before it is taken for a raw
 //! image ([`sniff`]).
 
+pub mod qcow2;
 pub mod raw;
 pub mod stream;
 

@@ -28,7 +28,7 @@ use std::{
 /// Bytes read and written at once.
 const PIECE: usize = 1 << 20;
 /// Bytes whose extents are asked for at once: a bounded answer for a disk of any size.
-const WINDOW: u64 = 512 * REGION_BYTES;
+pub(super) const WINDOW: u64 = 512 * REGION_BYTES;
 
 /// Writes the first `len` bytes of `disk` into a new file at `target`. Replaces a file that is there
 /// only if `replace`. Returns how many bytes of data were written, which leaves out the zeros.
@@ -214,7 +214,7 @@ fn runs_of_data(at: u64, piece: &[u8]) -> Vec<(u64, &[u8])> {
     runs
 }
 
-fn is_zero(block: &[u8]) -> bool {
+pub(super) fn is_zero(block: &[u8]) -> bool {
     let (words, rest) = block.as_chunks::<16>();
     words.iter().all(|w| u128::from_ne_bytes(*w) == 0) && rest.iter().all(|b| *b == 0)
 }

@@ -22,6 +22,7 @@ mod live;
 mod memory;
 mod names;
 mod places;
+mod qcow2;
 mod races;
 mod rig;
 mod security;
