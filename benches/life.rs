@@ -199,9 +199,9 @@ fn of_the_content(store: &Store, times: &mut Times) {
         let state = store.state(&image).expect("opened");
         write_stream(&state, None, &mut |_| Ok(()), &Quiet).expect("written")
     });
-    times.of("squash (copies what the layers hold)", || {
-        let plan = store.plan_squash("f", true).expect("planned");
-        store.squash(plan, &Quiet).expect("squashed")
+    times.of("squash of two layers (copies what they hold)", || {
+        let plan = store.plan_squash("d", true).expect("planned");
+        assert!(store.squash(plan, &Quiet).expect("squashed").copied > 0);
     });
     store.create(&one("flat"), "i", None).expect("created");
     times.of("flatten (copies the content)", || {
