@@ -138,6 +138,14 @@ impl Chain {
             None => crate::units::blocks(self.base.len()) * crate::units::BLOCK,
         }
     }
+    /// Where all ends that its layers and its base may hold, also past what it shows, in whole blocks.
+    pub fn reach(&self) -> u64 {
+        let base = crate::units::blocks(self.base.len()) * crate::units::BLOCK;
+        let layers = self.layers.iter();
+        layers
+            .map(|layer| layer.size().max(layer.header().size.get()))
+            .fold(base, u64::max)
+    }
     /// What `look` makes of a resolved region.
     fn resolve<T>(&self, region: Region, look: impl FnOnce(&Resolved) -> T) -> Result<T> {
         let shard = &self.cache[region.0 as usize % SHARDS];

@@ -6,10 +6,13 @@ use common::mortal::{Mortal, until_death};
 use common::{Rng, env};
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
-use forkdisk::io::sim::{Policy, SimDisk, Verb};
-use forkdisk::layer::volatile;
+use forkdisk::format::Header;
+use forkdisk::io::Access;
+use forkdisk::io::sim::{FaultKind, Policy, SimDisk, Verb};
+use forkdisk::layer::{self, Layer, volatile};
 use forkdisk::store::history::{At, Limits};
-use forkdisk::store::{ImportMode, ImportSource, Member, Quiet, QuotaChange, Store};
+use forkdisk::store::{Below, ImportMode, ImportSource, Member, Quiet, QuotaChange, Store};
+use forkdisk::units::Id;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -197,6 +200,58 @@ fn what_was_cut_off_never_comes_back() {
     assert_eq!(store.resize("g", 16 << 40).unwrap().size, 16 << 40);
     assert_eq!(store.resize("g", 1).unwrap().size, B);
     assert_eq!(store.resize("base", B).unwrap_err().kind(), Kind::Invalid);
+}
+
+/// A disk that was made smaller hides what its image has past its end; so does whatever is made of its past.
+#[test]
+fn a_fork_of_the_past_hides_what_was_cut_off() {
+    let store = store();
+    let limits = Limits {
+        window: Some(3600),
+        bytes: None,
+    };
+    store.set_history(&["d".to_string()], Some(limits)).unwrap();
+    let flushed = |block: u64| {
+        let disk = open(&store, "d");
+        for n in 0..2 {
+            disk.write(&[7; 4096], (block + n) * B).unwrap();
+            disk.flush().unwrap();
+        }
+        disk.close().unwrap();
+    };
+    flushed(1);
+    store.resize("d", 100 * B).unwrap();
+    flushed(3);
+    let mut expected = base();
+    expected[B as usize..5 * B as usize].fill(7);
+    expected[100 * B as usize..].fill(0);
+    let last = store.history("d").unwrap().points.last().unwrap().number;
+    store
+        .create_at("e", "d", At::Number(last), None, &Quiet)
+        .unwrap();
+    for name in ["d", "e"] {
+        assert_eq!(store.resize(name, BASE * B).unwrap().size, BASE * B);
+        assert!(of(&store, name) == expected, "{name}");
+    }
+}
+
+/// A layer that is smaller than what it stands on and hides nothing of it, as earlier versions made some: what it does not show stays hidden.
+#[test]
+fn growing_shows_nothing_that_was_hidden() {
+    let store = store();
+    let image = store.resolve("base").unwrap();
+    let chain = store.chain(Below::Base(image.id)).unwrap();
+    let file = store
+        .layers_dir()
+        .open("x.layer", Access::CreateNew)
+        .unwrap();
+    let header = Header::new(Id([9; 16]), image.id, false, 1, 100 * B, 0, "");
+    layer::create(&*file, &header).unwrap();
+    let disk = CowDisk::writable(Layer::open(file).unwrap(), chain);
+    disk.resize(BASE * B).unwrap();
+    let mut expected = base();
+    expected[100 * B as usize..].fill(0);
+    assert!(contents(&disk) == expected);
 }
 
 #[test]
@@ -434,6 +489,112 @@ fn snapshots_of_several_are_made_or_none() {
         disk.write(&[4; 4096], B).unwrap();
         disk.close().unwrap();
     }
+}
+
+/// The first disk is sealed, and for the second there is no room: there is no snapshot, and nothing looks like one that lost its name.
+#[test]
+fn a_snapshot_of_several_without_room_leaves_no_label() {
+    let mut half = 0;
+    for (n, attached) in (0..40).flat_map(|n| [(n, false), (n, true)]) {
+        let sim = SimDisk::new(1);
+        let store = store_on(&sim, 1);
+        store.create(&["e".to_string()], "base", None).unwrap();
+        let mut disks = vec![open(&store, "d"), open(&store, "e")];
+        disks[0].write(&[1; 4096], 0).unwrap();
+        // The block map of this one takes more.
+        for block in (0..BASE).step_by(2) {
+            disks[1].write(&[2; 4096], block * B).unwrap();
+        }
+        disks.iter().for_each(|d| d.flush().unwrap());
+        // At rest they are as after a crash, with all in the journal.
+        if !attached {
+            disks.clear();
+        }
+        let members: Vec<Member<'_>> = ["d", "e"]
+            .into_iter()
+            .enumerate()
+            .map(|(i, disk)| Member {
+                disk,
+                name: "s",
+                running: disks.get(i).map(|d| &**d),
+            })
+            .collect();
+        sim.fail_nth(Verb::Write, n, FaultKind::Enospc);
+        let done = store.snapshot_group(&members, None);
+        sim.clear_faults();
+        drop(members);
+        let sound = disks.iter().all(|disk| disk.close().is_ok());
+        drop(disks);
+        let object = store.resolve("d").unwrap();
+        let sealed = store.details(&object).unwrap().depth > 1;
+        // Where the second was stopped in the middle of its seal, it is as a crash leaves it.
+        if done.is_ok() || !sound || !sealed {
+            continue;
+        }
+        half += 1;
+        let steps = forkdisk::check::repair::plan(&store, &Quiet).unwrap();
+        assert!(steps.iter().all(|s| !s.what.contains('@')), "{steps:?}");
+    }
+    assert!(half > 0, "none failed after the first was sealed");
+}
+
+/// A snapshot that found no room leaves the disk as it was: it still keeps its history.
+#[test]
+fn a_snapshot_without_room_ends_no_history() {
+    let limits = Limits {
+        window: Some(3600),
+        bytes: None,
+    };
+    let mut failed = 0;
+    for n in 0..20 {
+        let (sim, store, disk) = scattered(Some(limits));
+        disk.flush().unwrap();
+        sim.fail_nth(Verb::Write, n, FaultKind::Enospc);
+        let done = store.snapshot_running(&disk, "d", "s", None);
+        sim.clear_faults();
+        if done.is_ok() || disk.flush().is_err() {
+            continue;
+        }
+        failed += 1;
+        let points = || store.history("d").unwrap().points.len();
+        let before = points();
+        for more in 1..=2 {
+            disk.write(&[3; 4096], more * B).unwrap();
+            disk.flush().unwrap();
+            assert_eq!(points(), before + more as usize, "{n}");
+        }
+    }
+    assert!(failed > 1, "{failed}");
+}
+
+/// A disk with 300 blocks of its own, not flushed.
+fn scattered(history: Option<Limits>) -> (SimDisk, Store, Arc<CowDisk>) {
+    let sim = SimDisk::new(1);
+    let store = store_on(&sim, 1);
+    store.set_history(&["d".to_string()], history).unwrap();
+    let disk = open(&store, "d");
+    for block in (0..BASE).step_by(2) {
+        disk.write(&[2; 4096], block * B).unwrap();
+    }
+    (sim, store, disk)
+}
+
+/// Where only the tidying found no room all is flushed, and a flush says so; where a flush itself failed, it fails again.
+#[test]
+fn closing_without_room_is_told_from_a_flush_that_failed() {
+    let mut tidying = 0;
+    for n in 0..10 {
+        let (sim, _store, disk) = scattered(None);
+        disk.flush().unwrap();
+        sim.fail_nth(Verb::Write, n, FaultKind::Enospc);
+        let closed = disk.close();
+        tidying += u32::from(closed.is_err() && disk.flush().is_ok());
+    }
+    assert!(tidying > 0);
+    let (sim, _store, disk) = scattered(None);
+    sim.fail_nth(Verb::Sync, 0, FaultKind::Enospc);
+    assert_eq!(disk.close().unwrap_err().kind(), Kind::NoSpace);
+    disk.flush().unwrap_err();
 }
 
 /// A writer that turns to the second disk when the first has acknowledged: whatever the moment, the second never shows what the first does not.

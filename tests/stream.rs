@@ -576,6 +576,11 @@ fn sizes_travel() {
     let again = stream(&far, "image", Some("small"));
     take_in(&far, &again, "again").expect("taken");
     assert!(contents(&far, "again") == contents(&far, "image"));
+    // Nor in what becomes larger.
+    fork(&far, "grown", "small", Some(3000 * 4096));
+    let mut grown = contents(&store, "base");
+    grown.resize(3000 * 4096, 0);
+    assert!(contents(&far, "grown") == grown);
     let known = digest(&far, "small");
     assert_eq!(digest(&store, "base"), digest(&far, "base"));
     assert_ne!(known, digest(&far, "base"));

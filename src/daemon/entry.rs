@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub(super) backing: Option<u32>,
     /// Where the successor finds it.
     pub(super) place: Place,
+    /// Somebody is closing it, and takes it out of the table: nobody else may.
+    pub(super) going: bool,
     /// It was attached by a predecessor: who has its file open is not known from requests.
     pub(super) inherited: bool,
     /// The command that attaches or detaches it talked to a predecessor, and has not come back yet.
@@ -159,6 +161,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         phase,
         backing,
         place,
+        going: false,
         inherited: true,
         orphan: phase != Phase::Ready,
         failed,

@@ -240,6 +240,29 @@ impl Process {
     }
 }
 
+/// Starts a server, if it must be with so many attempts.
+fn patiently(attempts: u32, start: impl Fn() -> Result<Server>) -> Result<Server> {
+    let mut pause = Duration::from_millis(20);
+    for _ in 1..attempts {
+        match start() {
+            Ok(server) => return Ok(server),
+            Err(e) => tracing::error!("{e}"),
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+    start()
+}
+
+/// Is this the program that we are?
+fn is_this_program(file: &OwnedFd) -> bool {
+    let own = rustix::fs::stat("/proc/self/exe");
+    let other = rustix::fs::fstat(file);
+    own.is_ok_and(|own| {
+        other.is_ok_and(|other| (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino))
+    })
+}
+
 /// Why the keeper waits no longer.
 enum Over {
     /// The server ended in order, and the daemon with it.
@@ -330,8 +353,22 @@ impl Keeper {
         let path = store_of(&run_dir);
         // Only over the device can a session be taken over.
         let transport = Transport::Device;
-        let server = match start_server(&path, &fuse, &listener, &memory, transport) {
+        // Where we are the former program, it is us who came back: there is nothing else to go back to.
+        let returned = is_this_program(&former);
+        let begun = patiently(if returned { ATTEMPTS } else { 1 }, || {
+            start_server(&path, &fuse, &listener, &memory, transport)
+        });
+        let server = match begun {
             Ok(server) => Ok(server),
+            Err(e) if returned => {
+                tracing::error!(
+                    "no server can take over: {e}; disks that were attached give I/O errors: attach them again"
+                );
+                let mount = store.run_dir().join(MOUNT);
+                dead::note(&store.run_dir(), &mount);
+                let _ = fuse_mount::abort(&mount);
+                Err(e)
+            }
             Err(e) => {
                 // Back to what worked, if that can be.
                 tracing::error!("the new program cannot serve: {e}; back to the former one");
@@ -443,6 +480,10 @@ impl Keeper {
             let program = said["program"].as_str().map(PathBuf::from);
             match program {
                 _ if said["ended"] == true => return Over::Ended,
+                // Asked to end, the daemon ends as what it is: another program would not know of it.
+                Some(_) if !matches!(self.ending, Ending::No) => {
+                    tracing::info!("the daemon is about to end: it becomes no other program");
+                }
                 Some(program) => {
                     let e = self.become_another(&program);
                     tracing::error!("cannot become {}: {e}", program.display());
@@ -540,27 +581,13 @@ impl Keeper {
             handover.set_session(said)?;
         }
         drop(handover);
-        let mut pause = Duration::from_millis(20);
-        for attempt in 1.. {
-            match start_server(
-                &store_of(&self.run_dir),
-                &self.fuse,
-                &self.listener,
-                &self.memory,
-                Transport::Device,
-            ) {
-                Ok(server) => {
-                    self.server = server;
-                    if let Ending::Told = self.ending {
-                        self.tell_to_end();
-                    }
-                    return Ok(());
-                }
-                Err(e) if attempt == ATTEMPTS => return Err(e),
-                Err(e) => tracing::error!("{e}"),
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_secs(2));
+        self.server = patiently(ATTEMPTS, || {
+            let path = store_of(&self.run_dir);
+            let way = Transport::Device;
+            start_server(&path, &self.fuse, &self.listener, &self.memory, way)
+        })?;
+        if let Ending::Told = self.ending {
+            self.tell_to_end();
         }
         Ok(())
     }

@@ -49,7 +49,11 @@ impl Server {
     /// it has open.
     pub(super) fn rechain(&self) -> u64 {
         let mut changed = 0;
-        for (name, disk) in self.disks() {
+        let names: Vec<String> = self.table.lock().keys().cloned().collect();
+        for name in names {
+            // One at a time: whoever holds a disk keeps its layer locked.
+            let attached = self.table.lock().get(&name).and_then(|e| e.disk.clone());
+            let Some(disk) = attached else { continue };
             match self.store.rechain(&disk) {
                 Ok(true) => changed += 1,
                 Ok(false) => {}

@@ -14,7 +14,7 @@ use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, flag, number, text};
 use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, layers, log, place_of};
-use crate::disk::CowDisk;
+use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
@@ -276,15 +276,12 @@ fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
             tracing::error!("the mount is gone: {why:?}");
             return End::Stop;
         }
-        let disks: Vec<(String, Arc<CowDisk>)> = {
-            let table = server.table.lock();
-            table
-                .iter()
-                .filter_map(|(n, e)| Some((n.clone(), e.disk.clone()?)))
-                .collect()
-        };
+        let names: Vec<String> = server.table.lock().keys().cloned().collect();
         server.reopen_held();
-        for (name, disk) in disks {
+        for name in names {
+            // One at a time: whoever holds a disk keeps its layer locked.
+            let attached = server.table.lock().get(&name).and_then(|e| e.disk.clone());
+            let Some(disk) = attached else { continue };
             match disk.maintain() {
                 Err(e) if e.kind() == Kind::Poisoned => {}
                 Err(e) => tracing::warn!(disk = name, "{e}"),
@@ -361,6 +358,7 @@ impl Server {
                 phase: Phase::Opening,
                 backing: None,
                 place: self.handover.claim()?,
+                going: false,
                 inherited: false,
                 orphan: false,
                 failed: None,
@@ -463,6 +461,14 @@ impl Server {
         let (ino, disk, backing) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
+            if entry.going {
+                // Its place, and the log in it, are not ours to give away. All is durable when it is gone.
+                while table.get(name).is_some_and(|e| e.going) {
+                    self.settled.wait_for(&mut table, CALM_STEP);
+                }
+                return Ok(());
+            }
+            entry.going = true;
             entry.set_phase(Phase::Closing);
             (entry.ino, entry.disk.take(), entry.backing)
         };
@@ -476,14 +482,20 @@ impl Server {
             self.session.close_backing(id);
         }
         let closed = disk.as_ref().map_or(Ok(()), |d| d.close());
+        // Is all flushed, so that only the tidying found no room? A flush that failed itself fails again.
+        let flushed = match (&closed, &disk) {
+            (Err(_), Some(disk)) => disk.flush(),
+            _ => Ok(()),
+        };
         // The lock of the layer file goes with the last handle, before anyone can see the name free.
         drop(disk);
         if let Some(entry) = self.table.lock().remove(name) {
             entry.place.release();
         }
+        self.settled.notify_all();
         match closed {
-            Err(e) if e.kind() == Kind::NoSpace => {
-                // All is flushed; only the tidying found no room. The next opening does it.
+            Err(e) if e.kind() == Kind::NoSpace && flushed.is_ok() => {
+                // The next opening tidies up.
                 tracing::warn!(disk = name, "closed without a checkpoint: {e}");
                 removed
             }
@@ -499,7 +511,7 @@ impl Server {
         let file = {
             let table = self.table.lock();
             match table.get(name) {
-                Some(entry) if entry.phase != Phase::Ready => {
+                Some(entry) if entry.phase != Phase::Ready && !entry.going => {
                     self.mount().join(file_name(&entry.attached))
                 }
                 _ => return,

@@ -11,7 +11,8 @@ use super::writable::read_free_list;
 use super::{ReadLayer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, FreeExtent, Header, INLINE_FREE, MAX_RUNS, Pointer, RunRef, SLOT_ZERO, Superblock,
+    self, FreeExtent, Header, INLINE_FREE, JOURNAL_START, MAX_RUNS, Pointer, RunRef, SLOT_ZERO,
+    Superblock,
 };
 use crate::io::File;
 use crate::layer::space::FreeSet;
@@ -149,7 +150,11 @@ pub fn prune(
     drop(layer);
     // What it shows by itself is another thing now, though nobody sees it.
     work.next.set_refer(None);
-    put(&**file, &mut work.next)?;
+    put(&**file, &mut work.next).inspect_err(|_| {
+        // What the disk did not take nobody is to see: who opens the layer next would map a run whose slots are free for whoever tries again.
+        let _ = file.sync();
+        file.forget_cached(0, Slot(JOURNAL_START).at());
+    })?;
     punch(&**file, work.data.iter())?;
     if users == Users::Nobody {
         punch_free(&work.next)?;

@@ -502,6 +502,8 @@ impl Layer {
     }
     /// Blocks with data of their own, and blocks it records as zeros, un-flushed ones included.
     pub fn counts(&self) -> (u64, u64) {
+        // Whoever changes a block takes the old one off first: in between it is counted nowhere.
+        let _changing = self.log.lock();
         (
             self.data_blocks.load(SeqCst).max(0) as u64,
             self.zero_blocks.load(SeqCst).max(0) as u64,
@@ -920,11 +922,13 @@ impl Layer {
         let c = &mut *commit;
         self.check_poison()?;
         self.finish_first(c)?;
-        if state == State::Sealed {
-            c.history.keep = None;
-        }
-        if c.head > 0 || state == State::Sealed && c.superblock.has_history() {
-            self.checkpoint(c, State::Writable)?;
+        let ended = c.history.keep.take_if(|_| state == State::Sealed);
+        if (c.head > 0 || state == State::Sealed && c.superblock.has_history())
+            && let Err(e) = self.checkpoint(c, State::Writable)
+        {
+            // The disk may go on with the layer as it is.
+            c.history.keep = c.history.keep.take().or(ended);
+            return Err(e);
         }
         // Copy 2 of that checkpoint, before anything it could be needed for is destroyed.
         if c.second_pending {

@@ -306,6 +306,8 @@ impl Store {
         let memory = crate::layer::volatile::private()?;
         let filled = Layer::open_over(new, memory, None, Some(chain.clone()))?;
         let disk = CowDisk::writable(filled, chain);
+        // Only what is within its size is copied. Past that, zeros hid what lies below, or will have to.
+        disk.hide_from(disk.size())?;
         let blocks = past.seen.0.counts().0 + past.changed();
         let mut copy = Copy {
             file: &*past.file.clone(),

@@ -40,8 +40,8 @@ impl Store {
             false => e,
         });
         match open.close() {
-            // All is flushed; only the tidying found no room. The next opening does it.
-            Err(e) if e.kind() == Kind::NoSpace => {
+            // Only the tidying found no room, if all is flushed. The next opening does it.
+            Err(e) if e.kind() == Kind::NoSpace && open.flush().is_ok() => {
                 tracing::warn!(disk, "closed without a checkpoint: {e}");
             }
             Err(e) if done.is_ok() => return Err(e),

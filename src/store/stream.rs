@@ -19,7 +19,7 @@ use crate::format::stream::{
 };
 use crate::io::{Access, Dir, File};
 use crate::layer::{self, Layer, volatile};
-use crate::units::{BLOCK, Id, blocks};
+use crate::units::Id;
 use sha2::{Digest as _, Sha256};
 use std::io::Read;
 use std::sync::Arc;
@@ -378,18 +378,8 @@ fn pour(
     progress: &dyn Progress,
 ) -> Result<()> {
     let size = disk.size();
-    // What the parent does not show any more must not show again in a larger one.
-    let hidden = chain
-        .layers()
-        .iter()
-        .map(|layer| layer.size().max(layer.header().size.get()))
-        .chain([blocks(chain.base().len()) * BLOCK])
-        .max()
-        .unwrap_or(0)
-        .min(size);
-    if hidden > chain.size() {
-        disk.discard(chain.size(), hidden - chain.size())?;
-    }
+    // What the parent does not show any more must not show again in a larger one, nor in whatever becomes larger later.
+    disk.hide_from(chain.size().min(size))?;
     while let Some(piece) = stream.piece()? {
         let end = match piece {
             Piece::Data(at, data) => {

@@ -21,6 +21,7 @@ pub const ALL: &[(&str, fn())] = &[
     ("power_cut", power_cut),
     ("reuse_against_readers", reuse_against_readers),
     ("partial_writes", partial_writes),
+    ("counts", counts),
     ("discards", discards),
     ("seals", seals),
     ("failed_sync", failed_sync),
@@ -302,6 +303,27 @@ fn partial_writes() {
     drop(disk);
     world.audit(1);
     model.check_moment(&world.open(1), [3, 3]);
+}
+
+/// A block that is replaced is counted at every moment.
+fn counts() {
+    let world = World::new();
+    let disk = Arc::new(world.disk());
+    disk.write(&bytes(1, 4096), 2 * B).expect("write");
+    let d = disk.clone();
+    let writer = spawn(move || {
+        d.write(&bytes(2, 4096), 2 * B).expect("write");
+        d.discard(0, 512 * B).expect("discard");
+        d.write(&bytes(3, 4096), 2 * B).expect("write");
+    });
+    let d = disk.clone();
+    let asker = spawn(move || {
+        for _ in 0..4 {
+            // Whoever forks a disk that has nothing of its own forks what is below it.
+            assert_ne!(d.private_blocks(), (0, 0), "it has a block");
+        }
+    });
+    all(vec![writer, asker]);
 }
 
 /// Whole regions are discarded and written while a checkpoint puts runs in their place: what lies below is never seen again.

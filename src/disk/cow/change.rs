@@ -5,16 +5,19 @@
 
 use super::{CowDisk, Top, read_only, with_room};
 use crate::chain::Chain;
-use crate::disk::{Disk, Source};
+use crate::disk::{Disk, Extent, Source};
 use crate::error::{Error, Result};
 use crate::format::Header;
 use crate::io::File;
 use crate::layer::{Layer, State};
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::sys::shared::SharedMemory;
-use crate::units::{BLOCK, Id, Lba};
+use crate::units::{BLOCK, Id, Lba, REGION_BYTES};
 use std::ops::DerefMut;
 use std::sync::Arc;
+
+/// Bytes that are looked at at once.
+const WINDOW: u64 = 512 * REGION_BYTES;
 
 /// How many bytes a disk may have for itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,7 +43,13 @@ impl CowDisk {
         if size >= self.size() {
             let top = self.top.read();
             let layer = top.layer.as_ref().ok_or_else(read_only)?;
-            // Nothing is there: nobody could write past the end, and who made the disk smaller left zeros behind.
+            // Nothing is there: nobody could write past the end, and who made the disk smaller left zeros behind. If it was made
+            // smaller by one that did not, they are made now.
+            let (from, end) = (self.size(), top.chain.reach().min(size));
+            if Self::shows_data(&top, from, end)? {
+                with_room(layer, || layer.zero(Lba::of(from), (end - from) / BLOCK))?;
+                layer.flush()?;
+            }
             layer.set_size(size)?;
             // Not before it is durable: what is acknowledged there must be there after a crash.
             self.size.store(size, SeqCst);
@@ -61,6 +70,26 @@ impl CowDisk {
         layer.set_size(size)?;
         self.size.store(size, SeqCst);
         Ok(())
+    }
+    /// Lets a new layer hide what lies below past `from`, which may be the disk's end: whoever makes the disk larger sees zeros there.
+    pub fn hide_from(&self, from: u64) -> Result<()> {
+        let top = self.top.read();
+        let layer = top.layer.as_ref().ok_or_else(read_only)?;
+        match top.chain.reach().checked_sub(from) {
+            Some(hidden) if hidden > 0 => layer.zero(Lba::of(from), hidden / BLOCK),
+            _ => Ok(()),
+        }
+    }
+    /// Would anything else than zeros show in a range, wherever the disk ends?
+    fn shows_data(top: &Top, from: u64, end: u64) -> Result<bool> {
+        for at in (from..end).step_by(WINDOW as usize) {
+            let shown = Self::mapped(top, at, WINDOW.min(end - at))?;
+            let data = |e: &Extent| matches!(e.from, Source::Layer { .. } | Source::Base);
+            if shown.iter().any(data) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
     /// How many bytes of `at..at+len` hold data, its own or what lies below.
     pub fn data_within(&self, at: u64, len: u64) -> Result<u64> {

@@ -8,7 +8,7 @@ use crate::disk::CowDisk;
 use crate::disk::cow::Halted;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
-use crate::layer::{Layer, ReadLayer, volatile};
+use crate::layer::{Layer, ReadLayer, prune, read_header, volatile};
 use crate::store::{Below, Object, Store, layer_file};
 use crate::sys::shared::SharedMemory;
 use std::sync::Arc;
@@ -162,6 +162,23 @@ impl Store {
             self.names.rename(temporary, name)?;
         }
         self.names.sync()?;
+        if failed.is_some() {
+            // They are no snapshots, and must not look like some that have lost their names.
+            for (part, file) in parts.iter().zip(&files) {
+                let file = match (&part.writer, file) {
+                    (_, Some((file, _))) => file,
+                    (Writer::AtRest(layer), None) => layer.file(),
+                    (Writer::Running(_), None) => continue,
+                };
+                let done = read_header(&**file).and_then(|h| prune::unlabel(&**file, &h));
+                if let Err(e) = done {
+                    tracing::warn!(
+                        disk = part.disk,
+                        "a layer keeps the label of a snapshot that was not made: {e}"
+                    );
+                }
+            }
+        }
         for (part, file) in parts.into_iter().zip(files) {
             let (Writer::Running(halted), Some((file, memory))) = (part.writer, file) else {
                 continue;
