@@ -549,7 +549,7 @@ fn a_snapshot_without_room_ends_no_history() {
     for n in 0..20 {
         let (sim, store, disk) = scattered(Some(limits));
         disk.flush().unwrap();
-        sim.fail_nth(Verb::Write, n, FaultKind::Enospc);
+        sim.fail_from(Verb::Write, n, FaultKind::Enospc);
         let done = store.snapshot_running(&disk, "d", "s", None);
         sim.clear_faults();
         if done.is_ok() || disk.flush().is_err() {
