@@ -59,11 +59,18 @@ fn settled(file: &dyn File, header: &Header) -> Result<Superblock> {
 fn put(file: &dyn File, superblock: &mut Superblock) -> Result<()> {
     superblock.advance();
     let bytes = superblock.encode().to_vec();
-    for copy in [1, 2] {
-        file.write_at(&bytes, Slot(copy).at())?;
-        file.sync()?;
-    }
-    Ok(())
+    let mut copies = [1, 2].into_iter();
+    copies
+        .try_for_each(|copy| {
+            file.write_at(&bytes, Slot(copy).at())?;
+            file.sync()
+        })
+        .inspect_err(|_| {
+            // What the disk did not take nobody is to see: who opened the layer next would map a block map whose slots are free for whoever tries
+            // again.
+            let _ = file.sync();
+            file.forget_cached(0, Slot(JOURNAL_START).at());
+        })
 }
 
 /// Takes the label from a sealed layer whose name was removed, so that nobody takes the name for lost. Its readers need not care.
@@ -150,11 +157,7 @@ pub fn prune(
     drop(layer);
     // What it shows by itself is another thing now, though nobody sees it.
     work.next.set_refer(None);
-    put(&**file, &mut work.next).inspect_err(|_| {
-        // What the disk did not take nobody is to see: who opens the layer next would map a run whose slots are free for whoever tries again.
-        let _ = file.sync();
-        file.forget_cached(0, Slot(JOURNAL_START).at());
-    })?;
+    put(&**file, &mut work.next)?;
     punch(&**file, work.data.iter())?;
     if users == Users::Nobody {
         punch_free(&work.next)?;
