@@ -229,6 +229,12 @@ fn a_fork_of_the_past_hides_what_was_cut_off() {
     store
         .create_at("e", "d", At::Number(last), None, &Quiet)
         .unwrap();
+    // Whoever makes it larger: a fork, or a change of its size.
+    store.snapshot("e", "s", None).unwrap();
+    store
+        .create(&["f".to_string()], "e@s", Some(BASE * B))
+        .unwrap();
+    assert!(of(&store, "f") == expected, "f");
     for name in ["d", "e"] {
         assert_eq!(store.resize(name, BASE * B).unwrap().size, BASE * B);
         assert!(of(&store, name) == expected, "{name}");

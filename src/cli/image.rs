@@ -324,6 +324,11 @@ impl Export {
             return self.answer(context, &store, &object, format, totals.data, digest);
         }
         let disk = state.disk();
+        // It may have got another size since it was looked up.
+        let len = match object.kind {
+            ObjectKind::Base => len,
+            _ => state.size(),
+        };
         if !stdout {
             let export = match format {
                 Format::Qcow2 => qcow2::export_file,

@@ -74,11 +74,12 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(disk: &dyn Disk, len: u64) -> Result<Plan> {
+    fn of(disk: &dyn Disk, len: u64, progress: &dyn Progress) -> Result<Plan> {
         let mut data: Vec<Range<u64>> = Vec::new();
         let mut window = 0;
         while window < len {
             let size = WINDOW.min(disk.size() - window);
+            goes_on(progress, 0, len)?;
             for stretch in stretches(&disk.extents(window, size)?) {
                 let (from, to) = (stretch.start, stretch.end.min(len));
                 if from >= to {
@@ -134,7 +135,11 @@ impl Plan {
     }
     /// Gives `put` all that stands before the data, in order, in whole clusters. `absent`: data clusters that have no place after all, by their number
     /// among those of the plan, in order.
-    fn describe(&self, absent: &[u64], put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    fn describe(
+        &self,
+        absent: &[Range<u64>],
+        put: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let mut cluster = vec![0u8; CLUSTER as usize];
         let header = Header {
             magic: U32::new(0x5146_49fb),
@@ -173,7 +178,7 @@ impl Plan {
                     return 0;
                 }
                 let here = ((self.first() + number) * CLUSTER) | COPIED;
-                let gone = absent.next_if(|n| **n == number).is_some();
+                let gone = within(&mut absent, number);
                 number += 1;
                 if gone { 0 } else { here }
             };
@@ -184,12 +189,17 @@ impl Plan {
         Ok(())
     }
     /// The blocks of reference counts: one for each cluster of the file that is in use.
-    fn counts(&self, absent: &[u64], put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let mut absent = absent.iter().map(|n| self.first() + n).peekable();
+    fn counts(
+        &self,
+        absent: &[Range<u64>],
+        put: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut absent = absent.iter().peekable();
         let mut block = vec![0u8; CLUSTER as usize];
         for start in (0..self.blocks_of_counts).map(|i| i * COUNTS) {
             for (at, count) in (start..).zip(block.chunks_exact_mut(2)) {
-                let used = at < self.end() && absent.next_if_eq(&at).is_none();
+                let gone = at >= self.first() && within(&mut absent, at - self.first());
+                let used = at < self.end() && !gone;
                 count.copy_from_slice(&u16::from(used).to_be_bytes());
             }
             put(&block)?;
@@ -216,13 +226,27 @@ impl Plan {
                 piece[there..].fill(0);
                 put(number, piece)?;
                 (at, number) = (at + n, number + n);
-                if !progress.update((at * CLUSTER).min(len), len) {
-                    return Err(Error::new(Kind::Interrupted, "interrupted"));
-                }
+                goes_on(progress, (at * CLUSTER).min(len), len)?;
             }
         }
         Ok(())
     }
+}
+
+fn goes_on(progress: &dyn Progress, done: u64, len: u64) -> Result<()> {
+    match progress.update(done, len) {
+        true => Ok(()),
+        false => Err(Error::new(Kind::Interrupted, "interrupted")),
+    }
+}
+
+/// Is `number` in one of the ranges? They are in order, and asked for rising numbers.
+fn within<'r>(
+    ranges: &mut std::iter::Peekable<impl Iterator<Item = &'r Range<u64>>>,
+    number: u64,
+) -> bool {
+    while ranges.next_if(|r| r.end <= number).is_some() {}
+    ranges.peek().is_some_and(|r| r.start <= number)
 }
 
 /// Entries of 8 bytes, and zeros up to the end of so many clusters.
@@ -251,15 +275,19 @@ pub fn export_file(
     progress: &dyn Progress,
 ) -> Result<u64> {
     let target = check_target(target, replace)?;
-    let plan = Plan::of(disk, len)?;
+    let plan = Plan::of(disk, len, progress)?;
     let new = NewFile::beside(&target)?;
     let failed = |e: io::Error| Error::io("write", &target, &e);
     new.file.set_len(plan.end() * CLUSTER).map_err(failed)?;
-    let mut absent = Vec::new();
+    let (mut absent, mut zeros): (Vec<Range<u64>>, u64) = (Vec::new(), 0);
     plan.copy(disk, len, progress, &mut |number, piece| {
         for (number, cluster) in (number..).zip(piece.chunks(CLUSTER as usize)) {
             if is_zero(cluster) {
-                absent.push(number);
+                zeros += 1;
+                match absent.last_mut() {
+                    Some(last) if last.end == number => last.end += 1,
+                    _ => absent.push(number..number + 1),
+                }
                 continue;
             }
             let at = (plan.first() + number) * CLUSTER;
@@ -276,7 +304,7 @@ pub fn export_file(
     let synced = new.file.sync_all();
     synced.map_err(|e| Error::io("sync", &target, &e))?;
     new.name(&target, replace)?;
-    Ok((plan.clusters - absent.len() as u64) * CLUSTER)
+    Ok((plan.clusters - zeros) * CLUSTER)
 }
 
 /// Writes the first `len` bytes of `disk` as a qcow2 image to `out`. The inner result tells of `out` failing, so that the caller can tell a reader that went
@@ -287,7 +315,7 @@ pub fn export_stream(
     out: &mut dyn Write,
     progress: &dyn Progress,
 ) -> Result<io::Result<()>> {
-    let plan = Plan::of(disk, len)?;
+    let plan = Plan::of(disk, len, progress)?;
     let mut failure = None;
     let mut put = |bytes: &[u8]| {
         out.write_all(bytes).map_err(|e| {

@@ -40,8 +40,8 @@ pub(super) struct Entry {
     pub(super) backing: Option<u32>,
     /// Where the successor finds it.
     pub(super) place: Place,
-    /// Somebody is closing it, and takes it out of the table: nobody else may.
-    pub(super) going: bool,
+    /// Somebody is closing it, and takes it out of the table: nobody else may. What went wrong is put here.
+    pub(super) going: Option<Arc<Mutex<Option<Error>>>>,
     /// It was attached by a predecessor: who has its file open is not known from requests.
     pub(super) inherited: bool,
     /// The command that attaches or detaches it talked to a predecessor, and has not come back yet.
@@ -72,6 +72,10 @@ impl Entry {
         self.place.write(&said)
     }
     pub(super) fn set_phase(&mut self, phase: Phase) {
+        if phase == Phase::Ready && self.going.is_some() {
+            // Too late.
+            return;
+        }
         self.phase = phase;
         self.orphan = false;
         self.noted();
@@ -161,7 +165,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         phase,
         backing,
         place,
-        going: false,
+        going: None,
         inherited: true,
         orphan: phase != Phase::Ready,
         failed,

@@ -358,7 +358,7 @@ impl Server {
                 phase: Phase::Opening,
                 backing: None,
                 place: self.handover.claim()?,
-                going: false,
+                going: None,
                 inherited: false,
                 orphan: false,
                 failed: None,
@@ -461,14 +461,14 @@ impl Server {
         let (ino, disk, backing) = {
             let mut table = self.table.lock();
             let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
-            if entry.going {
-                // Its place, and the log in it, are not ours to give away. All is durable when it is gone.
-                while table.get(name).is_some_and(|e| e.going) {
+            if let Some(outcome) = entry.going.clone() {
+                // Its place, and the log in it, are not ours to give away.
+                while table.get(name).is_some_and(|e| e.going.is_some()) {
                     self.settled.wait_for(&mut table, CALM_STEP);
                 }
-                return Ok(());
+                return outcome.lock().clone().map_or(Ok(()), Err);
             }
-            entry.going = true;
+            entry.going = Some(Arc::default());
             entry.set_phase(Phase::Closing);
             (entry.ino, entry.disk.take(), entry.backing)
         };
@@ -489,11 +489,7 @@ impl Server {
         };
         // The lock of the layer file goes with the last handle, before anyone can see the name free.
         drop(disk);
-        if let Some(entry) = self.table.lock().remove(name) {
-            entry.place.release();
-        }
-        self.settled.notify_all();
-        match closed {
+        let done = match closed {
             Err(e) if e.kind() == Kind::NoSpace && flushed.is_ok() => {
                 // The next opening tidies up.
                 tracing::warn!(disk = name, "closed without a checkpoint: {e}");
@@ -503,7 +499,15 @@ impl Server {
                 "{name} was detached, but could not be closed cleanly"
             ))),
             Ok(()) => removed,
+        };
+        if let Some(entry) = self.table.lock().remove(name) {
+            if let Some(outcome) = &entry.going {
+                *outcome.lock() = done.as_ref().err().cloned();
+            }
+            entry.place.release();
         }
+        self.settled.notify_all();
+        done
     }
 
     /// A conversation ended in the middle of attaching or detaching: the kernel tells how far it came.
@@ -511,7 +515,7 @@ impl Server {
         let file = {
             let table = self.table.lock();
             match table.get(name) {
-                Some(entry) if entry.phase != Phase::Ready && !entry.going => {
+                Some(entry) if entry.phase != Phase::Ready && entry.going.is_none() => {
                     self.mount().join(file_name(&entry.attached))
                 }
                 _ => return,

@@ -947,15 +947,20 @@ impl Layer {
                 std::mem::take(&mut space.journal_reserved),
             )
         };
+        // For a seal this is tidying only, and no reason to stop half-way: the history has ended with the checkpoint.
+        let tidied = |done: Result<()>| match done {
+            Err(e) if e.kind() == Kind::NoSpace && state == State::Sealed => Ok(()),
+            other => other,
+        };
         for &(start, len) in &hot {
             // Slots past the committed high-water mark go with the tail below.
             if u64::from(start) < c.high {
-                self.punch(start, len)?;
+                tidied(self.punch(start, len))?;
             }
         }
         // Also what a writer before us left, when there was nothing to write since.
         if reserved > 0 || self.opened.recovered {
-            self.punch(JOURNAL_START, JOURNAL_SLOTS)?;
+            tidied(self.punch(JOURNAL_START, JOURNAL_SLOTS))?;
         }
         let end = Slot(c.high as u32).at();
         if self.file.len()? > end {

@@ -283,6 +283,7 @@ impl Layer {
         let generation = c.superblock.generation.get();
         self.log.lock().entries =
             VolatileLog::new(self.volatile.clone(), &self.id, generation, c.next_commit);
+        self.note_written();
         self.logged.store(0, SeqCst);
         Ok(())
     }
