@@ -7,7 +7,7 @@
 //!
 //! The format: "QCOW2 Image Format Specification", `docs/interop/qcow2.rst` of QEMU.
 
-use super::raw::{NewFile, WINDOW, check_target, is_zero};
+use super::raw::{NewFile, WINDOW, check_target, is_zero, to_pipe};
 use crate::{
     disk::{Disk, stretches},
     error::{Error, Kind, Result},
@@ -316,19 +316,8 @@ pub fn export_stream(
     progress: &dyn Progress,
 ) -> Result<io::Result<()>> {
     let plan = Plan::of(disk, len, progress)?;
-    let mut failure = None;
-    let mut put = |bytes: &[u8]| {
-        out.write_all(bytes).map_err(|e| {
-            failure = Some(e);
-            Error::new(Kind::Io, "the output is closed")
-        })
-    };
-    let result = plan
-        .describe(&[], &mut put)
-        .and_then(|()| plan.copy(disk, len, progress, &mut |_, piece| put(piece)));
-    match (failure, result) {
-        (Some(e), _) => Ok(Err(e)),
-        (None, Err(e)) => Err(e),
-        (None, Ok(())) => Ok(out.flush()),
-    }
+    to_pipe(out, |put| {
+        plan.describe(&[], put)?;
+        plan.copy(disk, len, progress, &mut |_, piece| put(piece))
+    })
 }

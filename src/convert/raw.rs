@@ -128,14 +128,6 @@ pub fn export_stream(
     progress: &dyn Progress,
 ) -> Result<io::Result<()>> {
     let zeros = vec![0; PIECE];
-    let mut at = 0;
-    let mut failure = None;
-    let mut put = |bytes: &[u8]| {
-        out.write_all(bytes).map_err(|e| {
-            failure = Some(e);
-            Error::new(Kind::Io, "the output is closed")
-        })
-    };
     let fill = |from: u64, to: u64, put: &mut dyn FnMut(&[u8]) -> Result<()>| {
         let mut left = to - from;
         while left > 0 {
@@ -145,12 +137,29 @@ pub fn export_stream(
         }
         Ok(())
     };
-    let result = for_data(disk, len, progress, |data_at, piece| {
-        fill(at, data_at, &mut put)?;
-        at = data_at + piece.len() as u64;
-        put(piece)
+    to_pipe(out, |put| {
+        let mut at = 0;
+        for_data(disk, len, progress, |data_at, piece| {
+            fill(at, data_at, put)?;
+            at = data_at + piece.len() as u64;
+            put(piece)
+        })?;
+        fill(at, len, put)
     })
-    .and_then(|()| fill(at, len, &mut put));
+}
+
+/// Lets `work` write to `out`. The inner result tells of `out` failing, the outer one of anything else.
+pub(super) fn to_pipe(
+    out: &mut dyn Write,
+    work: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+) -> Result<io::Result<()>> {
+    let mut failure = None;
+    let result = work(&mut |bytes| {
+        out.write_all(bytes).map_err(|e| {
+            failure = Some(e);
+            Error::new(Kind::Io, "the output is closed")
+        })
+    });
     match (failure, result) {
         (Some(e), _) => Ok(Err(e)),
         (None, Err(e)) => Err(e),
