@@ -185,13 +185,6 @@ fn a_missing_store_exits_with_10() {
 }
 
 #[test]
-fn what_is_not_built_yet_says_so() {
-    let output = forkdisk(&["--json", "attach", "x", "--via", "nbd"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(json_error(&output)["code"], "unsupported");
-}
-
-#[test]
 fn what_is_no_raw_image_is_not_imported() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("a.qcow2");

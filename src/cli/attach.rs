@@ -7,6 +7,7 @@ use crate::{
     cli::{
         Outcome, Stop,
         context::{Context, mounts_in, mounts_of},
+        list::shown_at,
         render::json::AttachedDoc,
     },
     daemon::{self, AttachRequest, Attached, Client, Dead, Transport, Via, Waiting},
@@ -37,7 +38,7 @@ enum Door {
     Loop,
     /// As a file only
     File,
-    /// As a network block device
+    /// As an export of a Unix socket (NBD); prints its URI
     Nbd,
 }
 
@@ -115,13 +116,7 @@ impl Attach {
         let via = match self.via {
             Door::Loop => Via::Loop,
             Door::File => Via::File,
-            Door::Nbd => {
-                return Err(
-                    Error::new(Kind::Unsupported, "attach --via nbd is not built yet")
-                        .hint("--via file shows the disk as a file, which any NBD server can serve")
-                        .into(),
-                );
-            }
+            Door::Nbd => Via::Nbd,
         };
         let mount = self.mount.as_deref().map(mount_point).transpose()?;
         if mount.is_some() && via != Via::Loop {
@@ -206,10 +201,7 @@ fn finish(context: &Context, attached: &Attached, mount: Option<&Path>) -> Outco
             mount: mount.map(Path::to_path_buf),
         });
     }
-    match &attached.device {
-        Some(device) => ui.data(format!("{device}\n")),
-        None => ui.data(format!("{}\n", attached.file.display())),
-    }
+    ui.data(format!("{}\n", shown_at(attached)))
 }
 
 /// Takes back an attachment that could not be finished.
@@ -254,7 +246,7 @@ fn mount_point(dir: &Path) -> Result<PathBuf> {
         detached once."
 )]
 pub(crate) struct Detach {
-    /// A name, its device, or where it is mounted
+    /// A name, its device or URI, or where it is mounted
     #[arg(
         value_name = "DISK|DEVICE|MOUNTPOINT",
         required_unless_present = "all",
@@ -572,13 +564,18 @@ fn plan(store: &Store, known: &[(Attached, Vec<PathBuf>)], target: &str) -> Resu
             mounted.map(|dir| (attached, mounts, Some(dir.clone())))
         })
     };
+    let by_uri = |uri: &str| {
+        let mut all = known.iter();
+        let found = all.find(|(attached, _)| attached.uri().as_deref() == Some(uri));
+        found.map(|(attached, mounts)| (attached, mounts, None))
+    };
     let by_name = |name: &str| {
         let mut all = known.iter();
         let found = all.find(|(attached, _)| attached.name == name);
         found.map(|(attached, mounts)| (attached, mounts, None))
     };
     let found = if is_path {
-        by_path(&path())
+        by_uri(target).or_else(|| by_path(&path()))
     } else {
         // A name, a directory named from where we are, or the beginning of an id.
         by_name(target).or_else(|| by_path(&path()))

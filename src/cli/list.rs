@@ -444,12 +444,10 @@ fn attached_columns() -> Vec<Column<(Attached, Vec<PathBuf>)>> {
     ]
 }
 
-/// The device of an attachment, or its file.
-fn shown_at(attached: &Attached) -> String {
-    match &attached.device {
-        Some(device) => device.clone(),
-        None => attached.file.display().to_string(),
-    }
+/// The device of an attachment, or its URI, or its file.
+pub(crate) fn shown_at(attached: &Attached) -> String {
+    let place = attached.device.clone().or_else(|| attached.uri());
+    place.unwrap_or_else(|| attached.file.display().to_string())
 }
 
 /// Paths, separated by commas.

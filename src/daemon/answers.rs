@@ -3,9 +3,9 @@
 use super::changes::quota_change;
 use super::conversation::Conversation;
 use super::entry::Phase;
-use super::place_of;
 use super::protocol::{self, below_json, number, object_json, text};
 use super::server::{End, Server, not_attached};
+use super::{Via, place_of};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use serde_json::{Value, json};
@@ -81,6 +81,9 @@ impl Server {
                 begun.retain(|b| b != name);
                 if let Some(entry) = self.table.lock().get_mut(name) {
                     entry.set_phase(Phase::Ready);
+                    if entry.attached.via == Via::Nbd && entry.phase == Phase::Ready {
+                        self.exports.show(entry.ino);
+                    }
                 }
                 Ok(json!({}))
             }

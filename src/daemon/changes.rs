@@ -11,6 +11,10 @@ use crate::sys::holders;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+/// How long a client of NBD that is just leaving is waited for.
+const LEAVING: Duration = Duration::from_millis(500);
 
 impl Server {
     pub(super) fn change(&self, op: &str, request: &Value) -> Result<Value> {
@@ -37,14 +41,7 @@ impl Server {
 
     fn roll_back(&self, disk: &str, name: &str) -> Result<Value> {
         let running = self.running(disk)?;
-        {
-            let table = self.table.lock();
-            let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
-            // Of a device the command knows who uses it.
-            if entry.attached.via == Via::File {
-                self.must_be_closed(entry)?;
-            }
-        }
+        self.must_be_unused(disk)?;
         let done = self.store.rollback_running(&running, disk, name);
         // Also after a failure: it may have come late.
         self.refresh(disk);
@@ -53,6 +50,31 @@ impl Server {
         let mut said = self.tell_size(disk, &running)?;
         said["object"] = object_json(&object);
         Ok(said)
+    }
+    /// Fails if anybody uses what is attached, as far as the command that asks cannot know.
+    pub(super) fn must_be_unused(&self, disk: &str) -> Result<()> {
+        self.wait_for_clients(|e| e.attached.name == disk);
+        let table = self.table.lock();
+        let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
+        match entry.attached.via {
+            // Of a device the command knows who uses it.
+            Via::Loop => Ok(()),
+            Via::File => self.must_be_closed(entry),
+            Via::Nbd => match self.exports.connections(entry.ino, Duration::ZERO) {
+                0 => self.must_be_closed(entry),
+                n => Err(connected(entry, n)),
+            },
+        }
+    }
+    /// Gives clients of NBD that just leave the time to do so.
+    pub(super) fn wait_for_clients(&self, meant: impl Fn(&Entry) -> bool) {
+        let table = self.table.lock();
+        let entry = table.values().find(|e| meant(e));
+        let ino = entry.filter(|e| e.attached.via == Via::Nbd).map(|e| e.ino);
+        drop(table);
+        if let Some(ino) = ino {
+            self.exports.connections(ino, LEAVING);
+        }
     }
     /// Fails if anybody has the file of an attachment open.
     pub(super) fn must_be_closed(&self, entry: &Entry) -> Result<()> {
@@ -180,7 +202,7 @@ impl Server {
             let entry = table.get(name).ok_or_else(|| not_attached(name))?;
             (entry.ino, entry.disk.clone())
         };
-        let waiting = self.session.waiting(Some(ino));
+        let waiting = self.session.waiting(Some(ino)) + self.exports.waiting(Some(ino));
         match (disk, then) {
             (Some(disk), "fail") => disk.stop_waiting(),
             (Some(disk), "wait") => disk.wait_again(),
@@ -188,6 +210,19 @@ impl Server {
         }
         Ok(json!({"waiting": waiting}))
     }
+}
+
+/// Somebody is connected to an export.
+pub(super) fn connected(entry: &Entry, connections: usize) -> Error {
+    let name = &entry.attached.name;
+    Error::new(
+        Kind::Busy,
+        format!("{name} is in use: {connections} connections over NBD"),
+    )
+    .hint(match entry.attached.uri() {
+        Some(uri) => format!("end the programs that use {uri}"),
+        None => "end the programs that use it".into(),
+    })
 }
 
 /// A change of a quota as it stands in a request.

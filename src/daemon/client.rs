@@ -291,7 +291,7 @@ impl Client {
     /// Makes a device of what the daemon opened.
     fn set_up(&mut self, request: &AttachRequest, answer: &Value) -> Result<Attached> {
         let opened = attached(&answer["attached"])?;
-        if !answer["fresh"].as_bool().unwrap_or(false) || request.via == Via::File {
+        if !answer["fresh"].as_bool().unwrap_or(false) || request.via != Via::Loop {
             return Ok(opened);
         }
         // Here and not in the daemon: configuring the device waits for the daemon.
@@ -415,7 +415,10 @@ impl Client {
             .display()
             .to_string();
         let former = number(&self.status()?, "server_pid")?;
-        let request = json!({"op": "takeover", "program": program, "handover": handover::VERSION});
+        let doors = [Via::Loop, Via::File, Via::Nbd].map(Via::word);
+        let request = json!({
+            "op": "takeover", "program": program, "handover": handover::VERSION, "doors": doors,
+        });
         // Without an answer it may be gone for this reason: then the next one tells what it is.
         if let Some(answer) = self.try_ask(&request)? {
             success(answer)?;

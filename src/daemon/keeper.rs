@@ -14,7 +14,7 @@
 
 use super::client::{Client, Waiting, socket_path};
 use super::handover::Handover;
-use super::{Attached, LOCK, LOG, MOUNT, SOCKET, dead, log, place_of, protocol, server};
+use super::{Attached, LOCK, LOG, MOUNT, NBD, SOCKET, dead, log, place_of, protocol, server};
 use crate::attach;
 use crate::error::{Error, Kind, Result};
 use crate::serve::fuse::mount as fuse_mount;
@@ -22,9 +22,8 @@ use crate::serve::fuse::session::{Negotiated, Transport};
 use crate::store::Store;
 use crate::sys::{cgroup, loopdev};
 use crate::sys::{fdpass, mounts, private, process};
-use rustix::fs::{FlockOperation, Mode};
+use rustix::fs::FlockOperation;
 use rustix::io::FdFlags;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -447,7 +446,9 @@ impl Keeper {
         drop(self.listener);
         let run_dir = place_of(&self.run_dir);
         let mount = run_dir.join(MOUNT);
-        let _ = std::fs::remove_file(run_dir.join(SOCKET));
+        for socket in [SOCKET, NBD] {
+            let _ = std::fs::remove_file(run_dir.join(socket));
+        }
         if let Over::Failed(why) = &over {
             tracing::error!("{why}: disks that were attached give I/O errors; attach them again");
         }
@@ -750,6 +751,7 @@ pub fn clear_dead(store: &Store) -> bool {
 /// Takes away what a dead daemon left: its mount, and loop devices over files of it that nobody uses.
 fn clear_away(run_dir: &Path, mount: &Path) {
     dead::note(run_dir, mount);
+    let _ = std::fs::remove_file(run_dir.join(NBD));
     // More than one if daemons died one after the other.
     for _ in 0..8 {
         match mounts::at(mount) {
@@ -777,33 +779,10 @@ pub(super) fn loop_devices_over(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The control socket: only for the owner (and root), also in the moment of its making.
+/// The control socket.
 fn listen(run_dir: &Path) -> Result<OwnedFd> {
-    let shown = run_dir.join(SOCKET);
     let (_dir, path) = socket_path(run_dir)?;
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io("remove", &shown, &e));
-        }
-        _ => {}
-    }
-    let io = |what: &'static str| {
-        let shown = shown.clone();
-        move |e: rustix::io::Errno| Error::io(what, shown, &e.into())
-    };
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(io("make"))?;
-    let address = SocketAddrUnix::new(&path).map_err(io("name"))?;
-    rustix::net::bind(&socket, &address).map_err(io("bind"))?;
-    rustix::fs::chmod(&path, Mode::RUSR | Mode::WUSR).map_err(io("protect"))?;
-    // Nobody can connect before this.
-    rustix::net::listen(&socket, 128).map_err(io("listen on"))?;
-    Ok(socket)
+    private::listen(&path, &run_dir.join(SOCKET))
 }
 
 /// Becomes another program, which gets these descriptors; returns only if that fails.

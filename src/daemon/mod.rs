@@ -37,7 +37,8 @@ use crate::store::{Object, ObjectKind};
 use crate::units::Id;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 /// How a disk is shown.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +47,8 @@ pub enum Via {
     Loop,
     /// As the file alone.
     File,
+    /// As an export of the NBD socket (and as the file).
+    Nbd,
 }
 
 impl Via {
@@ -54,6 +57,7 @@ impl Via {
         match self {
             Via::Loop => "loop",
             Via::File => "file",
+            Via::Nbd => "nbd",
         }
     }
 }
@@ -98,6 +102,36 @@ pub struct Attached {
     pub size: u64,
 }
 
+impl Attached {
+    /// Where it is found by NBD, for `--via nbd`: as the [specification of such URIs](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md) says.
+    pub fn uri(&self) -> Option<String> {
+        if self.via != Via::Nbd {
+            return None;
+        }
+        let name = file_name(self).to_string_lossy();
+        let run_dir = self.file.parent().and_then(Path::parent);
+        let socket = run_dir.unwrap_or(Path::new("/")).join(NBD);
+        Some(format!(
+            "nbd+unix:///{}?socket={}",
+            escaped(name.as_bytes(), b""),
+            escaped(socket.as_os_str().as_bytes(), b"/")
+        ))
+    }
+}
+
+/// Bytes as they may stand in a URI: those that mean something, and are not in `kept`, by their numbers.
+fn escaped(bytes: &[u8], kept: &[u8]) -> String {
+    let mut text = String::new();
+    for &byte in bytes {
+        match byte {
+            b'-' | b'.' | b'_' | b'~' | b'@' | b':' => text.push(byte.into()),
+            _ if byte.is_ascii_alphanumeric() || kept.contains(&byte) => text.push(byte.into()),
+            _ => text.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    text
+}
+
 /// The name of the file that shows an attachment: the one it was attached by, also after it was renamed.
 fn file_name(attached: &Attached) -> &std::ffi::OsStr {
     let name = std::ffi::OsStr::new(&attached.name);
@@ -127,6 +161,7 @@ fn place_of(dir: &File) -> PathBuf {
 
 /// Names of files in the run directory.
 pub(crate) const SOCKET: &str = "control.sock";
+pub(crate) const NBD: &str = "nbd.sock";
 pub(crate) const LOCK: &str = "daemon.lock";
 pub(crate) const MOUNT: &str = "disks";
 pub(crate) const LOG: &str = "daemon.log";

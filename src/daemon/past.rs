@@ -3,9 +3,8 @@
 //!
 //! Always true: a point is held no longer than the conversation in which that was asked for lasts.
 
-use super::Via;
 use super::protocol::{number, text};
-use super::server::{Server, not_attached};
+use super::server::Server;
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::layer::history::Hold;
@@ -50,14 +49,7 @@ impl Server {
     fn rewind(&self, request: &Value) -> Result<Value> {
         let disk = text(request, "disk")?;
         let running = self.running(disk)?;
-        {
-            let table = self.table.lock();
-            let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
-            // Of a device the command knows who uses it.
-            if entry.attached.via == Via::File {
-                self.must_be_closed(entry)?;
-            }
-        }
+        self.must_be_unused(disk)?;
         let at = At::Number(number(request, "point")?);
         let done = self.store.rewind_running(&running, disk, at)?;
         Ok(rewound_json(&done))

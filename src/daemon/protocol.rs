@@ -122,7 +122,7 @@ fn id_of(word: &str) -> Result<Id> {
 
 /// A door by its word.
 pub fn via_of(word: &str) -> Result<Via> {
-    [Via::Loop, Via::File]
+    [Via::Loop, Via::File, Via::Nbd]
         .into_iter()
         .find(|v| v.word() == word)
         .ok_or_else(|| missing("via"))

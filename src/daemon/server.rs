@@ -7,17 +7,19 @@
 //!   of the loop device;
 //! - what a successor needs stands in the handover before anybody is told that it is done.
 
+use super::changes::connected;
 use super::client::answer;
 use super::conversation::{self, Conversation};
 use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, flag, number, text};
-use super::{Attached, LOG, MOUNT, SOCKET, Via, file_name, layers, log, place_of};
+use super::{Attached, LOG, MOUNT, NBD, SOCKET, Via, file_name, layers, log, place_of};
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
+use crate::serve::nbd::Exports;
 use crate::store::{ObjectKind, Store};
 use crate::sys::{fdpass, loopdev, process};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -25,7 +27,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,10 +53,14 @@ const CALM: Duration = Duration::from_secs(10);
 /// How often it looks whether they came to their end.
 const CALM_STEP: Duration = Duration::from_millis(20);
 
+/// Longest path by which a socket can be known: `sun_path` of unix(7), without its end.
+const MAX_SOCKET_PATH: usize = 107;
+
 pub(super) struct Server {
     pub(super) store: Store,
     pub(super) files: Arc<Files>,
     pub(super) session: Session,
+    pub(super) exports: Arc<Exports>,
     pub(super) table: Mutex<BTreeMap<String, Entry>>,
     /// Told whenever an attachment or a detachment may have come to its end.
     pub(super) settled: Condvar,
@@ -146,6 +152,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
     let (end, ended) = channel();
     let server = Arc::new(Server {
         store,
+        exports: Exports::new(files.clone()),
         files,
         session,
         table: Mutex::new(table),
@@ -165,6 +172,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         resized: AtomicBool::new(false),
     });
     server.note_session()?;
+    server.export_inherited();
     if before > 0 {
         let attached = server.table.lock().len();
         tracing::info!(
@@ -249,6 +257,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
                 std::thread::sleep(Duration::from_millis(1));
             }
             // What is under way is answered. Nothing is closed: all stands in the handover.
+            server.exports.stop();
             server.session.stop();
             // A keeper that was killed is being replaced: without one nobody would hold what we leave.
             let deadline = Instant::now() + CALM;
@@ -376,9 +385,12 @@ impl Server {
                 false => self.store.open_cow_on(&object, memory)?,
             };
             match via {
-                Via::File => disk.settle()?,
+                Via::File | Via::Nbd => disk.settle()?,
                 // While the command sets up the device.
                 Via::Loop => conversation.unsettled = disk.unsettled(),
+            }
+            if via == Via::Nbd {
+                self.listen_for_clients()?;
             }
             let (name, shown) = (&object.name, disk.clone());
             if !passthrough {
@@ -410,11 +422,15 @@ impl Server {
         entry.ino = ino;
         entry.backing = backing;
         entry.noted();
-        if via == Via::File {
-            entry.set_phase(Phase::Ready);
-            tracing::info!(disk = object.name, "attached as a file");
-        } else {
-            begun.push(object.name.clone());
+        match via {
+            Via::Loop => begun.push(object.name.clone()),
+            Via::File | Via::Nbd => {
+                entry.set_phase(Phase::Ready);
+                if via == Via::Nbd {
+                    self.exports.show(ino);
+                }
+                tracing::info!(disk = object.name, via = via.word(), "attached");
+            }
         }
         let mut said = self.shown(&entry.attached);
         said["fresh"] = true.into();
@@ -431,6 +447,7 @@ impl Server {
                 || mount.join(file_name(a)) == Path::new(target)
                 || by_id == Some((a.kind, a.id))
         };
+        self.wait_for_clients(meant);
         let mut table = self.table.lock();
         self.settle(&mut table, meant, begun)?;
         let entry = table.values_mut().find(|e| meant(e));
@@ -443,8 +460,12 @@ impl Server {
             said["last"] = false.into();
             return Ok(said);
         }
-        if entry.attached.via == Via::File {
+        if entry.attached.via != Via::Loop {
             self.must_be_closed(entry)?;
+        }
+        if entry.attached.via == Via::Nbd {
+            let unused = self.exports.hide_unused(entry.ino);
+            unused.map_err(|n| connected(entry, n))?;
         }
         entry.set_phase(Phase::Closing);
         begun.push(name);
@@ -472,8 +493,9 @@ impl Server {
             entry.set_phase(Phase::Closing);
             (entry.ino, entry.disk.take(), entry.backing)
         };
-        // Waits for requests under way.
         let removed = if ino != 0 {
+            self.exports.hide(ino);
+            // Waits for requests under way.
             self.files.remove(ino).map(|_| ())
         } else {
             Ok(())
@@ -587,6 +609,41 @@ impl Server {
         }))
     }
 
+    /// Waits for clients of NBD from now on, if it does not yet.
+    fn listen_for_clients(&self) -> Result<()> {
+        let shown = place_of(&self.run_dir).join(NBD);
+        let path = format!("/proc/self/fd/{}/{NBD}", self.run_dir.as_raw_fd());
+        // We could listen there all the same.
+        if shown.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(Error::new(
+                Kind::Invalid,
+                "the path of the store is too long for clients of NBD: they know sockets by paths of up to 107 bytes",
+            )
+            .path(shown)
+            .hint("make the store at a shorter path, or use --via file"));
+        }
+        self.exports.listen(Path::new(&path), &shown)
+    }
+    /// Shows again what the last server had shown over NBD. Its clients connect again.
+    fn export_inherited(&self) {
+        let inos: Vec<u64> = {
+            let table = self.table.lock();
+            let shown = table
+                .values()
+                .filter(|e| e.attached.via == Via::Nbd && e.phase == Phase::Ready);
+            shown.map(|e| e.ino).collect()
+        };
+        if inos.is_empty() {
+            return;
+        }
+        for ino in inos {
+            self.exports.show(ino);
+        }
+        if let Err(e) = self.listen_for_clients() {
+            tracing::error!("clients of NBD cannot connect again: {e}");
+        }
+    }
+
     /// Decides about what commands had begun when the last server died, and did not come back for.
     fn settle_inherited(&self) {
         std::thread::sleep(GRACE);
@@ -628,6 +685,21 @@ impl Server {
                 "this kernel cannot pass on requests under way",
             )
             .hint("Linux 6.9 or newer can; else detach everything and restart the daemon"));
+        }
+        let doors = request["doors"].as_array();
+        let knows = |via: Via| doors.is_some_and(|doors| doors.iter().any(|d| d == via.word()));
+        if !knows(Via::Nbd) {
+            let table = self.table.lock();
+            if let Some(entry) = table.values().find(|e| e.attached.via == Via::Nbd) {
+                let name = &entry.attached.name;
+                return Err(Error::new(
+                    Kind::Version,
+                    format!(
+                        "{name} is attached with --via nbd, which the new program does not know"
+                    ),
+                )
+                .hint(format!("`forkdisk detach {name}` first")));
+            }
         }
         if self.leaving.swap(true, SeqCst) {
             return Err(Error::new(Kind::Busy, "a takeover is under way already"));
@@ -737,6 +809,7 @@ impl Server {
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
             "attached": self.table.lock().len(),
+            "connections": self.exports.peers(),
             "threads": threads,
             "peak_threads": peak,
             "requests": total,
@@ -755,9 +828,12 @@ impl Server {
             disk.stop_waiting();
         }
         let deadline = Instant::now() + LAST_ANSWERS;
-        while self.session.waiting(None) > 0 && Instant::now() < deadline {
+        while self.session.waiting(None) + self.exports.waiting(None) > 0
+            && Instant::now() < deadline
+        {
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.exports.stop();
         self.session.stop();
         let names: Vec<String> = self.table.lock().keys().cloned().collect();
         for name in names {

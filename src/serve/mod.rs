@@ -2,7 +2,13 @@
 //! nothing else of the house, so a new one is one new module.
 //!
 //! - [`files`]: the disks that are shown, by name and number, with their counters;
-//! - [`fuse`]: each of them a regular file in a FUSE mount.
+//! - [`fuse`]: each of them a regular file in a FUSE mount;
+//! - [`nbd`]: some of them exports of a Unix socket;
+//! - `crew`, `waiting`, `limit`: what both need: threads, writes that wait for room, a log that is not flooded.
 
+mod crew;
 pub mod files;
 pub mod fuse;
+mod limit;
+pub mod nbd;
+mod waiting;

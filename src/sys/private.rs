@@ -1,8 +1,10 @@
 //! What belongs to this user alone: directories that nobody else can change, and peers of a socket that are this user or root.
 
 use crate::error::{Error, Kind, Result};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -64,6 +66,34 @@ pub fn check_peer(socket: impl AsFd) -> Result<()> {
         format!("the other side of the control socket is user {uid}"),
     )
     .hint("run forkdisk as the user whose daemon runs"))
+}
+
+/// A socket at `path` on which only this user and root can connect, also in the moment of its making. What is there is replaced. `shown`: the path in
+/// messages; that of the socket must be short ([socket addresses hold 107 bytes](https://man7.org/linux/man-pages/man7/unix.7.html)).
+pub fn listen(path: &Path, shown: &Path) -> Result<OwnedFd> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("remove", shown, &e));
+        }
+        _ => {}
+    }
+    let io = |what: &'static str| {
+        let shown = shown.to_path_buf();
+        move |e: rustix::io::Errno| Error::io(what, shown, &e.into())
+    };
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(io("make"))?;
+    let address = SocketAddrUnix::new(path).map_err(io("name"))?;
+    rustix::net::bind(&socket, &address).map_err(io("bind"))?;
+    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR).map_err(io("protect"))?;
+    // Nobody can connect before this.
+    rustix::net::listen(&socket, 128).map_err(io("listen on"))?;
+    Ok(socket)
 }
 
 #[cfg(test)]

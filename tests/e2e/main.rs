@@ -21,6 +21,10 @@ mod layers;
 mod live;
 mod memory;
 mod names;
+mod nbd;
+#[allow(dead_code, reason = "tests/serve needs more of it")]
+#[path = "../common/nbd.rs"]
+mod nbd_client;
 mod places;
 mod qcow2;
 mod races;

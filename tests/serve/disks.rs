@@ -11,7 +11,7 @@ use std::{
     fs::File,
     os::unix::fs::FileExt,
     path::Path,
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     time::Duration,
 };
 
@@ -44,6 +44,8 @@ pub struct MemDisk {
     pub read_only: bool,
     /// What to fail with, if anything.
     pub fail: Mutex<Option<Kind>>,
+    /// Are writers to wait for room?
+    pub full: AtomicBool,
     /// How long each read takes at least.
     pub read_delay: Duration,
     /// Does it say so, as a file of the host does?
@@ -57,6 +59,7 @@ impl MemDisk {
             asked: Asked::default(),
             read_only: false,
             fail: Mutex::new(None),
+            full: AtomicBool::new(false),
             read_delay: Duration::ZERO,
             says_so: true,
         }
@@ -121,6 +124,9 @@ impl Disk for MemDisk {
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         self.asked.writes.fetch_add(1, SeqCst);
         self.failing()?;
+        if self.full.load(SeqCst) {
+            return Err(Error::new(Kind::NoSpace, "told to be full").and_waits());
+        }
         check(self.size(), at, buf.len() as u64)?;
         self.pieces(at, buf.len() as u64, |block, start, n, done| {
             let mut block = block.write();

@@ -5,6 +5,9 @@
 mod device;
 mod disks;
 mod file;
+mod nbd;
+#[path = "../common/nbd.rs"]
+mod nbd_client;
 mod passthrough;
 mod rig;
 mod ring;

@@ -145,10 +145,12 @@ pub struct AttachedDoc {
     pub id: String,
     /// Virtual size.
     pub size: u64,
-    /// `loop` or `file`.
+    /// `loop`, `file` or `nbd`.
     pub via: &'static str,
     /// The block device, for `loop`.
     pub device: Option<String>,
+    /// Where it is found, for `nbd`.
+    pub uri: Option<String>,
     /// The file that shows the disk.
     pub file: PathBuf,
     /// Can it only be read?
@@ -171,6 +173,7 @@ impl AttachedDoc {
             size: attached.size,
             via: via_word(attached.via),
             device: attached.device.clone(),
+            uri: attached.uri(),
             file: attached.file.clone(),
             read_only: attached.read_only,
             passthrough: attached.passthrough,
@@ -185,6 +188,7 @@ pub fn via_word(via: Via) -> &'static str {
     match via {
         Via::Loop => "loop",
         Via::File => "file",
+        Via::Nbd => "nbd",
     }
 }
 

@@ -11,12 +11,12 @@
 
 use super::{
     abi,
-    crew::{Crew, Woken},
     ops::{Message, Reply, Service},
-    session::{Ended, MAX_DATA, Options, readable},
+    session::{MAX_DATA, Options, readable},
 };
 use crate::{
     error::{Error, Kind, Result},
+    serve::crew::{Crew, Ended, Woken},
     sys::blocking::{self, Attendant},
 };
 use memmap2::{Advice, MmapMut, MmapOptions};

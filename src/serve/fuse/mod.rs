@@ -8,21 +8,18 @@
 //! - [`mod@mount`]: makes a mount and its descriptor;
 //! - [`session`]: the greeting, and the threads that take requests and answer them;
 //! - `device` and `ring`: the two ways requests come;
-//! - `ops`: what each request does;
-//! - `waiting`: writes that wait for room.
+//! - `ops`: what each request does.
 //!
 //! A server must never use its own mount, nor a loop device over it, from one of its own threads: if
 //! it dies while the thread waits, the thread cannot end before its request is answered, the process not
 //! before its thread, and a successor would wait for the process.
 
 pub mod abi;
-mod crew;
 mod device;
 pub mod mount;
 mod ops;
 mod ring;
 pub mod session;
-mod waiting;
 
 pub use mount::{mount, unmount};
 pub use session::{Ended, Init, Negotiated, Options, Session, Transport};

@@ -11,17 +11,17 @@
 use super::{
     abi::{self, op},
     session::MAX_DATA,
-    waiting::Waiting,
 };
 use crate::{
     disk::{Disk, Extent, Source},
     error::{Error, Kind, Result},
-    serve::files::{FIRST_INO, Files, Op, ServedFile},
+    serve::{
+        files::{FIRST_INO, Files, Op, ServedFile},
+        limit::LogLimit,
+        waiting::{Waiting, Write},
+    },
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
-};
+use std::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// How long the kernel may remember attributes, in seconds.
@@ -32,9 +32,6 @@ const BLKSIZE: u32 = 4096;
 /// few steps and one into data costs little.
 const SEEK_FIRST: u64 = 256 << 10;
 const SEEK_MAX: u64 = 1 << 30;
-
-/// Failures logged per second; the rest is counted. A failing disk fails thousands of requests.
-const LOGGED_PER_SECOND: u64 = 10;
 
 /// A request and the room for its answer, whichever way it came. What came and the room may be the same place.
 pub(super) trait Message {
@@ -261,7 +258,13 @@ impl Request<'_> {
             match (disk.write(data, arg.offset), &self.service.waiting) {
                 (Err(e), Some(waiting)) if e.waits() => {
                     let header = self.header;
-                    waits = waiting.put_aside(header.unique, header.nodeid, arg.offset, data);
+                    waits = waiting.put_aside(Write {
+                        unique: header.unique,
+                        ino: header.nodeid,
+                        at: arg.offset,
+                        data: data.to_vec(),
+                        durable: false,
+                    });
                     if waits { Ok(()) } else { Err(e) }
                 }
                 (done, _) => done,
@@ -539,41 +542,4 @@ fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
         step = (step * 2).min(SEEK_MAX);
     }
     Ok(if want_data { None } else { Some(size) })
-}
-
-/// Lets so many messages pass a second.
-#[derive(Default)]
-struct LogLimit {
-    second: AtomicU64,
-    count: AtomicU64,
-}
-
-impl LogLimit {
-    fn allow(&self) -> bool {
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
-        if self.second.swap(now, Relaxed) != now {
-            let dropped = self
-                .count
-                .swap(0, Relaxed)
-                .saturating_sub(LOGGED_PER_SECOND);
-            if dropped > 0 {
-                tracing::error!("{dropped} more failures were not logged");
-            }
-        }
-        self.count.fetch_add(1, Relaxed) < LOGGED_PER_SECOND
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_log_is_limited() {
-        let log = LogLimit::default();
-        let passed = (0..1000).filter(|_| log.allow()).count() as u64;
-        assert!((LOGGED_PER_SECOND..=3 * LOGGED_PER_SECOND).contains(&passed));
-    }
 }

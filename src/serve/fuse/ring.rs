@@ -12,12 +12,12 @@
 
 use super::{
     abi,
-    crew::Crew,
     ops::{Message, Reply, Service},
-    session::{Ended, MAX_DATA},
+    session::MAX_DATA,
 };
 use crate::{
     error::{Error, Kind, Result},
+    serve::crew::{Crew, Ended},
     sys::{
         process,
         uring::{Entry, Memory},

@@ -7,15 +7,17 @@
 
 use super::{
     abi,
-    crew::Crew,
     device::{Buffer, Pool},
     ops::Service,
     ring::{self, Rings},
-    waiting::Waiting,
 };
 use crate::{
     error::{Error, Kind, Result},
-    serve::files::Files,
+    serve::{
+        crew::Crew,
+        files::Files,
+        waiting::{Asker, Waiting, Write},
+    },
     sys::{passthrough, process},
 };
 use rustix::{
@@ -24,11 +26,14 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
+    io::IoSlice,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
 use zerocopy::{FromBytes, IntoBytes};
+
+pub use crate::serve::crew::Ended;
 
 /// Largest data of one READ or WRITE: what the kernel allows (256 pages).
 pub const MAX_DATA: usize = 1 << 20;
@@ -141,17 +146,6 @@ impl Default for Options {
     }
 }
 
-/// Why a session ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Ended {
-    /// The mount is gone.
-    Unmounted,
-    /// [`Session::stop`] was called; the mount is still there.
-    Stopped,
-    /// Reading requests failed with this `errno`.
-    Failed(i32),
-}
-
 /// Threads that serve one mount. Dropping it stops them, and leaves the mount to whoever holds the
 /// descriptor.
 pub struct Session {
@@ -175,8 +169,8 @@ impl Session {
         };
         // Over rings an answer goes back the way that the request came, and blocks it until then.
         let waiting = (transport == Transport::Device).then(|| {
-            let (fd, files) = (Arc::clone(&fd), Arc::clone(&files));
-            Arc::new(Waiting::new(fd, files, Arc::clone(&crew)))
+            let late = Arc::new(Late(Arc::clone(&fd)));
+            Arc::new(Waiting::new(late, Arc::clone(&files), Arc::clone(&crew)))
         });
         let service = Arc::new(Service::new(files, waiting.clone()));
         // From here on its drop ends the threads that did start.
@@ -306,6 +300,42 @@ impl Session {
                 Kind::Io,
                 format!("cannot tell the kernel of a new size: {e}"),
             )),
+        }
+    }
+}
+
+/// The answers to writes that waited for room.
+struct Late(Arc<OwnedFd>);
+
+impl Asker for Late {
+    fn is_gone(&self) -> bool {
+        let none = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let mut asked = [PollFd::new(&*self.0, PollFlags::IN)];
+        let answered = poll(&mut asked, Some(&none));
+        answered.is_ok() && asked[0].revents().contains(PollFlags::ERR)
+    }
+    fn answer(&self, write: &Write, outcome: std::result::Result<(), i32>) {
+        let body = abi::WriteOut {
+            size: write.data.len() as u32,
+            padding: 0,
+        };
+        let body = match outcome {
+            Ok(()) => body.as_bytes(),
+            Err(_) => &[],
+        };
+        let header = abi::OutHeader {
+            len: (abi::OUT_HEADER + body.len()) as u32,
+            error: -outcome.err().unwrap_or(0),
+            unique: write.unique,
+        };
+        let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
+        match rustix::io::writev(&*self.0, &parts) {
+            // As for any other answer: whoever asked is gone, or the mount is.
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => {}
+            Err(e) => tracing::error!("the kernel refuses the answer to a write that waited: {e}"),
         }
     }
 }

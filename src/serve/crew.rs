@@ -1,6 +1,5 @@
-//! The threads of a session, whatever they do: how many there are, how they are ended, and why they ended.
+//! The threads of a session (a mount that is served, or a connection), whatever they do: how many there are, how they are ended, and why they ended.
 
-use super::session::Ended;
 use crate::{
     error::{Error, Kind, Result},
     sys::process,
@@ -17,6 +16,17 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+/// Why a session ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// The mount is gone.
+    Unmounted,
+    /// It was told to, or the other side left.
+    Stopped,
+    /// Reading requests failed with this `errno`.
+    Failed(i32),
+}
 
 /// All of them are interrupted by [`process::wake`] in whatever call they wait.
 #[derive(Default)]

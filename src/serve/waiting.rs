@@ -8,22 +8,15 @@
 //! - of one file the one that waits longest is tried first; after one that must go on waiting no other of that file is tried in the same round;
 //! - a session that ends leaves them unanswered: a successor gets them again.
 
-use super::{abi, crew::Crew, ops::Reply};
-use crate::serve::files::Files;
+use super::{crew::Crew, files::Files};
+use crate::disk::Disk;
 use parking_lot::Mutex;
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-};
 use std::{
     collections::{HashSet, VecDeque},
-    io::IoSlice,
-    os::fd::OwnedFd,
     sync::Arc,
     thread,
     time::Duration,
 };
-use zerocopy::IntoBytes;
 
 /// How often it is tried.
 const ROUND: Duration = Duration::from_millis(20);
@@ -31,11 +24,24 @@ const ROUND: Duration = Duration::from_millis(20);
 const MOST: usize = 512 << 20;
 
 /// A write that waits.
-struct Write {
-    unique: u64,
-    ino: u64,
-    at: u64,
-    data: Vec<u8>,
+pub(super) struct Write {
+    /// What its answer is known by.
+    pub unique: u64,
+    /// The file.
+    pub ino: u64,
+    /// Where it begins, and what is written.
+    pub at: u64,
+    pub data: Vec<u8>,
+    /// Is it to be answered only when it is durable?
+    pub durable: bool,
+}
+
+/// Whoever sent the writes.
+pub(super) trait Asker: Send + Sync {
+    /// Will no answer be heard any more?
+    fn is_gone(&self) -> bool;
+    /// Tells the outcome of a write: done, or an `errno`.
+    fn answer(&self, write: &Write, outcome: Result<(), i32>);
 }
 
 #[derive(Default)]
@@ -50,40 +56,34 @@ struct State {
 
 /// The writes of a session that wait.
 pub(super) struct Waiting {
-    fd: Arc<OwnedFd>,
+    asker: Arc<dyn Asker>,
     files: Arc<Files>,
     crew: Arc<Crew>,
     state: Mutex<State>,
 }
 
 impl Waiting {
-    pub(super) fn new(fd: Arc<OwnedFd>, files: Arc<Files>, crew: Arc<Crew>) -> Waiting {
+    pub(super) fn new(asker: Arc<dyn Asker>, files: Arc<Files>, crew: Arc<Crew>) -> Waiting {
         Waiting {
-            fd,
+            asker,
             files,
             crew,
             state: Mutex::default(),
         }
     }
     /// Puts a write aside; says whether it could. If not, it is to be answered with the error.
-    pub(super) fn put_aside(
-        self: &Arc<Waiting>,
-        unique: u64,
-        ino: u64,
-        at: u64,
-        data: &[u8],
-    ) -> bool {
+    pub(super) fn put_aside(self: &Arc<Waiting>, write: Write) -> bool {
         let mut state = self.state.lock();
         if self.crew.is_stopping() {
             // It stays unanswered, as those do that wait: who comes after gets it again.
             return true;
         }
-        if state.bytes + data.len() > MOST {
+        if state.bytes + write.data.len() > MOST {
             return false;
         }
         if !state.tried {
             let waiting = Arc::clone(self);
-            let started = self.crew.start_beside("fuse-waiting", move || {
+            let started = self.crew.start_beside("waiting", move || {
                 waiting.work();
                 None
             });
@@ -91,16 +91,11 @@ impl Waiting {
                 tracing::warn!("a write cannot wait: {e}");
                 return false;
             }
-            tracing::info!(ino, "writes wait for room");
+            tracing::info!(ino = write.ino, "writes wait for room");
             state.tried = true;
         }
-        state.bytes += data.len();
-        state.writes.push_back(Write {
-            unique,
-            ino,
-            at,
-            data: data.to_vec(),
-        });
+        state.bytes += write.data.len();
+        state.writes.push_back(write);
         true
     }
     /// How many wait: of one file, or of all.
@@ -113,7 +108,7 @@ impl Waiting {
     fn work(&self) {
         loop {
             thread::sleep(ROUND);
-            if self.crew.is_stopping() || self.is_gone() {
+            if self.crew.is_over() || self.asker.is_gone() {
                 return;
             }
             self.round();
@@ -124,16 +119,6 @@ impl Waiting {
                 return;
             }
         }
-    }
-    /// Is the mount gone?
-    fn is_gone(&self) -> bool {
-        let none = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let mut asked = [PollFd::new(&*self.fd, PollFlags::IN)];
-        let answered = poll(&mut asked, Some(&none));
-        answered.is_ok() && asked[0].revents().contains(PollFlags::ERR)
     }
     fn round(&self) {
         let mut full = HashSet::new();
@@ -158,8 +143,8 @@ impl Waiting {
                 continue;
             };
             match self.attempt(&write) {
-                Some(reply) => {
-                    self.answer(&write, reply);
+                Some(outcome) => {
+                    self.asker.answer(&write, outcome);
                     let mut state = self.state.lock();
                     state.bytes -= write.data.len();
                     state.in_hand = None;
@@ -174,17 +159,18 @@ impl Waiting {
             }
         }
     }
-    /// The answer to a write, unless it must go on waiting.
-    fn attempt(&self, write: &Write) -> Option<Reply> {
+    /// The outcome of a write, unless it must go on waiting.
+    fn attempt(&self, write: &Write) -> Option<Result<(), i32>> {
         let file = self.files.get(write.ino);
         let Some(disk) = file.as_ref().and_then(|file| file.disk()) else {
-            return Some(Reply::failed(libc::ESTALE));
+            return Some(Err(libc::ESTALE));
         };
-        match disk.write(&write.data, write.at) {
-            Ok(()) => Some(Reply {
-                len: write.data.len(),
-                ..Reply::DONE
-            }),
+        let flush = |disk: &dyn Disk| if write.durable { disk.flush() } else { Ok(()) };
+        match disk
+            .write(&write.data, write.at)
+            .and_then(|()| flush(&*disk))
+        {
+            Ok(()) => Some(Ok(())),
             Err(e) if e.waits() => None,
             Err(e) => {
                 tracing::error!(
@@ -192,29 +178,8 @@ impl Waiting {
                     at = write.at,
                     "a write waited in vain: {e}"
                 );
-                Some(Reply::failed(e.errno()))
+                Some(Err(e.errno()))
             }
-        }
-    }
-    fn answer(&self, write: &Write, reply: Reply) {
-        let body = abi::WriteOut {
-            size: reply.len as u32,
-            padding: 0,
-        };
-        let body = match reply.error {
-            0 => body.as_bytes(),
-            _ => &[],
-        };
-        let header = abi::OutHeader {
-            len: (abi::OUT_HEADER + body.len()) as u32,
-            error: reply.error,
-            unique: write.unique,
-        };
-        let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body)];
-        match rustix::io::writev(&*self.fd, &parts) {
-            // As for any other answer: whoever asked is gone, or the mount is.
-            Ok(_) | Err(Errno::NOENT | Errno::NODEV | Errno::CONNABORTED | Errno::PERM) => {}
-            Err(e) => tracing::error!("the kernel refuses the answer to a write that waited: {e}"),
         }
     }
 }

@@ -1,0 +1,306 @@
+//! Disks as exports of a Unix socket, by the protocol of network block devices (NBD): for those who need no device of the kernel, such as
+//! virtual machines and tools that read and write images. Nothing but the socket is needed, no root and no loop device.
+//!
+//! - `wire`: the protocol's numbers and structures (pure);
+//! - `input`: what a client sent, as far as nobody has looked at it;
+//! - `greeting`: what is said before the transmission;
+//! - `link`: one connection after that.
+//!
+//! What is spoken: fixed newstyle, GO and INFO with block sizes, structured replies, `base:allocation`; the commands READ, WRITE (FUA), FLUSH,
+//! TRIM, WRITE_ZEROES, CACHE and BLOCK_STATUS. Several connections to one export see the same, and a flush on one makes durable what was answered on any
+//! of them. A size is told once, in the greeting: who is to see another one connects again.
+//!
+//! Connections end with the server. Whoever has a request under way then connects again and repeats it, as clients of NBD do that are told to; what was
+//! answered is kept, as that of every door.
+
+mod greeting;
+mod input;
+mod link;
+mod wire;
+
+use super::{
+    crew::{Crew, Ended},
+    files::{Files, ServedFile},
+    limit::LogLimit,
+};
+use crate::{
+    error::{Error, Result},
+    sys::{private, process},
+};
+use greeting::Greeting;
+use input::Input;
+use link::{Link, Out};
+use parking_lot::Mutex;
+use rustix::{
+    io::Errno,
+    net::{SocketFlags, accept_with},
+};
+use std::{
+    collections::BTreeSet,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, Release},
+        },
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How long a client may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Most connections at one time.
+const MAX_PEERS: usize = 4096;
+/// How often it is looked whether a connection has ended.
+const STEP: Duration = Duration::from_millis(2);
+
+/// A connection, as far as others must know of it.
+struct Peer {
+    crew: Arc<Crew>,
+    out: Weak<Out>,
+    /// Number of the file that it uses; 0: it has not chosen yet.
+    ino: AtomicU64,
+    link: OnceLock<Weak<Link>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Numbers of the files that are exports.
+    shown: BTreeSet<u64>,
+    peers: Vec<Arc<Peer>>,
+    listening: bool,
+    stopping: bool,
+}
+
+/// The disks that are shown over NBD: some of the files that a server has.
+pub struct Exports {
+    files: Arc<Files>,
+    state: Mutex<State>,
+    /// The thread that waits for clients.
+    crew: Arc<Crew>,
+    log: Arc<LogLimit>,
+}
+
+impl Exports {
+    /// None yet, and nobody listens.
+    pub fn new(files: Arc<Files>) -> Arc<Exports> {
+        Arc::new(Exports {
+            files,
+            state: Mutex::default(),
+            crew: Arc::default(),
+            log: Arc::default(),
+        })
+    }
+    /// Listens on a socket at `path`, for this user and root only, if nobody does yet. What is there is replaced: a server that was before has left it.
+    /// `shown`: the path in messages.
+    pub fn listen(self: &Arc<Exports>, path: &Path, shown: &Path) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.listening || state.stopping {
+            return Ok(());
+        }
+        process::install_wake_handler().map_err(|e| Error::io("serve", shown, &e))?;
+        // Under another name at first: who connects meanwhile finds one of the two.
+        let new = path.with_extension("new");
+        let listener = private::listen(&new, shown)?;
+        std::fs::rename(&new, path).map_err(|e| Error::io("make", shown, &e))?;
+        let exports = Arc::clone(self);
+        self.crew.start("nbd-listen", move || {
+            exports.welcome(&listener);
+            None
+        })?;
+        state.listening = true;
+        Ok(())
+    }
+    /// Makes a file an export, under its name.
+    pub fn show(&self, ino: u64) {
+        self.state.lock().shown.insert(ino);
+    }
+    /// The file is no export any more. Its connections are cut, and have ended on return.
+    pub fn hide(&self, ino: u64) {
+        let of_it = {
+            let mut state = self.state.lock();
+            state.shown.remove(&ino);
+            state.of(ino)
+        };
+        end(&of_it);
+    }
+    /// [`Exports::hide`] if there is no connection to it; else how many there are.
+    pub fn hide_unused(&self, ino: u64) -> std::result::Result<(), usize> {
+        let mut state = self.state.lock();
+        match state.of(ino).len() {
+            0 => {
+                state.shown.remove(&ino);
+                Ok(())
+            }
+            n => Err(n),
+        }
+    }
+    /// Connections to a file, after those that are just ending had `patience` to do so.
+    pub fn connections(&self, ino: u64, patience: Duration) -> usize {
+        let deadline = Instant::now() + patience;
+        loop {
+            let now = self.state.lock().of(ino).len();
+            if now == 0 || Instant::now() >= deadline {
+                return now;
+            }
+            thread::sleep(STEP);
+        }
+    }
+    /// Connections to all files.
+    pub fn peers(&self) -> usize {
+        let mut state = self.state.lock();
+        state.forget_ended();
+        state.peers.len()
+    }
+    /// Writes that wait for room: of one file, or of all.
+    pub fn waiting(&self, ino: Option<u64>) -> usize {
+        let peers = self.state.lock().peers.clone();
+        let links = peers.iter().filter_map(|p| p.link.get()?.upgrade());
+        links.map(|link| link.waiting.count(ino)).sum()
+    }
+    /// Cuts all connections, and listens no more. On return no request is under way; who had one finds out by himself whether it was done.
+    pub fn stop(&self) {
+        let peers = {
+            let mut state = self.state.lock();
+            state.stopping = true;
+            std::mem::take(&mut state.peers)
+        };
+        self.crew.stop();
+        end(&peers);
+    }
+
+    /// Names of all exports.
+    fn names(&self) -> Vec<String> {
+        let shown = self.state.lock().shown.clone();
+        let files = shown.iter().filter_map(|&ino| self.files.get(ino));
+        files.map(|file| file.name().to_string()).collect()
+    }
+    fn find(&self, name: &str) -> Option<Arc<ServedFile>> {
+        let file = self.files.lookup(name)?;
+        let shown = self.state.lock().shown.contains(&file.ino());
+        shown.then_some(file)
+    }
+
+    /// Lets clients in until it is stopped.
+    fn welcome(self: &Arc<Exports>, listener: &OwnedFd) {
+        while !self.crew.is_stopping() {
+            // Not by the standard library, which does not let itself be interrupted.
+            let stream = match accept_with(listener, SocketFlags::CLOEXEC) {
+                Ok(stream) => UnixStream::from(stream),
+                Err(Errno::INTR) => continue,
+                Err(e) => {
+                    // Out of descriptors, most likely: others may free some.
+                    tracing::warn!("cannot accept a connection: {e}");
+                    thread::sleep(Duration::from_millis(100));
+                    continue;
+                }
+            };
+            if let Err(e) = self.let_in(stream) {
+                tracing::warn!("a connection was refused: {e}");
+            }
+        }
+    }
+    fn let_in(self: &Arc<Exports>, stream: UnixStream) -> Result<()> {
+        // The mode of the socket keeps others away; this holds also where somebody changed it.
+        private::check_peer(&stream)?;
+        let io = |e: io::Error| Error::io("set up", "a connection", &e);
+        stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(io)?;
+        let stream = Arc::new(stream);
+        let out = Arc::new(Out::new(Arc::clone(&stream)));
+        let peer = Arc::new(Peer {
+            crew: Arc::default(),
+            out: Arc::downgrade(&out),
+            ino: AtomicU64::new(0),
+            link: OnceLock::new(),
+        });
+        let mut state = self.state.lock();
+        state.forget_ended();
+        if state.stopping || state.peers.len() >= MAX_PEERS {
+            // Dropping it tells the client.
+            return Ok(());
+        }
+        let (exports, of) = (Arc::clone(self), Arc::clone(&peer));
+        peer.crew.start("nbd-worker", move || {
+            let link = exports.greet(stream, out, &of)?;
+            link.work()
+        })?;
+        state.peers.push(peer);
+        Ok(())
+    }
+    /// Finds out what a client wants.
+    fn greet(
+        self: &Arc<Exports>,
+        stream: Arc<UnixStream>,
+        out: Arc<Out>,
+        peer: &Peer,
+    ) -> Option<Arc<Link>> {
+        let mut input = Input::new(Arc::clone(&stream));
+        let mut greeting = Greeting {
+            exports: self,
+            input: &mut input,
+            out: &out,
+            register: &|file| self.register(peer, file),
+        };
+        let chosen = match greeting.talk() {
+            Ok(chosen) => chosen?,
+            Err(e) => {
+                tracing::debug!("a client left in the middle of the greeting: {e}");
+                return None;
+            }
+        };
+        // From here on it may take its time.
+        let patient = stream.set_read_timeout(None);
+        patient.and_then(|()| stream.set_write_timeout(None)).ok()?;
+        tracing::debug!(disk = chosen.file.name(), "a client connected");
+        let (crew, files) = (Arc::clone(&peer.crew), Arc::clone(&self.files));
+        let link = Link::new(chosen, input, out, crew, files, Arc::clone(&self.log));
+        let _ = peer.link.set(Arc::downgrade(&link));
+        Some(link)
+    }
+    /// Notes which file a client uses, before the client hears that it may; false: it is no export any more.
+    fn register(&self, peer: &Peer, file: &ServedFile) -> bool {
+        let state = self.state.lock();
+        let may = state.shown.contains(&file.ino()) && !state.stopping;
+        if may {
+            peer.ino.store(file.ino(), Release);
+        }
+        may
+    }
+}
+
+impl Drop for Exports {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl State {
+    fn forget_ended(&mut self) {
+        self.peers.retain(|peer| peer.crew.ended().is_none());
+    }
+    /// The connections to a file.
+    fn of(&mut self, ino: u64) -> Vec<Arc<Peer>> {
+        self.forget_ended();
+        let peers = self.peers.iter();
+        let of_it = peers.filter(|peer| peer.ino.load(Acquire) == ino);
+        of_it.cloned().collect()
+    }
+}
+
+/// Ends connections, after what they have under way.
+fn end(peers: &[Arc<Peer>]) {
+    // All at once: each may have something to finish.
+    for peer in peers {
+        if let Some(out) = peer.out.upgrade() {
+            out.cut();
+        }
+    }
+    for peer in peers {
+        let _: Ended = peer.crew.stop();
+    }
+}
