@@ -73,7 +73,7 @@ impl TransportArg {
     }
 }
 
-/// Make a disk usable as a block device; prints the device
+/// Make a disk usable as a block device, a file or an NBD export; prints which
 #[derive(Args, Debug)]
 #[command(
     after_help = "Snapshots and images are attached read-only; all their users share one device.\n\

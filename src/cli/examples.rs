@@ -214,6 +214,10 @@ const EXAMPLES: [(&str, &[Example]); 36] = [
             ),
             ("forkdisk attach web-1 --mount /mnt", "and mount it"),
             (
+                "qemu-img convert -O raw $(forkdisk attach web-1 --via nbd) web.raw",
+                "for QEMU and others: over a socket, without a device",
+            ),
+            (
                 "forkdisk attach web-1@clean --mount /mnt/old",
                 "a snapshot, read-only",
             ),

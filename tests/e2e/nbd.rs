@@ -180,7 +180,7 @@ fn a_client_that_connects_again_finds_all_that_was_answered() {
                                 }
                             },
                         };
-                        let flags = u16::from(round % 16 == 0);
+                        let flags = u16::from(round.is_multiple_of(16));
                         match open.call(crate::nbd_client::WRITE, flags, at, 4096, &block) {
                             Ok(answer) => break drop(answer.unwrap()),
                             Err(_) => {
