@@ -15,7 +15,7 @@ use forkdisk::store::names::Extra;
 use forkdisk::store::past::{Owner, PastFork};
 use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, QuotaChange, Store};
 use forkdisk::sys::shared::SharedMemory;
-use forkdisk::units::Id;
+use forkdisk::units::{Id, REGION_BLOCKS};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -460,6 +460,45 @@ fn a_full_disk_takes_the_history() {
 }
 
 /// The same where the block map of what was flushed takes more than the few slots that are always kept for one.
+/// A discard of many regions, each of which has something of its own, becomes more history than the host has room for: it ends, done or refused, and is not
+/// done over and over again.
+#[test]
+fn a_full_disk_takes_the_history_of_large_discards() {
+    let (done, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        const REGIONS: u64 = 700;
+        let region = B * REGION_BLOCKS as u64;
+        for room in [0, 1, 3, 10, 20, 40] {
+            let mut world = World::new(31 + room, 40, limits(None, Some(1 << 40)));
+            let disk = world.open();
+            disk.resize(REGIONS * region).expect("larger");
+            for r in 0..REGIONS {
+                disk.write(&[1; 4096], r * region).expect("write");
+            }
+            disk.flush().expect("flush");
+            world.sim.set_capacity(Some(world.sim.used() + room * B));
+            // First a little, for which there is room, then what takes more than there can be.
+            let begin = region - 12 * B;
+            let discarded = disk.discard(begin, REGIONS * region - begin);
+            world.sim.set_capacity(None);
+            if let Err(e) = discarded {
+                assert_eq!(e.kind(), Kind::NoSpace, "{e:?}");
+                disk.discard(0, REGIONS * region).expect("there is room");
+            }
+            disk.flush().expect("flush");
+            let mut found = vec![1; 4096];
+            for r in 0..REGIONS {
+                disk.read(&mut found, r * region).expect("read");
+                assert!(found.iter().all(|b| *b == 0), "region {r}");
+            }
+            disk.close().expect("close");
+        }
+        done.send(()).expect("somebody listens");
+    });
+    let limit = std::time::Duration::from_secs(60);
+    heard.recv_timeout(limit).expect("it ends");
+}
+
 #[test]
 fn a_full_disk_takes_the_history_of_large_writes() {
     let mut world = World::new(3, 8000, limits(Some(1_000_000), None));

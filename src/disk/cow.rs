@@ -32,6 +32,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Blocks handled in one piece: bounds buffers and what one write reserves. 1 MiB, the largest request of the doors.
 const PIECE: usize = 256;
+/// So often at most room is made for one request: each time half of the history goes, or all.
+const ROUNDS: usize = 64;
 
 struct Top {
     layer: Option<Layer>,
@@ -496,20 +498,36 @@ fn write_data(layer: &Layer, taken: &Taken, pointers: &[Pointer], data: &[u8]) -
     Ok(())
 }
 
-/// Does `f`, and again if the host disk was full and the layer gave something back.
-fn with_room(layer: &Layer, f: impl Fn() -> Result<()>) -> Result<()> {
+/// Does `f`, and again if the host disk was full and the layer gave something back. What `f` had done when it found no room must be undone, or nothing: else what it
+/// does again would be more history, which would be given up for it, without end.
+fn with_room<T>(layer: &Layer, f: impl Fn() -> Result<T>) -> Result<T> {
+    let is_full = |done: &Result<T>| {
+        let e = done.as_ref().err();
+        e.is_some_and(|e| e.kind() == Kind::NoSpace && !e.is_of_quota())
+    };
     let mut done = f();
-    let mut more = true;
-    while more
-        && done
-            .as_ref()
-            .is_err_and(|e| e.kind() == Kind::NoSpace && !e.is_of_quota())
-    {
+    for _ in 0..ROUNDS {
+        if !is_full(&done) {
+            break;
+        }
         // Again and again only as long as there is a history that can go.
-        more = layer.make_room()?;
+        let more = layer.make_room()?;
         done = f();
+        if !more {
+            break;
+        }
     }
     done
+}
+
+/// Makes `count` blocks from `lba` zero. Where room has to be made it goes on where it was.
+fn zero_with_room(layer: &Layer, lba: Lba, count: u64) -> Result<()> {
+    let mut done = 0;
+    while done < count {
+        let (at, left) = (Lba(lba.0 + done as u32), count - done);
+        done += with_room(layer, || layer.zero_some(at, left))?;
+    }
+    Ok(())
 }
 
 /// Is it all zeros? Real data fails at its first bytes.
@@ -620,7 +638,7 @@ impl Disk for CowDisk {
                 at += n;
             } else {
                 let n = (end - at) / BLOCK;
-                with_room(layer, || layer.zero(Lba::of(at), n))?;
+                zero_with_room(layer, Lba::of(at), n)?;
                 at += n * BLOCK;
             }
         }

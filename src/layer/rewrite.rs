@@ -17,6 +17,10 @@ use zerocopy::little_endian::{U32, U64};
 
 /// Blocks copied in one go at most: 8 MiB, so that progress is told and a wish to stop is heard.
 const PIECE: usize = 2048;
+/// From so many blocks on that stand side by side, the filesystem copies: 64 KiB.
+const LONG: usize = 16;
+/// Of scattered stretches so many are asked for ahead.
+const AHEAD: usize = 64;
 
 /// What layers over each other hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,7 +140,9 @@ pub fn write(
         file,
         layers,
         left,
-        pending: None,
+        to: Slot(DATA_START),
+        piece: Vec::new(),
+        sums: Vec::new(),
         copied: 0,
         told: copied,
     };
@@ -156,7 +162,7 @@ pub fn write(
         for ((_, pointer), (_, origin)) in map.iter().zip(from.iter()) {
             pointers.push(match (pointer, origin) {
                 (Pointer::Data { slot, sum }, Pointer::Data { slot: number, .. }) => {
-                    copier.add(number.0 as usize, slot, sum, Slot(next))?;
+                    copier.add(number.0 as usize, slot, sum)?;
                     next += 1;
                     Pointer::Data {
                         slot: Slot(next - 1),
@@ -206,62 +212,111 @@ pub fn write(
 struct Stretch {
     layer: usize,
     from: Slot,
-    to: Slot,
-    sums: Vec<u32>,
+    blocks: usize,
 }
 
-/// Copies blocks, neighbours together.
+/// Copies blocks to places side by side: long stretches as the filesystem can do it best, which may be to share them, and what is scattered through
+/// memory, so that it is written in one piece.
 struct Copier<'a> {
     file: &'a dyn File,
     layers: &'a [Arc<ReadLayer>],
     /// Length of what an earlier attempt left.
     left: u64,
-    pending: Option<Stretch>,
+    /// Where the next piece goes, and what it is made of.
+    to: Slot,
+    piece: Vec<Stretch>,
+    /// Checksums of its blocks.
+    sums: Vec<u32>,
     copied: u64,
     told: &'a mut dyn FnMut(u64) -> Result<()>,
 }
 
 impl Copier<'_> {
-    fn add(&mut self, layer: usize, from: Slot, sum: u32, to: Slot) -> Result<()> {
-        if let Some(s) = &mut self.pending
-            && s.layer == layer
-            && s.sums.len() < PIECE
-            && u64::from(s.from.0) + s.sums.len() as u64 == u64::from(from.0)
-        {
-            s.sums.push(sum);
-            return Ok(());
+    fn add(&mut self, layer: usize, from: Slot, sum: u32) -> Result<()> {
+        if self.sums.len() == PIECE {
+            self.flush()?;
         }
-        self.flush()?;
-        self.pending = Some(Stretch {
-            layer,
-            from,
-            to,
-            sums: vec![sum],
-        });
+        self.sums.push(sum);
+        match self.piece.last_mut() {
+            Some(s)
+                if s.layer == layer
+                    && u64::from(s.from.0) + s.blocks as u64 == u64::from(from.0) =>
+            {
+                s.blocks += 1;
+            }
+            _ => self.piece.push(Stretch {
+                layer,
+                from,
+                blocks: 1,
+            }),
+        }
         Ok(())
     }
+    /// Copies what was added.
     fn flush(&mut self) -> Result<()> {
-        let Some(s) = self.pending.take() else {
+        let (at, len) = (self.to.at(), self.sums.len() as u64 * BLOCK);
+        if len == 0 {
             return Ok(());
-        };
-        let (at, len) = (s.to.at(), s.sums.len() as u64 * BLOCK);
-        if at + len > self.left || !self.is_there(&s) {
-            let layer = &self.layers[s.layer];
-            self.file
-                .copy_from(&**layer.file(), s.from.at(), at, len)
-                .map_err(|e| e.layer(layer.id()))?;
+        }
+        if at + len > self.left || !self.is_there() {
+            self.copy(at)?;
             self.file.start_writeback(at, len);
             self.copied += len;
         }
+        self.to = Slot(self.to.0 + self.sums.len() as u32);
+        self.piece.clear();
+        self.sums.clear();
         (self.told)(len)
     }
+    fn copy(&self, mut at: u64) -> Result<()> {
+        let mut gathered = Vec::new();
+        for (n, s) in self.piece.iter().enumerate() {
+            let layer = &self.layers[s.layer];
+            let (file, from) = (&**layer.file(), s.from.at());
+            if n % AHEAD == 0 {
+                self.ask_for(&self.piece[n..]);
+            }
+            if s.blocks >= LONG {
+                self.write(&mut gathered, &mut at)?;
+                let len = s.blocks as u64 * BLOCK;
+                self.file
+                    .copy_from(file, from, at, len)
+                    .map_err(|e| e.layer(layer.id()))?;
+                at += len;
+                continue;
+            }
+            let start = gathered.len();
+            gathered.resize(start + s.blocks * BLOCK_SIZE, 0);
+            file.read_at(&mut gathered[start..], from)
+                .map_err(|e| e.layer(layer.id()))?;
+        }
+        self.write(&mut gathered, &mut at)
+    }
+    /// Asks for the next scattered blocks that are not in memory: they come together, whatever their order.
+    fn ask_for(&self, next: &[Stretch]) {
+        for s in next.iter().take(AHEAD).filter(|s| s.blocks < LONG) {
+            let file = self.layers[s.layer].file();
+            if !file.is_cached(s.from.at()) {
+                file.prefetch(s.from.at(), s.blocks as u64 * BLOCK);
+            }
+        }
+    }
+    /// Writes what was gathered.
+    fn write(&self, gathered: &mut Vec<u8>, at: &mut u64) -> Result<()> {
+        if !gathered.is_empty() {
+            self.file.write_at(gathered, *at)?;
+            *at += gathered.len() as u64;
+            gathered.clear();
+        }
+        Ok(())
+    }
     /// Did an earlier attempt copy all of it?
-    fn is_there(&self, s: &Stretch) -> bool {
-        let mut buf = vec![0; s.sums.len() * BLOCK_SIZE];
-        self.file.read_at(&mut buf, s.to.at()).is_ok()
+    fn is_there(&self) -> bool {
+        let mut buf = vec![0; self.sums.len() * BLOCK_SIZE];
+        self.file.read_at(&mut buf, self.to.at()).is_ok()
             && buf
                 .chunks_exact(BLOCK_SIZE)
-                .zip(&s.sums)
+                .zip(&self.sums)
                 .all(|(block, sum)| format::crc(block) == *sum)
     }
 }

@@ -3,7 +3,7 @@
 //! Always true: a request sees one layer, one chain and one size from beginning to end. What takes another layer or makes the disk smaller
 //! halts it first ([`CowDisk::halt`]).
 
-use super::{CowDisk, Top, read_only, with_room};
+use super::{CowDisk, Top, read_only, zero_with_room};
 use crate::chain::Chain;
 use crate::disk::{Disk, Extent, Source};
 use crate::error::{Error, Result};
@@ -47,7 +47,7 @@ impl CowDisk {
             // smaller by one that did not, they are made now.
             let (from, end) = (self.size(), top.chain.reach().min(size));
             if Self::shows_data(&top, from, end)? {
-                with_room(layer, || layer.zero(Lba::of(from), (end - from) / BLOCK))?;
+                zero_with_room(layer, Lba::of(from), (end - from) / BLOCK)?;
                 layer.flush()?;
             }
             layer.set_size(size)?;
@@ -63,8 +63,7 @@ impl CowDisk {
             _ => layer.size(),
         };
         if end > size {
-            let blocks = (end - size) / BLOCK;
-            with_room(layer, || layer.zero(Lba::of(size), blocks))?;
+            zero_with_room(layer, Lba::of(size), (end - size) / BLOCK)?;
             layer.flush()?;
         }
         layer.set_size(size)?;

@@ -13,26 +13,27 @@ use std::sync::Arc;
 impl Layer {
     /// Makes `count` whole blocks from `lba` zero.
     pub fn zero(&self, lba: Lba, count: u64) -> Result<()> {
-        let end = u64::from(lba.0) + count;
-        let mut at = u64::from(lba.0);
-        while at < end {
-            let first = Lba(at as u32);
-            let whole = if first.index() == 0 {
-                (end - at) / REGION_BLOCKS as u64
-            } else {
-                0
-            };
-            if whole > 0 {
-                // At most 4 GiB at a time: bounds the list of freed slots.
-                let done = self.zero_regions(first.region(), whole.min(2048) as u32)?;
-                at += u64::from(done) * REGION_BLOCKS as u64;
-            } else {
-                let n = ((REGION_BLOCKS - first.index()) as u64).min(end - at) as usize;
-                self.zero_part(first, n)?;
-                at += n as u64;
-            }
+        let mut done = 0;
+        while done < count {
+            done += self.zero_some(Lba(lba.0 + done as u32), count - done)?;
         }
         Ok(())
+    }
+    /// Makes the first of `count` whole blocks from `lba` zero; returns how many: one at least. An error leaves all as it was, so that whoever makes
+    /// room and tries again goes on there.
+    pub fn zero_some(&self, lba: Lba, count: u64) -> Result<u64> {
+        let whole = match lba.index() {
+            0 => count / REGION_BLOCKS as u64,
+            _ => 0,
+        };
+        if whole > 0 {
+            // At most 4 GiB at a time: bounds the list of freed slots.
+            let done = self.zero_regions(lba.region(), whole.min(2048) as u32)?;
+            return Ok(u64::from(done) * REGION_BLOCKS as u64);
+        }
+        let n = ((REGION_BLOCKS - lba.index()) as u64).min(count) as usize;
+        self.zero_part(lba, n)?;
+        Ok(n as u64)
     }
 
     /// Zeroes some blocks of one region.
