@@ -214,8 +214,8 @@ const EXAMPLES: [(&str, &[Example]); 36] = [
             ),
             ("forkdisk attach web-1 --mount /mnt", "and mount it"),
             (
-                "qemu-img convert -O raw $(forkdisk attach web-1 --via nbd) web.raw",
-                "for QEMU and others: over a socket, without a device",
+                "uri=$(forkdisk attach web-1 --via nbd)",
+                "for QEMU and others, over a socket: `qemu-img info $uri`",
             ),
             (
                 "forkdisk attach web-1@clean --mount /mnt/old",

@@ -9,7 +9,6 @@
 //! - a session that ends leaves them unanswered: a successor gets them again.
 
 use super::{crew::Crew, files::Files};
-use crate::disk::Disk;
 use parking_lot::Mutex;
 use std::{
     collections::{HashSet, VecDeque},
@@ -22,6 +21,8 @@ use std::{
 const ROUND: Duration = Duration::from_millis(20);
 /// Data of all writes that wait, at most: a loop device has 128 requests under way, mostly of 256 KiB or less. Who comes then gets the error.
 const MOST: usize = 512 << 20;
+/// It is written in pieces of so many bytes.
+const PIECE: usize = 1 << 20;
 
 /// A write that waits.
 pub(super) struct Write {
@@ -32,6 +33,8 @@ pub(super) struct Write {
     /// Where it begins, and what is written.
     pub at: u64,
     pub data: Vec<u8>,
+    /// So many bytes of it are written.
+    pub done: usize,
     /// Is it to be answered only when it is durable?
     pub durable: bool,
 }
@@ -138,11 +141,11 @@ impl Waiting {
                     None => return,
                 }
             };
-            let Some(write) = write else {
+            let Some(mut write) = write else {
                 at += 1;
                 continue;
             };
-            match self.attempt(&write) {
+            match self.attempt(&mut write) {
                 Some(outcome) => {
                     self.asker.answer(&write, outcome);
                     let mut state = self.state.lock();
@@ -160,16 +163,22 @@ impl Waiting {
         }
     }
     /// The outcome of a write, unless it must go on waiting.
-    fn attempt(&self, write: &Write) -> Option<Result<(), i32>> {
+    fn attempt(&self, write: &mut Write) -> Option<Result<(), i32>> {
         let file = self.files.get(write.ino);
         let Some(disk) = file.as_ref().and_then(|file| file.disk()) else {
             return Some(Err(libc::ESTALE));
         };
-        let flush = |disk: &dyn Disk| if write.durable { disk.flush() } else { Ok(()) };
-        match disk
-            .write(&write.data, write.at)
-            .and_then(|()| flush(&*disk))
-        {
+        // What found room is not written again.
+        let mut write_on = || {
+            while write.done < write.data.len() {
+                let end = write.data.len().min(write.done + PIECE);
+                let at = write.at + write.done as u64;
+                disk.write(&write.data[write.done..end], at)?;
+                write.done = end;
+            }
+            if write.durable { disk.flush() } else { Ok(()) }
+        };
+        match write_on() {
             Ok(()) => Some(Ok(())),
             Err(e) if e.waits() => None,
             Err(e) => {

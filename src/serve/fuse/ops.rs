@@ -263,6 +263,7 @@ impl Request<'_> {
                         ino: header.nodeid,
                         at: arg.offset,
                         data: data.to_vec(),
+                        done: 0,
                         durable: false,
                     });
                     if waits { Ok(()) } else { Err(e) }

@@ -508,6 +508,7 @@ impl Link {
             ino: self.file.ino(),
             at,
             data,
+            done: 0,
             durable: is_durable(request),
         });
         match waits {
