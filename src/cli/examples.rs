@@ -345,7 +345,7 @@ mod tests {
         }
         let mut found = Vec::new();
         for (i, word) in words.iter().enumerate() {
-            if ["forkdisk", "dev=$(forkdisk"].contains(word) {
+            if *word == "forkdisk" || word.ends_with("=$(forkdisk") {
                 let rest = words[i + 1..].iter();
                 let rest = rest.take_while(|w| !["|", ">"].contains(w));
                 let rest = rest.map(|w| w.trim_end_matches(')').to_string());
