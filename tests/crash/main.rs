@@ -17,6 +17,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod ends;
 mod figures;
 mod history;
 mod shrink;
@@ -32,9 +33,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Histories of the suite, about a minute on two cores.
-const CUT_HISTORIES: u64 = 26;
-const SYNC_HISTORIES: u64 = 10;
-const FAILING_HISTORIES: u64 = 26;
+const CUT_HISTORIES: u64 = 20;
+const SYNC_HISTORIES: u64 = 8;
+const FAILING_HISTORIES: u64 = 18;
 /// Seeds with which each history is tried that failed once.
 const SEEDS: u64 = 4;
 /// Shapes that the suite must have opened.
@@ -168,9 +169,13 @@ impl Campaign {
         for &trouble in &self.troubles {
             for place in only.unwrap_or(0).. {
                 let story = format!("history {seed}, {} at {place}", trouble.test());
+                let under_way = ends::begin(format!(
+                    "{story}: FORKDISK_CRASH_SEED={seed} FORKDISK_CRASH_CUT={place}"
+                ));
                 let tried = quietly(AssertUnwindSafe(|| {
                     history.try_at(trouble, place, &story, figures)
                 }));
+                drop(under_way);
                 match tried {
                     Ok(true) if only.is_none() && !stop.load(Ordering::Relaxed) => {}
                     Ok(_) => break,

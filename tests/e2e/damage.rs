@@ -553,42 +553,46 @@ fn scrub_is_not_deceived_by_the_page_cache() {
         &["mkfs.ext4", "-qF", "-b", "4096"][..],
         &["mkfs.xfs", "-qf"],
     ] {
-        let w = World::at("host/store");
-        let host = w.mkdir("host");
-        let disk = w.sparse("host.img", 400 << 20);
-        tool(mkfs[0], [&mkfs[1..], &[s(&disk)]].concat());
-        tool("mount", ["-o", "loop", s(&disk), s(&host)]);
-        let content = noise(7, 16 << 20);
-        w.ok(["import", "--copy", s(&w.file("raw", &content)), "base"]);
-        let id = w.json(["info", "base"])["id"].as_str().unwrap().to_string();
-        let image = host.join("store/bases").join(id).join("image");
-        tool("sync", ["-f", s(&host)]);
-        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-        // From beginning to end: the kernel reads ahead, in larger and larger folios.
-        shell(&format!("cat {} > /dev/null", s(&image)));
-
-        let below = File::options().read(true).write(true).open(&disk).unwrap();
-        let mut all = vec![0; 400 << 20];
-        below.read_exact_at(&mut all, 0).unwrap();
-        let mut rotten = 0;
-        for block in (0..content.len() / 4096).step_by(16) {
-            let wanted = &content[block * 4096..(block + 1) * 4096];
-            let at = all.chunks_exact(4096).position(|found| found == wanted);
-            below
-                .write_all_at(b"rot", at.expect("a block of the base") as u64 * 4096 + 9)
-                .unwrap();
-            rotten += 1;
-        }
-        assert!(
-            fs::read(&image).unwrap() == content,
-            "it is in memory still"
-        );
-        let out = w.run(["--json", "scrub"]);
-        assert_eq!(out.code, 4, "{out:?}");
-        let report: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
-        let found = report["corruptions"].as_array().unwrap().len();
-        assert_eq!(found, rotten, "{}", mkfs[0]);
-        tool("umount", [s(&host)]);
-        w.nothing_left();
+        // Other tests drop caches, too: then there is nothing that could deceive.
+        assert!((0..5).any(|_| rots_below_its_cache(mkfs)));
     }
+}
+
+/// False if the page cache did not hold what it should.
+fn rots_below_its_cache(mkfs: &[&str]) -> bool {
+    let w = World::at("host/store");
+    let host = w.mkdir("host");
+    let disk = w.sparse("host.img", 400 << 20);
+    tool(mkfs[0], [&mkfs[1..], &[s(&disk)]].concat());
+    tool("mount", ["-o", "loop", s(&disk), s(&host)]);
+    let content = noise(7, 16 << 20);
+    w.ok(["import", "--copy", s(&w.file("raw", &content)), "base"]);
+    let id = w.json(["info", "base"])["id"].as_str().unwrap().to_string();
+    let image = host.join("store/bases").join(id).join("image");
+    tool("sync", ["-f", s(&host)]);
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    // From beginning to end: the kernel reads ahead, in larger and larger folios.
+    shell(&format!("cat {} > /dev/null", s(&image)));
+
+    let below = File::options().read(true).write(true).open(&disk).unwrap();
+    let mut all = vec![0; 400 << 20];
+    below.read_exact_at(&mut all, 0).unwrap();
+    let mut rotten = 0;
+    for block in (0..content.len() / 4096).step_by(16) {
+        let wanted = &content[block * 4096..(block + 1) * 4096];
+        let at = all.chunks_exact(4096).position(|found| found == wanted);
+        below
+            .write_all_at(b"rot", at.expect("a block of the base") as u64 * 4096 + 9)
+            .unwrap();
+        rotten += 1;
+    }
+    let in_memory = fs::read(&image).unwrap() == content;
+    let out = w.run(["--json", "scrub"]);
+    assert_eq!(out.code, 4, "{out:?}");
+    let report: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
+    let found = report["corruptions"].as_array().unwrap().len();
+    assert_eq!(found, rotten, "{}", mkfs[0]);
+    tool("umount", [s(&host)]);
+    w.nothing_left();
+    in_memory
 }
