@@ -41,7 +41,7 @@ impl Server {
 
     fn roll_back(&self, disk: &str, name: &str) -> Result<Value> {
         let running = self.running(disk)?;
-        self.must_be_unused(disk)?;
+        let _unused = self.must_be_unused(disk)?;
         let done = self.store.rollback_running(&running, disk, name);
         // Also after a failure: it may have come late.
         self.refresh(disk);
@@ -52,18 +52,21 @@ impl Server {
         Ok(said)
     }
     /// Fails if anybody uses what is attached, as far as the command that asks cannot know.
-    pub(super) fn must_be_unused(&self, disk: &str) -> Result<()> {
+    /// Of an export nobody can become a client as long as the result lives.
+    pub(super) fn must_be_unused(&self, disk: &str) -> Result<Unused<'_>> {
         self.wait_for_clients(|e| e.attached.name == disk);
         let table = self.table.lock();
         let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
         match entry.attached.via {
             // Of a device the command knows who uses it.
-            Via::Loop => Ok(()),
-            Via::File => self.must_be_closed(entry),
-            Via::Nbd => match self.exports.connections(entry.ino, Duration::ZERO) {
-                0 => self.must_be_closed(entry),
-                n => Err(connected(entry, n)),
-            },
+            Via::Loop => Ok(Unused(self, 0)),
+            Via::File => self.must_be_closed(entry).map(|()| Unused(self, 0)),
+            Via::Nbd => {
+                self.must_be_closed(entry)?;
+                let hidden = self.exports.hide_unused(entry.ino);
+                hidden.map_err(|n| connected(entry, n))?;
+                Ok(Unused(self, entry.ino))
+            }
         }
     }
     /// Gives clients of NBD that just leave the time to do so.
@@ -209,6 +212,19 @@ impl Server {
             _ => {}
         }
         Ok(json!({"waiting": waiting}))
+    }
+}
+
+/// Something attached that nobody uses, and its number if it is an export, which is shown again afterwards.
+pub(super) struct Unused<'a>(&'a Server, u64);
+
+impl Drop for Unused<'_> {
+    fn drop(&mut self) {
+        let table = self.0.table.lock();
+        let is_it = |e: &Entry| e.ino == self.1 && e.phase == Phase::Ready;
+        if self.1 != 0 && table.values().any(is_it) {
+            self.0.exports.show(self.1);
+        }
     }
 }
 

@@ -49,7 +49,7 @@ impl Server {
     fn rewind(&self, request: &Value) -> Result<Value> {
         let disk = text(request, "disk")?;
         let running = self.running(disk)?;
-        self.must_be_unused(disk)?;
+        let _unused = self.must_be_unused(disk)?;
         let at = At::Number(number(request, "point")?);
         let done = self.store.rewind_running(&running, disk, at)?;
         Ok(rewound_json(&done))

@@ -287,6 +287,11 @@ fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
         }
         let names: Vec<String> = server.table.lock().keys().cloned().collect();
         server.reopen_held();
+        if server.exports.is_deaf()
+            && let Err(e) = server.listen_for_clients()
+        {
+            tracing::warn!("clients of NBD cannot connect: {e}");
+        }
         for name in names {
             // One at a time: whoever holds a disk keeps its layer locked.
             let attached = server.table.lock().get(&name).and_then(|e| e.disk.clone());
@@ -688,19 +693,6 @@ impl Server {
         }
         let doors = request["doors"].as_array();
         let knows = |via: Via| doors.is_some_and(|doors| doors.iter().any(|d| d == via.word()));
-        if !knows(Via::Nbd) {
-            let table = self.table.lock();
-            if let Some(entry) = table.values().find(|e| e.attached.via == Via::Nbd) {
-                let name = &entry.attached.name;
-                return Err(Error::new(
-                    Kind::Version,
-                    format!(
-                        "{name} is attached with --via nbd, which the new program does not know"
-                    ),
-                )
-                .hint(format!("`forkdisk detach {name}` first")));
-            }
-        }
         if self.leaving.swap(true, SeqCst) {
             return Err(Error::new(Kind::Busy, "a takeover is under way already"));
         }
@@ -712,7 +704,11 @@ impl Server {
                 let busy = busy.map(|e| e.attached.name.clone());
                 // The one request is this one.
                 if busy.is_none() && self.answering.load(SeqCst) <= 1 {
-                    break Ok(());
+                    let strange = table.values().find(|e| e.attached.via == Via::Nbd);
+                    break match strange.filter(|_| !knows(Via::Nbd)) {
+                        None => Ok(()),
+                        Some(entry) => Err(unknown_door(&entry.attached.name)),
+                    };
                 }
                 if Instant::now() >= deadline {
                     break Err(in_transit(&busy.unwrap_or_else(|| "something".into())));
@@ -858,6 +854,14 @@ impl Server {
             tracing::error!("{e}");
         }
     }
+}
+
+fn unknown_door(name: &str) -> Error {
+    Error::new(
+        Kind::Version,
+        format!("{name} is attached with --via nbd, which the new program does not know"),
+    )
+    .hint(format!("`forkdisk detach {name}` first"))
 }
 
 pub(super) fn not_attached(name: &str) -> Error {

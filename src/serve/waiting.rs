@@ -20,7 +20,7 @@ use std::{
 /// How often it is tried.
 const ROUND: Duration = Duration::from_millis(20);
 /// Data of all writes that wait, at most: a loop device has 128 requests under way, mostly of 256 KiB or less. Who comes then gets the error.
-const MOST: usize = 512 << 20;
+pub(super) const MOST: usize = 512 << 20;
 /// It is written in pieces of so many bytes.
 const PIECE: usize = 1 << 20;
 
@@ -37,6 +37,13 @@ pub(super) struct Write {
     pub done: usize,
     /// Is it to be answered only when it is durable?
     pub durable: bool,
+}
+
+impl Write {
+    /// Bytes of memory that it takes, roughly.
+    fn weight(&self) -> usize {
+        self.data.len() + size_of::<Write>() + 64
+    }
 }
 
 /// Whoever sent the writes.
@@ -59,6 +66,8 @@ struct State {
 
 /// The writes of a session that wait.
 pub(super) struct Waiting {
+    /// Memory for all of them.
+    most: usize,
     asker: Arc<dyn Asker>,
     files: Arc<Files>,
     crew: Arc<Crew>,
@@ -66,8 +75,14 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    pub(super) fn new(asker: Arc<dyn Asker>, files: Arc<Files>, crew: Arc<Crew>) -> Waiting {
+    pub(super) fn new(
+        asker: Arc<dyn Asker>,
+        files: Arc<Files>,
+        crew: Arc<Crew>,
+        most: usize,
+    ) -> Waiting {
         Waiting {
+            most,
             asker,
             files,
             crew,
@@ -81,7 +96,7 @@ impl Waiting {
             // It stays unanswered, as those do that wait: who comes after gets it again.
             return true;
         }
-        if state.bytes + write.data.len() > MOST {
+        if state.bytes + write.weight() > self.most {
             return false;
         }
         if !state.tried {
@@ -97,7 +112,7 @@ impl Waiting {
             tracing::info!(ino = write.ino, "writes wait for room");
             state.tried = true;
         }
-        state.bytes += write.data.len();
+        state.bytes += write.weight();
         state.writes.push_back(write);
         true
     }
@@ -128,7 +143,7 @@ impl Waiting {
         // Only what waits now: who comes meanwhile is tried in the next round.
         let mut left = self.state.lock().writes.len();
         let mut at = 0;
-        while left > 0 && !self.crew.is_stopping() {
+        while left > 0 && !self.crew.is_over() {
             left -= 1;
             let write = {
                 let mut state = self.state.lock();
@@ -149,7 +164,7 @@ impl Waiting {
                 Some(outcome) => {
                     self.asker.answer(&write, outcome);
                     let mut state = self.state.lock();
-                    state.bytes -= write.data.len();
+                    state.bytes -= write.weight();
                     state.in_hand = None;
                 }
                 None => {
@@ -169,17 +184,25 @@ impl Waiting {
             return Some(Err(libc::ESTALE));
         };
         // What found room is not written again.
-        let mut write_on = || {
+        let mut write_on = || -> crate::error::Result<bool> {
             while write.done < write.data.len() {
+                if self.crew.is_over() {
+                    // Whoever asked is gone: nothing of it may come after what others write now.
+                    return Ok(false);
+                }
                 let end = write.data.len().min(write.done + PIECE);
                 let at = write.at + write.done as u64;
                 disk.write(&write.data[write.done..end], at)?;
                 write.done = end;
             }
-            if write.durable { disk.flush() } else { Ok(()) }
+            if write.durable {
+                disk.flush()?;
+            }
+            Ok(true)
         };
         match write_on() {
-            Ok(()) => Some(Ok(())),
+            Ok(true) => Some(Ok(())),
+            Ok(false) => None,
             Err(e) if e.waits() => None,
             Err(e) => {
                 tracing::error!(

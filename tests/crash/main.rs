@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Histories of the suite, about a minute on two cores.
-const CUT_HISTORIES: u64 = 20;
+const CUT_HISTORIES: u64 = 26;
 const SYNC_HISTORIES: u64 = 8;
 const FAILING_HISTORIES: u64 = 18;
 /// Seeds with which each history is tried that failed once.

@@ -16,7 +16,7 @@ use crate::{
     serve::{
         crew::Crew,
         files::Files,
-        waiting::{Asker, Waiting, Write},
+        waiting::{self, Asker, Waiting, Write},
     },
     sys::{passthrough, process},
 };
@@ -170,7 +170,8 @@ impl Session {
         // Over rings an answer goes back the way that the request came, and blocks it until then.
         let waiting = (transport == Transport::Device).then(|| {
             let late = Arc::new(Late(Arc::clone(&fd)));
-            Arc::new(Waiting::new(late, Arc::clone(&files), Arc::clone(&crew)))
+            let (files, crew) = (Arc::clone(&files), Arc::clone(&crew));
+            Arc::new(Waiting::new(late, files, crew, waiting::MOST))
         });
         let service = Arc::new(Service::new(files, waiting.clone()));
         // From here on its drop ends the threads that did start.

@@ -16,6 +16,8 @@ pub(super) struct Input {
     ahead: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Nothing is read any more, although something may be there.
+    pub over: bool,
 }
 
 fn gone() -> io::Error {
@@ -29,6 +31,7 @@ impl Input {
             ahead: vec![0; LEN].into_boxed_slice(),
             start: 0,
             end: 0,
+            over: false,
         }
     }
     /// Bytes that are here already.

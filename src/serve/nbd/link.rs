@@ -46,6 +46,8 @@ use zerocopy::IntoBytes;
 
 /// Longest data of a request: what a client may send that did not ask how much.
 pub(super) const MOST: usize = 32 << 20;
+/// Memory for the writes of a connection that wait for room.
+const MOST_WAITING: usize = 64 << 20;
 /// Data is read and written in pieces of so many bytes.
 const PIECE: usize = 1 << 20;
 /// A request with so much data takes long enough that somebody else should read on meanwhile.
@@ -149,6 +151,9 @@ pub(super) struct Link {
     threads: AtomicUsize,
 }
 
+/// What became of a write: false, it waits for room.
+type Written = std::result::Result<bool, i32>;
+
 /// The end of a connection.
 struct Over;
 
@@ -173,7 +178,7 @@ impl Link {
             shape: chosen.shape,
             out,
             input: Mutex::new(input),
-            waiting: Arc::new(Waiting::new(late, files, Arc::clone(&crew))),
+            waiting: Arc::new(Waiting::new(late, files, Arc::clone(&crew), MOST_WAITING)),
             crew,
             log,
             limit: thread::available_parallelism().map_or(2, NonZero::get) + 1,
@@ -235,44 +240,22 @@ impl Link {
     /// Takes one request and serves it; `None` if somebody else is about to read one.
     fn turn(self: &Arc<Link>, room: &mut Vec<u8>) -> Option<std::result::Result<(), Over>> {
         let mut input = self.input.try_lock()?;
-        let request: Request = match input.next() {
-            Ok(request) => request,
-            Err(_) => return Some(Err(Over)),
-        };
-        if request.magic.get() != wire::REQUEST_MAGIC {
-            tracing::warn!(
-                disk = self.file.name(),
-                "a client speaks no NBD: it is cut off"
-            );
-            self.out.cut();
+        if input.over {
             return Some(Err(Over));
         }
+        let (request, long) = match self.take(&mut input, room) {
+            Ok(taken) => taken,
+            Err(Over) => {
+                // What may be here still is nobody's request.
+                input.over = true;
+                return Some(Err(Over));
+            }
+        };
         let (command, len) = (request.command.get(), request.len.get() as usize);
-        if command == command::DISCONNECT {
-            return Some(Err(Over));
-        }
-        let first = match command {
-            command::READ | command::WRITE | command::CACHE => len.min(PIECE),
-            _ => 0,
-        };
-        if room.len() < REPLY_HEAD + first {
-            room.resize(REPLY_HEAD + first.next_power_of_two(), 0);
-        }
-        if command == command::WRITE {
-            if len > MOST {
-                // Nor is its data read.
-                self.out.cut();
-                return Some(Err(Over));
-            }
-            let data = &mut room[REPLY_HEAD..REPLY_HEAD + first];
-            if input.fill(data).is_err() {
-                return Some(Err(Over));
-            }
-            if len > PIECE {
-                let written = self.write_long(&request, &mut input, data);
-                drop(input);
-                return Some(written.map(|outcome| self.written(&request, outcome)));
-            }
+        if let Some(outcome) = long {
+            drop(input);
+            self.written(&request, outcome);
+            return Some(Ok(()));
         }
         let others = input.ahead() >= wire::REQUEST;
         drop(input);
@@ -283,6 +266,49 @@ impl Link {
         }
         self.serve(&request, &mut room[..]);
         Some(Ok(()))
+    }
+
+    /// The next request, its data in the room; what is longer than a piece is written already, with this outcome.
+    fn take(
+        self: &Arc<Link>,
+        input: &mut Input,
+        room: &mut Vec<u8>,
+    ) -> std::result::Result<(Request, Option<Written>), Over> {
+        let request: Request = input.next()?;
+        if request.magic.get() != wire::REQUEST_MAGIC {
+            tracing::warn!(
+                disk = self.file.name(),
+                "a client speaks no NBD: it is cut off"
+            );
+            self.out.cut();
+            return Err(Over);
+        }
+        let (command, len) = (request.command.get(), request.len.get() as usize);
+        if command == command::DISCONNECT {
+            return Err(Over);
+        }
+        let first = match command {
+            command::READ | command::WRITE | command::CACHE => len.min(PIECE),
+            _ => 0,
+        };
+        if room.len() < REPLY_HEAD + first {
+            room.resize(REPLY_HEAD + first.next_power_of_two(), 0);
+        }
+        if command != command::WRITE {
+            return Ok((request, None));
+        }
+        if len > MOST {
+            // Nor is its data read.
+            self.out.cut();
+            return Err(Over);
+        }
+        let data = &mut room[REPLY_HEAD..REPLY_HEAD + first];
+        input.fill(data)?;
+        let long = match len > PIECE {
+            true => Some(self.write_long(&request, input, data)?),
+            false => None,
+        };
+        Ok((request, long))
     }
 
     fn serve(self: &Arc<Link>, request: &Request, room: &mut [u8]) {
@@ -542,7 +568,8 @@ impl Link {
         let mut outcome = self.within(request, libc::ENOSPC);
         let (mut start, mut piece) = (0, room.len());
         loop {
-            let at = first + start as u64;
+            // Past the end of all numbers it is refused, and only read.
+            let at = first.wrapping_add(start as u64);
             let last = start + piece == len;
             let data = &mut room[..piece];
             let attempt = |()| self.attempt(request, at, data, last && is_durable(request));
@@ -566,7 +593,12 @@ impl Link {
     }
 
     fn discard(&self, request: &Request, trim: bool) -> std::result::Result<(), i32> {
-        self.within(request, libc::EINVAL)?;
+        self.within(request, if trim { libc::EINVAL } else { libc::ENOSPC })?;
+        // Room for later is never kept, so that a client that insists is told.
+        const BOTH: u16 = flag::NO_HOLE | flag::FAST_ZERO;
+        if !trim && request.flags.get() & BOTH == BOTH {
+            return Err(libc::ENOTSUP);
+        }
         let (at, len) = (request.at.get(), u64::from(request.len.get()));
         let durable = is_durable(request);
         let done = self.file.request(Op::Discard(len), |disk| {

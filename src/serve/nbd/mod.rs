@@ -1,5 +1,5 @@
 //! Disks as exports of a Unix socket, by the protocol of network block devices (NBD): for those who need no device of the kernel, such as
-//! virtual machines and tools that read and write images. Nothing but the socket is needed, no root and no loop device.
+//! virtual machines and tools that read and write images. No loop device is needed.
 //!
 //! - `wire`: the protocol's numbers and structures (pure);
 //! - `input`: what a client sent, as far as nobody has looked at it;
@@ -115,6 +115,11 @@ impl Exports {
         state.listening = true;
         Ok(())
     }
+    /// Are there exports, and nobody listens?
+    pub fn is_deaf(&self) -> bool {
+        let state = self.state.lock();
+        !state.shown.is_empty() && !state.listening && !state.stopping
+    }
     /// Makes a file an export, under its name.
     pub fn show(&self, ino: u64) {
         self.state.lock().shown.insert(ino);
@@ -159,7 +164,9 @@ impl Exports {
     /// Writes that wait for room: of one file, or of all.
     pub fn waiting(&self, ino: Option<u64>) -> usize {
         let peers = self.state.lock().peers.clone();
-        let links = peers.iter().filter_map(|p| p.link.get()?.upgrade());
+        // Of those whose client is gone nobody waits.
+        let there = peers.iter().filter(|peer| !peer.crew.is_over());
+        let links = there.filter_map(|p| p.link.get()?.upgrade());
         links.map(|link| link.waiting.count(ino)).sum()
     }
     /// Cuts all connections, and listens no more. On return no request is under way; who had one finds out by himself whether it was done.
@@ -263,8 +270,18 @@ impl Exports {
         Some(link)
     }
     /// Notes which file a client uses, before the client hears that it may; false: it is no export any more.
+    /// What a client that is gone had under way comes to its end first: nothing of it may come after what the new one writes.
     fn register(&self, peer: &Peer, file: &ServedFile) -> bool {
-        let state = self.state.lock();
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.state.lock();
+        while state.of(file.ino()).iter().any(|p| p.crew.is_over()) {
+            drop(state);
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(STEP);
+            state = self.state.lock();
+        }
         let may = state.shown.contains(&file.ino()) && !state.stopping;
         if may {
             peer.ino.store(file.ino(), Release);

@@ -84,8 +84,10 @@ pub(super) mod command {
 /// Flags of requests.
 pub(super) mod flag {
     pub const FUA: u16 = 1;
+    pub const NO_HOLE: u16 = 1 << 1;
     pub const DONT_FRAGMENT: u16 = 1 << 2;
     pub const ONE: u16 = 1 << 3;
+    pub const FAST_ZERO: u16 = 1 << 4;
 }
 
 /// Kinds of chunks, and the flag of the last one.
