@@ -63,7 +63,7 @@ impl Server {
             Via::File => self.must_be_closed(entry).map(|()| Unused(self, 0)),
             Via::Nbd => {
                 self.must_be_closed(entry)?;
-                let hidden = self.exports.hide_unused(entry.ino);
+                let hidden = self.exports.hold_unused(entry.ino);
                 hidden.map_err(|n| connected(entry, n))?;
                 Ok(Unused(self, entry.ino))
             }
@@ -215,16 +215,12 @@ impl Server {
     }
 }
 
-/// Something attached that nobody uses, and its number if it is an export, which is shown again afterwards.
+/// Something attached that nobody uses, and its number if it is an export, to which clients may connect again afterwards.
 pub(super) struct Unused<'a>(&'a Server, u64);
 
 impl Drop for Unused<'_> {
     fn drop(&mut self) {
-        let table = self.0.table.lock();
-        let is_it = |e: &Entry| e.ino == self.1 && e.phase == Phase::Ready;
-        if self.1 != 0 && table.values().any(is_it) {
-            self.0.exports.show(self.1);
-        }
+        self.0.exports.release(self.1);
     }
 }
 

@@ -178,7 +178,12 @@ pub fn write(
     }
     copier.flush()?;
     let copied = copier.copied;
-    debug_assert_eq!(Slot(next), run_slot, "sealed layers do not change");
+    if Slot(next) != run_slot {
+        let why = "the layers hold other blocks than they did when they were measured";
+        return Err(Error::new(Kind::Corrupt, why)
+            .layer(id)
+            .hint("`forkdisk check` tells what is wrong with them"));
+    }
     let mut superblock = Superblock::empty(header);
     superblock.sequence = U64::new(1);
     superblock.set_refer(refer);

@@ -182,11 +182,16 @@ impl Crew {
             _ => None,
         }
     }
+    /// Lets all end after what they have under way, as soon as they look; does not wait for that.
+    pub(super) fn begin_stop(&self) {
+        self.stopping.store(true, Release);
+        let _state = self.state.lock();
+        self.call.notify_all();
+    }
     /// Ends all, after what they have under way.
     pub(super) fn stop(&self) -> Ended {
-        self.stopping.store(true, Release);
+        self.begin_stop();
         let mut state = self.state.lock();
-        self.call.notify_all();
         while state.alive > 0 {
             for &tid in &state.running {
                 process::wake(tid);

@@ -48,7 +48,9 @@ pub struct MemDisk {
     pub full: AtomicBool,
     /// How long each read takes at least.
     pub read_delay: Duration,
-    /// Does it say so, as a file of the host does?
+    /// How long each write takes at least, before it is seen.
+    pub write_delay: Duration,
+    /// Do they say so, as a file of the host does?
     pub says_so: bool,
 }
 
@@ -61,6 +63,7 @@ impl MemDisk {
             fail: Mutex::new(None),
             full: AtomicBool::new(false),
             read_delay: Duration::ZERO,
+            write_delay: Duration::ZERO,
             says_so: true,
         }
     }
@@ -128,6 +131,9 @@ impl Disk for MemDisk {
             return Err(Error::new(Kind::NoSpace, "told to be full").and_waits());
         }
         check(self.size(), at, buf.len() as u64)?;
+        if !self.write_delay.is_zero() {
+            blocking::wait(|| std::thread::sleep(self.write_delay));
+        }
         self.pieces(at, buf.len() as u64, |block, start, n, done| {
             let mut block = block.write();
             let bytes = block.get_or_insert_with(|| Box::new([0; BLOCK_SIZE]));

@@ -517,3 +517,66 @@ fn what_was_answered_before_the_end_is_there() {
         );
     }
 }
+
+#[test]
+fn nothing_of_a_client_that_is_gone_comes_late() {
+    const THREADS: u64 = 32;
+    const WRITES: u64 = 45;
+    let mut mem = MemDisk::new(1 << 20);
+    mem.write_delay = Duration::from_millis(200);
+    let mem = Arc::new(mem);
+    let (door, ino) = Door::with("d", &mem);
+    let mut first = door.connect("d", true);
+    for n in 0..WRITES {
+        first.send(WRITE, 0, n * 4096, 4096, &[1; 4096]).unwrap();
+    }
+    // As many as there are threads are under way, and the rest is not even read.
+    eventually("they are under way", || {
+        mem.asked.writes.load(SeqCst) >= THREADS
+    });
+    drop(first);
+    let mut second = door.connect("d", true);
+    let asked = mem.asked.writes.load(SeqCst);
+    for n in 0..WRITES {
+        second.send(WRITE, 0, n * 4096, 4096, &[2; 4096]).unwrap();
+    }
+    for _ in 0..WRITES {
+        second.receive().unwrap().1.unwrap();
+    }
+    thread::sleep(Duration::from_millis(600));
+    assert_eq!(mem.asked.writes.load(SeqCst), asked + WRITES);
+    let all = second.read(0, (WRITES * 4096) as usize).unwrap();
+    assert!(all.iter().all(|b| *b == 2));
+    // Nor does anything go on after all are sent away.
+    for n in 0..WRITES {
+        second.send(WRITE, 0, n * 4096, 4096, &[3; 4096]).unwrap();
+    }
+    eventually("they are under way", || {
+        mem.asked.writes.load(SeqCst) >= asked + WRITES + THREADS
+    });
+    door.exports.hide(ino);
+    let (asked, mut now) = (mem.asked.writes.load(SeqCst), vec![0; 1 << 20]);
+    mem.read(&mut now, 0).unwrap();
+    thread::sleep(Duration::from_millis(600));
+    let mut later = vec![0; 1 << 20];
+    mem.read(&mut later, 0).unwrap();
+    assert_eq!(mem.asked.writes.load(SeqCst), asked);
+    assert!(now == later);
+}
+
+#[test]
+fn nobody_connects_while_an_export_is_held() {
+    let (door, ino) = Door::with("d", &disk(1));
+    let link = door.connect("d", true);
+    assert_eq!(door.exports.hold_unused(ino), Err(1));
+    drop(link);
+    assert_eq!(door.exports.connections(ino, Duration::from_secs(10)), 0);
+    door.exports.hold_unused(ino).unwrap();
+    door.exports.hold_unused(ino).unwrap();
+    // Whoever else shows it does not end what others hold it for.
+    door.exports.show(ino);
+    door.exports.release(ino);
+    assert!(Nbd::connect(&door.socket, "d", true).is_err());
+    door.exports.release(ino);
+    door.connect("d", true);
+}

@@ -91,13 +91,16 @@ fn wanted(data: &[u8]) -> Option<(&str, Vec<u16>)> {
     Some((name, asked))
 }
 
+/// An export, its size, and what it can do.
+type Found = (Arc<ServedFile>, u64, u16);
+
 /// A conversation before the transmission.
 pub(super) struct Greeting<'a> {
     pub exports: &'a Exports,
     pub input: &'a mut Input,
     pub out: &'a Out,
     /// Told what the client chose, before the client is told that it may use it; false: it may not any more.
-    pub register: &'a dyn Fn(&ServedFile) -> bool,
+    pub register: &'a dyn Fn(&ServedFile) -> io::Result<bool>,
 }
 
 impl Greeting<'_> {
@@ -129,8 +132,7 @@ impl Greeting<'_> {
                 option::EXPORT_NAME => {
                     let name = std::str::from_utf8(&data).map_err(|_| wrong())?;
                     // There is no other way to say no.
-                    let found = self.find(name, structured);
-                    let found = found.filter(|(file, ..)| (self.register)(file));
+                    let found = self.choose(name, structured)?;
                     let (file, size, flags) = found.ok_or_else(wrong)?;
                     let mut told = size.to_be_bytes().to_vec();
                     told.extend_from_slice(&flags.to_be_bytes());
@@ -168,9 +170,10 @@ impl Greeting<'_> {
                         self.answer(option, reply::INVALID, b"malformed")?;
                         continue;
                     };
-                    let found = self.find(name, structured);
-                    let found =
-                        found.filter(|(file, ..)| option == option::INFO || (self.register)(file));
+                    let found = match option {
+                        option::GO => self.choose(name, structured)?,
+                        _ => self.find(name, structured),
+                    };
                     let Some((file, size, flags)) = found else {
                         self.unknown(option)?;
                         continue;
@@ -225,8 +228,17 @@ impl Greeting<'_> {
         }
     }
 
+    /// [`Greeting::find`], for a client that is to use it from here on.
+    fn choose(&self, name: &str, structured: bool) -> io::Result<Option<Found>> {
+        match self.find(name, structured) {
+            // Only now nobody changes its size without knowing of the client.
+            Some((file, ..)) if (self.register)(&file)? => Ok(self.find(name, structured)),
+            _ => Ok(None),
+        }
+    }
+
     /// A disk that is shown, its size, and what it can do.
-    fn find(&self, name: &str, structured: bool) -> Option<(Arc<ServedFile>, u64, u16)> {
+    fn find(&self, name: &str, structured: bool) -> Option<Found> {
         let file = self.exports.find(name)?;
         let (size, read_only) = file.disk().map(|disk| (disk.size(), disk.read_only()))?;
         // A flush makes durable what any connection was told is written.

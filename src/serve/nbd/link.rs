@@ -27,6 +27,7 @@ use crate::{
     sys::blocking::{self, Attendant},
 };
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     io::{self, Write as _},
     net::Shutdown,
@@ -89,7 +90,18 @@ impl Out {
         let _turn = self.sending.lock();
         (&*self.stream).write_all(piece)
     }
-    /// Ends the connection: nothing is read any more, and what is sent goes nowhere.
+    /// Has the client gone, or said that nothing comes any more? Also where not all that it sent was read.
+    pub(super) fn is_left(&self) -> bool {
+        let none = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let mut asked = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
+        poll(&mut asked, Some(&none)).is_ok() && asked[0].revents().intersects(gone)
+    }
+    /// Ends the connection for the client: what is sent goes nowhere, and who waits to send or to read does so no longer. What is here already could
+    /// still be read: whoever does not want that stops the threads.
     pub(super) fn cut(&self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -251,6 +263,11 @@ impl Link {
                 return Some(Err(Over));
             }
         };
+        if self.crew.is_stopping() {
+            // It stays unanswered: the client sends it again, or is gone.
+            input.over = true;
+            return Some(Err(Over));
+        }
         let (command, len) = (request.command.get(), request.len.get() as usize);
         if let Some(outcome) = long {
             drop(input);
@@ -572,6 +589,9 @@ impl Link {
             let at = first.wrapping_add(start as u64);
             let last = start + piece == len;
             let data = &mut room[..piece];
+            if self.crew.is_stopping() {
+                return Err(Over);
+            }
             let attempt = |()| self.attempt(request, at, data, last && is_durable(request));
             match outcome.and_then(attempt) {
                 Ok(Some(full)) => {

@@ -36,7 +36,7 @@ use rustix::{
     net::{SocketFlags, accept_with},
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
@@ -71,6 +71,8 @@ struct Peer {
 struct State {
     /// Numbers of the files that are exports.
     shown: BTreeSet<u64>,
+    /// Of these, the ones to which nobody may connect for now, and for how many reasons.
+    held: BTreeMap<u64, usize>,
     peers: Vec<Arc<Peer>>,
     listening: bool,
     stopping: bool,
@@ -144,6 +146,27 @@ impl Exports {
             n => Err(n),
         }
     }
+    /// Lets nobody connect until [`Exports::release`], if nobody is; else how many are. Each is to be released once.
+    pub fn hold_unused(&self, ino: u64) -> std::result::Result<(), usize> {
+        let mut state = self.state.lock();
+        match state.of(ino).len() {
+            0 => {
+                *state.held.entry(ino).or_default() += 1;
+                Ok(())
+            }
+            n => Err(n),
+        }
+    }
+    /// Takes one [`Exports::hold_unused`] back.
+    pub fn release(&self, ino: u64) {
+        let mut state = self.state.lock();
+        if let Some(holds) = state.held.get_mut(&ino) {
+            *holds -= 1;
+            if *holds == 0 {
+                state.held.remove(&ino);
+            }
+        }
+    }
     /// Connections to a file, after those that are just ending had `patience` to do so.
     pub fn connections(&self, ino: u64, patience: Duration) -> usize {
         let deadline = Instant::now() + patience;
@@ -188,8 +211,8 @@ impl Exports {
     }
     fn find(&self, name: &str) -> Option<Arc<ServedFile>> {
         let file = self.files.lookup(name)?;
-        let shown = self.state.lock().shown.contains(&file.ino());
-        shown.then_some(file)
+        let open = self.state.lock().is_open(file.ino());
+        open.then_some(file)
     }
 
     /// Lets clients in until it is stopped.
@@ -270,23 +293,33 @@ impl Exports {
         Some(link)
     }
     /// Notes which file a client uses, before the client hears that it may; false: it is no export any more.
-    /// What a client that is gone had under way comes to its end first: nothing of it may come after what the new one writes.
-    fn register(&self, peer: &Peer, file: &ServedFile) -> bool {
+    /// What a client that is gone had under way comes to its end first, and what else it had sent is dropped: nothing of it may come after what the new one
+    /// writes. An error: that takes too long, and the client had better come again.
+    fn register(&self, peer: &Peer, file: &ServedFile) -> io::Result<bool> {
         let deadline = Instant::now() + PATIENCE;
-        let mut state = self.state.lock();
-        while state.of(file.ino()).iter().any(|p| p.crew.is_over()) {
+        loop {
+            let mut state = self.state.lock();
+            let mut of_it = state.of(file.ino());
+            of_it.retain(|p| p.is_left());
+            if of_it.is_empty() {
+                let may = state.is_open(file.ino()) && !state.stopping;
+                if may {
+                    peer.ino.store(file.ino(), Release);
+                }
+                return Ok(may);
+            }
             drop(state);
+            for left in of_it {
+                left.crew.begin_stop();
+                if let Some(out) = left.out.upgrade() {
+                    out.cut();
+                }
+            }
             if Instant::now() >= deadline {
-                return false;
+                return Err(io::ErrorKind::TimedOut.into());
             }
             thread::sleep(STEP);
-            state = self.state.lock();
         }
-        let may = state.shown.contains(&file.ino()) && !state.stopping;
-        if may {
-            peer.ino.store(file.ino(), Release);
-        }
-        may
     }
 }
 
@@ -296,7 +329,18 @@ impl Drop for Exports {
     }
 }
 
+impl Peer {
+    /// Is its client gone?
+    fn is_left(&self) -> bool {
+        self.crew.is_over() || self.out.upgrade().is_none_or(|out| out.is_left())
+    }
+}
+
 impl State {
+    /// May clients connect to it?
+    fn is_open(&self, ino: u64) -> bool {
+        self.shown.contains(&ino) && !self.held.contains_key(&ino)
+    }
     fn forget_ended(&mut self) {
         self.peers.retain(|peer| peer.crew.ended().is_none());
     }
@@ -311,8 +355,9 @@ impl State {
 
 /// Ends connections, after what they have under way.
 fn end(peers: &[Arc<Peer>]) {
-    // All at once: each may have something to finish.
+    // All at once: each may have something to finish, and none is to begin with what else it was sent.
     for peer in peers {
+        peer.crew.begin_stop();
         if let Some(out) = peer.out.upgrade() {
             out.cut();
         }
