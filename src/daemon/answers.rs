@@ -3,7 +3,7 @@
 use super::changes::quota_change;
 use super::conversation::Conversation;
 use super::entry::Phase;
-use super::protocol::{self, below_json, number, object_json, text};
+use super::protocol::{self, below_json, flag, number, object_json, text};
 use super::server::{End, Server, not_attached};
 use super::{Via, place_of};
 use crate::disk::Disk;
@@ -75,7 +75,7 @@ impl Server {
                 self.close(name)?;
                 Ok(json!({}))
             }
-            "detach" => self.detach(text(request, "target")?, begun),
+            "detach" => self.detach(text(request, "target")?, flag(request, "force"), begun),
             "detach-undo" => {
                 let name = text(request, "name")?;
                 begun.retain(|b| b != name);

@@ -6,12 +6,17 @@ use super::server::{Server, in_transit, not_attached};
 use super::{Via, file_name};
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
+use crate::serve::nbd::Users;
 use crate::store::{Member, QuotaChange};
 use crate::sys::holders;
+use crate::sys::process::Process;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
+
+/// Most processes that a message names.
+const NAMED: usize = 5;
 
 /// How long a client of NBD that is just leaving is waited for.
 const LEAVING: Duration = Duration::from_millis(500);
@@ -64,7 +69,7 @@ impl Server {
             Via::Nbd => {
                 self.must_be_closed(entry)?;
                 let hidden = self.exports.hold_unused(entry.ino);
-                hidden.map_err(|n| connected(entry, n))?;
+                hidden.map_err(|users| in_use(entry, &users))?;
                 Ok(Unused(self, entry.ino))
             }
         }
@@ -224,17 +229,38 @@ impl Drop for Unused<'_> {
     }
 }
 
-/// Somebody is connected to an export.
-pub(super) fn connected(entry: &Entry, connections: usize) -> Error {
+/// Somebody uses an export.
+pub(super) fn in_use(entry: &Entry, users: &Users) -> Error {
     let name = &entry.attached.name;
-    Error::new(
-        Kind::Busy,
-        format!("{name} is in use: {connections} connections over NBD"),
-    )
-    .hint(match entry.attached.uri() {
-        Some(uri) => format!("end the programs that use {uri}"),
-        None => "end the programs that use it".into(),
-    })
+    let uri = entry.attached.uri().unwrap_or_else(|| "it".into());
+    match users {
+        Users::Connected(connections) => Error::new(
+            Kind::Busy,
+            format!("{name} is in use: {connections} connections over NBD"),
+        )
+        .hint(format!("end the programs that use {uri}")),
+        Users::Expected(processes) => {
+            let named: Vec<String> = processes
+                .iter()
+                .take(NAMED)
+                .map(Process::to_string)
+                .collect();
+            let more = match processes.len() - named.len() {
+                0 => String::new(),
+                n => format!(" and {n} more"),
+            };
+            Error::new(
+                Kind::Busy,
+                format!(
+                    "{name} is in use: {}{more} had it open over NBD when the last server ended, and may connect again",
+                    named.join(", ")
+                ),
+            )
+            .hint(format!(
+                "end the programs that use {uri}; if they will not connect again, `forkdisk detach --force {name}`"
+            ))
+        }
+    }
 }
 
 /// A change of a quota as it stands in a request.

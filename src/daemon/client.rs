@@ -328,7 +328,7 @@ impl Client {
         self.detach_how(target, force)
     }
     fn detach_how(&mut self, target: &str, options: DetachOptions) -> Result<Vec<Attached>> {
-        let answer = self.ask(json!({"op": "detach", "target": target}))?;
+        let answer = self.ask(json!({"op": "detach", "target": target, "force": options.force}))?;
         let mut gone = attached(&answer["attached"])?;
         if !answer["last"].as_bool().unwrap_or(false) {
             return Ok(vec![gone]);

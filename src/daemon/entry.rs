@@ -9,8 +9,9 @@ use crate::disk::{CowDisk, Disk, FailedDisk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::store::{Object, Store};
+use crate::sys::process::Process;
 use parking_lot::Mutex;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub(super) struct Entry {
     pub(super) inherited: bool,
     /// The command that attaches or detaches it talked to a predecessor, and has not come back yet.
     pub(super) orphan: bool,
+    /// Processes that use it over NBD, as far as they were told of.
+    pub(super) clients: Vec<Process>,
     /// Why it could not be opened again after a takeover.
     pub(super) failed: Option<Error>,
 }
@@ -69,6 +72,10 @@ impl Entry {
         said["dev"] = self.dev.into();
         said["backing"] = self.backing.into();
         said["phase"] = self.phase.word().into();
+        if !self.clients.is_empty() {
+            let clients = self.clients.iter().map(|c| json!([c.pid, c.started]));
+            said["clients"] = clients.collect();
+        }
         self.place.write(&said)
     }
     pub(super) fn set_phase(&mut self, phase: Phase) {
@@ -168,8 +175,21 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         going: None,
         inherited: true,
         orphan: phase != Phase::Ready,
+        clients: clients(said),
         failed,
     }))
+}
+
+/// The processes that used it over NBD.
+fn clients(said: &Value) -> Vec<Process> {
+    let clients = said["clients"].as_array().into_iter().flatten();
+    let known = clients.filter_map(|c| {
+        Some(Process {
+            pid: c[0].as_i64()? as i32,
+            started: c[1].as_u64()?,
+        })
+    });
+    known.collect()
 }
 
 fn reopen(store: &Store, attached: &Attached, place: &Place) -> Result<Arc<CowDisk>> {

@@ -7,7 +7,7 @@
 //!   of the loop device;
 //! - what a successor needs stands in the handover before anybody is told that it is done.
 
-use super::changes::connected;
+use super::changes::in_use;
 use super::client::answer;
 use super::conversation::{self, Conversation};
 use super::entry::{self, Entry, Phase, inherit, share};
@@ -21,7 +21,8 @@ use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
 use crate::serve::nbd::Exports;
 use crate::store::{ObjectKind, Store};
-use crate::sys::{fdpass, loopdev, process};
+use crate::sys::process::{self, Process};
+use crate::sys::{fdpass, loopdev};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -30,9 +31,9 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// How often disks are looked after: freed space goes back to the host.
@@ -150,9 +151,16 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
     let run_dir =
         File::open(store.run_dir()).map_err(|e| Error::io("open", store.run_dir(), &e))?;
     let (end, ended) = channel();
-    let server = Arc::new(Server {
+    let server = Arc::new_cyclic(|server: &Weak<Server>| Server {
         store,
-        exports: Exports::new(files.clone()),
+        exports: {
+            let server = server.clone();
+            Exports::new(files.clone(), move |ino, clients| {
+                if let Some(server) = server.upgrade() {
+                    server.note_clients(ino, clients);
+                }
+            })
+        },
         files,
         session,
         table: Mutex::new(table),
@@ -257,6 +265,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
                 std::thread::sleep(Duration::from_millis(1));
             }
             // What is under way is answered. Nothing is closed: all stands in the handover.
+            server.exports.look_after();
             server.exports.stop();
             server.session.stop();
             // A keeper that was killed is being replaced: without one nobody would hold what we leave.
@@ -287,6 +296,7 @@ fn housekeep(server: &Server, ended: &Receiver<End>) -> End {
         }
         let names: Vec<String> = server.table.lock().keys().cloned().collect();
         server.reopen_held();
+        server.exports.look_after();
         if server.exports.is_deaf()
             && let Err(e) = server.listen_for_clients()
         {
@@ -375,6 +385,7 @@ impl Server {
                 going: None,
                 inherited: false,
                 orphan: false,
+                clients: Vec::new(),
                 failed: None,
             };
             memory = entry.place.volatile();
@@ -442,7 +453,13 @@ impl Server {
         Ok(said)
     }
 
-    pub(super) fn detach(&self, target: &str, begun: &mut Vec<String>) -> Result<Value> {
+    /// `force`: also if clients of NBD may come back.
+    pub(super) fn detach(
+        &self,
+        target: &str,
+        force: bool,
+        begun: &mut Vec<String>,
+    ) -> Result<Value> {
         let by_id = self.store.resolve(target).ok().map(|o| (o.kind, o.id));
         let mount = self.mount();
         let meant = |e: &Entry| {
@@ -469,8 +486,8 @@ impl Server {
             self.must_be_closed(entry)?;
         }
         if entry.attached.via == Via::Nbd {
-            let unused = self.exports.hide_unused(entry.ino);
-            unused.map_err(|n| connected(entry, n))?;
+            let unused = self.exports.hide_unused(entry.ino, force);
+            unused.map_err(|users| in_use(entry, &users))?;
         }
         entry.set_phase(Phase::Closing);
         begun.push(name);
@@ -631,21 +648,31 @@ impl Server {
     }
     /// Shows again what the last server had shown over NBD. Its clients connect again.
     fn export_inherited(&self) {
-        let inos: Vec<u64> = {
+        let exports: Vec<(u64, Vec<Process>)> = {
             let table = self.table.lock();
             let shown = table
                 .values()
                 .filter(|e| e.attached.via == Via::Nbd && e.phase == Phase::Ready);
-            shown.map(|e| e.ino).collect()
+            shown.map(|e| (e.ino, e.clients.clone())).collect()
         };
-        if inos.is_empty() {
+        if exports.is_empty() {
             return;
         }
-        for ino in inos {
+        for (ino, clients) in exports {
+            self.exports.expect(ino, &clients);
             self.exports.show(ino);
         }
         if let Err(e) = self.listen_for_clients() {
             tracing::error!("clients of NBD cannot connect again: {e}");
+        }
+    }
+
+    /// Leaves word of the processes that use an export: they may come back to the next server, and only with their next request.
+    fn note_clients(&self, ino: u64, clients: &[Process]) {
+        let mut table = self.table.lock();
+        if let Some(entry) = table.values_mut().find(|e| e.ino == ino) {
+            entry.clients = clients.to_vec();
+            entry.noted();
         }
     }
 

@@ -1,6 +1,7 @@
 //! What belongs to this user alone: directories that nobody else can change, and peers of a socket that are this user or root.
 
 use crate::error::{Error, Kind, Result};
+use crate::sys::process;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::fs;
@@ -53,17 +54,16 @@ pub fn open_to_others(dir: &Path) -> Option<u32> {
     (mode & OTHERS_WRITE != 0).then_some(mode)
 }
 
-/// Refuses the other side of a socket unless it is this user or root.
-pub fn check_peer(socket: impl AsFd) -> Result<()> {
-    let peer = rustix::net::sockopt::socket_peercred(socket)
-        .map_err(|e| Error::io("ask who is behind", "the control socket", &e.into()))?;
-    let uid = peer.uid.as_raw();
+/// Refuses the other side of a socket unless it is this user or root. Returns the number of its process.
+pub fn check_peer(socket: impl AsFd) -> Result<i32> {
+    let (pid, uid) =
+        process::peer_of(socket).map_err(|e| Error::io("ask who is behind", "a socket", &e))?;
     if ours(uid) {
-        return Ok(());
+        return Ok(pid);
     }
     Err(Error::new(
         Kind::Permission,
-        format!("the other side of the control socket is user {uid}"),
+        format!("the other side of the socket is user {uid}"),
     )
     .hint("run forkdisk as the user whose daemon runs"))
 }

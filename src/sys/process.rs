@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use rustix::process::{Pid, PidfdFlags, Resource};
 use std::{
-    fs, io,
-    os::fd::{AsFd, OwnedFd},
+    fmt, fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     time::Duration,
 };
 
@@ -88,6 +88,69 @@ pub fn is_alive(pid: i32) -> bool {
 /// Is there a process of this number that has not ended? (A zombie has.)
 pub fn is_alive_and_well(pid: i32) -> bool {
     pid > 0 && pidfd(pid).is_ok_and(|fd| !wait_for_end(fd, Duration::ZERO).unwrap_or(true))
+}
+
+/// A process, told from a later one of the same number by when it started.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Process {
+    /// Its number; 0: one of another namespace of processes, of which nothing can be known here.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot.
+    pub started: u64,
+}
+
+impl Process {
+    /// The process that has this number now; `None`: there is none, or it has ended.
+    pub fn of(pid: i32) -> Option<Process> {
+        if pid == 0 {
+            return Some(Process { pid, started: 0 });
+        }
+        // Fields of /proc/PID/stat by proc_pid_stat(5); the name, the second one, may have spaces and parentheses of its own.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+        let has_ended = matches!(fields.next()?, "Z" | "X");
+        let started = fields.nth(18)?.parse().ok()?;
+        (!has_ended).then_some(Process { pid, started })
+    }
+    /// Has it not ended? Of one that cannot be seen it is not known, so that it may be there.
+    pub fn is_there(self) -> bool {
+        Process::of(self.pid) == Some(self)
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.pid, comm(self.pid)) {
+            (0, _) => f.write_str("a process that cannot be seen from here"),
+            (pid, Some(name)) => write!(f, "process {pid} ({name})"),
+            (pid, None) => write!(f, "process {pid}"),
+        }
+    }
+}
+
+/// The process at the other end of a Unix socket when it was connected, and its user.
+pub fn peer_of(socket: impl AsFd) -> io::Result<(i32, u32)> {
+    // Not by rustix, for which there is no process 0, as one of another namespace is told.
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `peer`, which has as many and is valid whatever they are; the descriptor is open.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    match r {
+        0 => Ok((peer.pid, peer.uid)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The short name of a process, as the kernel keeps it.
@@ -185,6 +248,37 @@ mod tests {
         assert!(is_alive(me));
         assert!(comm(me).is_some());
         assert!(!is_alive(0) && !is_alive(i32::MAX));
+    }
+
+    #[test]
+    fn a_process_is_told_from_a_later_one_of_its_number() {
+        let me = Process::of(std::process::id() as i32).expect("this process");
+        assert!(me.is_there() && me.started > 0);
+        let later = Process {
+            started: me.started + 1,
+            ..me
+        };
+        assert!(!later.is_there());
+        // One whose name looks like the fields after it, and which has ended and was not waited for.
+        let dir = tempfile::tempdir().expect("a directory");
+        let odd = dir.path().join("a) Z 1 (b");
+        fs::copy("/bin/sleep", &odd).expect("a copy");
+        let mut child = std::process::Command::new(&odd)
+            .arg("60")
+            .spawn()
+            .expect("a process");
+        let found = Process::of(child.id() as i32).expect("the child");
+        assert!(found.is_there() && found.started >= me.started);
+        child.kill().expect("a signal");
+        while found.is_there() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.wait().expect("its end");
+        assert_eq!(Process::of(child.id() as i32), None);
+        assert!(Process::of(0).expect("somebody").is_there());
+        let (a, _b) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let uid = rustix::process::geteuid().as_raw();
+        assert_eq!(peer_of(&a).expect("a peer"), (me.pid, uid));
     }
 
     #[test]

@@ -235,6 +235,88 @@ fn a_client_that_connects_again_finds_all_that_was_answered() {
     w.finish();
 }
 
+/// A program that connects once, keeps the connection, and never connects again. It ends with the result.
+struct Idle(std::process::Child);
+
+impl Idle {
+    fn start(w: &World, uri: &str) -> Idle {
+        let before = w.status()["connections"].as_u64().unwrap();
+        let child = std::process::Command::new("qemu-io")
+            .args(["-f", "raw", uri])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let idle = Idle(child);
+        eventually("it connects", || {
+            w.status()["connections"].as_u64() == Some(before + 1)
+        });
+        idle
+    }
+    fn end(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_client_that_has_not_come_back_yet_is_not_forgotten() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    w.ok(["snapshot", "d@s"]);
+    let (uri, socket) = attach(&w, "d");
+    qemu_io(&uri, ["write -P 0xb1 1M 64k"]);
+    let refused = |idle: &Idle| {
+        for args in [&["rollback", "d@s"][..], &["detach", "d"]] {
+            let told = w.fails_here(11, args);
+            let who = format!("process {} (qemu-io)", idle.0.id());
+            assert!(told.contains(&who), "{told}");
+            assert!(told.contains("detach --force d"), "{told}");
+        }
+    };
+    let servers = || w.status()["takeovers"].as_u64().unwrap();
+    let next = |kill: bool| {
+        let before = servers();
+        match kill {
+            true => kill_and_wait(w.pid("server_pid")),
+            false => drop(w.ok(["daemon", "takeover"])),
+        }
+        eventually("the next server is there", || servers() == before + 1);
+        assert_eq!(w.status()["connections"], 0);
+    };
+    for kill in [true, false] {
+        let idle = Idle::start(&w, &uri);
+        next(kill);
+        refused(&idle);
+        w.ok(["snapshot", &format!("d@{kill}")]);
+        // Nor is it for the server after that, or if somebody else comes and goes.
+        next(true);
+        drop(Nbd::connect(&socket, "d", true).unwrap());
+        refused(&idle);
+        // With its end nobody waits for it.
+        idle.end();
+        w.ok(["rollback", "d@s"]);
+    }
+    let idle = Idle::start(&w, &uri);
+    next(true);
+    refused(&idle);
+    w.ok(["detach", "--force", "d"]);
+    attach(&w, "d");
+    w.ok(["detach", "d"]);
+    idle.end();
+    w.finish();
+}
+
 #[test]
 fn writes_over_nbd_wait_for_room() {
     if !root() {

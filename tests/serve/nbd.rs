@@ -8,8 +8,13 @@ use crate::{
 use forkdisk::{
     disk::Disk,
     error::Kind,
-    serve::{files::Files, nbd::Exports},
+    serve::{
+        files::Files,
+        nbd::{Exports, Users},
+    },
+    sys::process::Process,
 };
+use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
     fs,
@@ -39,12 +44,15 @@ struct Door {
 
 impl Door {
     fn new() -> Door {
+        Door::telling(|_, _| {})
+    }
+    fn telling(tell: impl Fn(u64, &[Process]) + Send + Sync + 'static) -> Door {
         let dir = tempfile::Builder::new()
             .prefix("forkdisk-nbd.")
             .tempdir()
             .unwrap();
         let files = Arc::new(Files::new());
-        let exports = Exports::new(Arc::clone(&files));
+        let exports = Exports::new(Arc::clone(&files), tell);
         let socket = dir.path().join("nbd.sock");
         exports.listen(&socket, &socket).unwrap();
         Door {
@@ -313,7 +321,10 @@ fn exports_are_what_is_shown() {
     assert_eq!(door.exports.connections(ino, Duration::ZERO), 0);
     assert_eq!(go(&mut stream, "a").unwrap().unwrap().0, 1 << 20);
     assert_eq!(door.exports.connections(ino, Duration::ZERO), 1);
-    assert_eq!(door.exports.hide_unused(ino), Err(1));
+    assert_eq!(
+        door.exports.hide_unused(ino, true),
+        Err(Users::Connected(1))
+    );
     // The old way to choose, and its zeroes.
     let mut old = UnixStream::connect(&door.socket).unwrap();
     old.read_exact(&mut [0; 18]).unwrap();
@@ -329,7 +340,7 @@ fn exports_are_what_is_shown() {
     // Who leaves is no longer counted.
     drop(stream);
     assert_eq!(door.exports.connections(ino, Duration::from_secs(10)), 0);
-    door.exports.hide_unused(ino).unwrap();
+    door.exports.hide_unused(ino, false).unwrap();
     assert!(Nbd::connect(&door.socket, "a", false).is_err());
     door.exports.show(ino);
     assert!(Nbd::connect(&door.socket, "a", false).is_ok());
@@ -568,7 +579,7 @@ fn nothing_of_a_client_that_is_gone_comes_late() {
 fn nobody_connects_while_an_export_is_held() {
     let (door, ino) = Door::with("d", &disk(1));
     let link = door.connect("d", true);
-    assert_eq!(door.exports.hold_unused(ino), Err(1));
+    assert_eq!(door.exports.hold_unused(ino), Err(Users::Connected(1)));
     drop(link);
     assert_eq!(door.exports.connections(ino, Duration::from_secs(10)), 0);
     door.exports.hold_unused(ino).unwrap();
@@ -579,4 +590,70 @@ fn nobody_connects_while_an_export_is_held() {
     assert!(Nbd::connect(&door.socket, "d", true).is_err());
     door.exports.release(ino);
     door.connect("d", true);
+}
+
+#[test]
+fn who_used_an_export_before_is_expected_until_he_comes_or_ends() {
+    let told = Arc::new(Mutex::new(Vec::<(u64, Vec<Process>)>::new()));
+    let hears = Arc::clone(&told);
+    let door = Door::telling(move |ino, who| hears.lock().push((ino, who.to_vec())));
+    let ino = door.show("d", &disk(1));
+    let other = door.show("e", &disk(1));
+    let me = Process::of(std::process::id() as i32).unwrap();
+    let mut sleeper = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let child = Process::of(sleeper.id() as i32).unwrap();
+    let ended = Process {
+        started: 1,
+        ..child
+    };
+    door.exports.expect(ino, &[me, child, ended]);
+    door.exports.expect(other, &[ended]);
+    // Who has ended is not waited for.
+    door.exports.hold_unused(other).unwrap();
+    door.exports.release(other);
+    let awaited = Err(Users::Expected(vec![me, child]));
+    assert_eq!(door.exports.hold_unused(ino), awaited);
+    assert_eq!(door.exports.hide_unused(ino, false), awaited);
+    door.exports.look_after();
+    assert_eq!(
+        told.lock().split_off(0),
+        [(ino, vec![me, child]), (other, vec![])]
+    );
+
+    // One comes.
+    let link = door.connect("d", true);
+    assert_eq!(door.exports.hold_unused(ino), Err(Users::Connected(1)));
+    drop(link);
+    assert_eq!(door.exports.connections(ino, Duration::from_secs(10)), 0);
+    let awaited = Err(Users::Expected(vec![child]));
+    assert_eq!(door.exports.hold_unused(ino), awaited);
+    // That he left is told when it is looked after, that he came was told before he heard that he may.
+    door.exports.look_after();
+    assert_eq!(told.lock().split_off(0), [(ino, vec![child])]);
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    door.exports.look_after();
+    assert_eq!(told.lock().split_off(0), [(ino, vec![])]);
+    let (a, b) = (door.connect("d", true), door.connect("d", true));
+    assert_eq!(told.lock().split_off(0), [(ino, vec![me])]);
+    drop(a);
+    door.exports.look_after();
+    assert!(told.lock().is_empty());
+    drop(b);
+
+    // Force passes over who is expected, not over who is there.
+    door.exports.expect(other, &[me]);
+    let link = door.connect("e", true);
+    door.exports.expect(other, &[me]);
+    assert_eq!(
+        door.exports.hide_unused(other, true),
+        Err(Users::Connected(1))
+    );
+    drop(link);
+    assert_eq!(door.exports.connections(other, Duration::from_secs(10)), 0);
+    door.exports.hide_unused(other, true).unwrap();
+    door.exports.hold_unused(other).unwrap();
 }

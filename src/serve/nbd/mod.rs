@@ -25,7 +25,10 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    sys::{private, process},
+    sys::{
+        private,
+        process::{self, Process},
+    },
 };
 use greeting::Greeting;
 use input::Input;
@@ -62,6 +65,8 @@ const STEP: Duration = Duration::from_millis(2);
 struct Peer {
     crew: Arc<Crew>,
     out: Weak<Out>,
+    /// Who connected.
+    process: Option<Process>,
     /// Number of the file that it uses; 0: it has not chosen yet.
     ino: AtomicU64,
     link: OnceLock<Weak<Link>>,
@@ -73,10 +78,27 @@ struct State {
     shown: BTreeSet<u64>,
     /// Of these, the ones to which nobody may connect for now, and for how many reasons.
     held: BTreeMap<u64, usize>,
+    /// Of these, the ones that processes used when the last server ended: such a process may connect again.
+    expected: BTreeMap<u64, Vec<Process>>,
     peers: Vec<Arc<Peer>>,
     listening: bool,
     stopping: bool,
 }
+
+/// Most processes that are told of one export, so that word of them fits into a small record.
+const MOST_TOLD: usize = 64;
+
+/// Who uses an export.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Users {
+    /// So many connections.
+    Connected(usize),
+    /// Processes that used it when the last server ended, and may connect again.
+    Expected(Vec<Process>),
+}
+
+/// Hears of the processes that use the file of a number.
+type Tell = Box<dyn Fn(u64, &[Process]) + Send + Sync>;
 
 /// The disks that are shown over NBD: some of the files that a server has.
 pub struct Exports {
@@ -85,13 +107,22 @@ pub struct Exports {
     /// The thread that waits for clients.
     crew: Arc<Crew>,
     log: Arc<LogLimit>,
+    tell: Tell,
+    /// What was told last. Held while something is told, so that it is told in order.
+    told: Mutex<BTreeMap<u64, Vec<Process>>>,
 }
 
 impl Exports {
-    /// None yet, and nobody listens.
-    pub fn new(files: Arc<Files>) -> Arc<Exports> {
+    /// None yet, and nobody listens. `tell` hears which processes use a file: of a new one before it may, so that it can be known to a next server
+    /// ([`Exports::expect`]), and of its end from [`Exports::look_after`]. It may wait for what is held while other methods than `hide`, `expect` and `look_after` are called.
+    pub fn new(
+        files: Arc<Files>,
+        tell: impl Fn(u64, &[Process]) + Send + Sync + 'static,
+    ) -> Arc<Exports> {
         Arc::new(Exports {
             files,
+            tell: Box::new(tell),
+            told: Mutex::default(),
             state: Mutex::default(),
             crew: Arc::default(),
             log: Arc::default(),
@@ -126,35 +157,67 @@ impl Exports {
     pub fn show(&self, ino: u64) {
         self.state.lock().shown.insert(ino);
     }
+    /// These processes used the file when the last server ended: each counts as a user until it connects again, or ends.
+    pub fn expect(&self, ino: u64, clients: &[Process]) {
+        if clients.is_empty() {
+            return;
+        }
+        let mut told = self.told.lock();
+        told.insert(ino, clients.to_vec());
+        self.state.lock().expected.insert(ino, clients.to_vec());
+    }
+    /// Tells of processes that do not use anything any more. To be called now and then.
+    pub fn look_after(&self) {
+        let mut told = self.told.lock();
+        let inos: Vec<u64> = told.keys().copied().collect();
+        for ino in inos {
+            let now = self.state.lock().clients(ino);
+            self.tell_of(&mut told, ino, now);
+        }
+    }
+    fn tell_of(&self, told: &mut BTreeMap<u64, Vec<Process>>, ino: u64, now: Vec<Process>) {
+        if told.get(&ino).is_some_and(|told| *told == now) {
+            return;
+        }
+        (self.tell)(ino, &now);
+        match now.is_empty() {
+            true => told.remove(&ino),
+            false => told.insert(ino, now),
+        };
+    }
     /// The file is no export any more. Its connections are cut, and have ended on return.
     pub fn hide(&self, ino: u64) {
         let of_it = {
+            let mut told = self.told.lock();
             let mut state = self.state.lock();
             state.shown.remove(&ino);
+            state.expected.remove(&ino);
+            told.remove(&ino);
             state.of(ino)
         };
         end(&of_it);
     }
-    /// [`Exports::hide`] if there is no connection to it; else how many there are.
-    pub fn hide_unused(&self, ino: u64) -> std::result::Result<(), usize> {
+    /// [`Exports::hide`] if nobody uses it; else who does. With `force` only who is connected counts.
+    pub fn hide_unused(&self, ino: u64, force: bool) -> std::result::Result<(), Users> {
         let mut state = self.state.lock();
-        match state.of(ino).len() {
-            0 => {
-                state.shown.remove(&ino);
-                Ok(())
-            }
-            n => Err(n),
+        match state.users(ino) {
+            Some(Users::Expected(_)) if force => {}
+            Some(users) => return Err(users),
+            None => {}
         }
+        state.shown.remove(&ino);
+        state.expected.remove(&ino);
+        Ok(())
     }
-    /// Lets nobody connect until [`Exports::release`], if nobody is; else how many are. Each is to be released once.
-    pub fn hold_unused(&self, ino: u64) -> std::result::Result<(), usize> {
+    /// Lets nobody connect until [`Exports::release`], if nobody uses it; else who does. Each is to be released once.
+    pub fn hold_unused(&self, ino: u64) -> std::result::Result<(), Users> {
         let mut state = self.state.lock();
-        match state.of(ino).len() {
-            0 => {
+        match state.users(ino) {
+            Some(users) => Err(users),
+            None => {
                 *state.held.entry(ino).or_default() += 1;
                 Ok(())
             }
-            n => Err(n),
         }
     }
     /// Takes one [`Exports::hold_unused`] back.
@@ -236,7 +299,7 @@ impl Exports {
     }
     fn let_in(self: &Arc<Exports>, stream: UnixStream) -> Result<()> {
         // The mode of the socket keeps others away; this holds also where somebody changed it.
-        private::check_peer(&stream)?;
+        let pid = private::check_peer(&stream)?;
         let io = |e: io::Error| Error::io("set up", "a connection", &e);
         stream.set_read_timeout(Some(PATIENCE)).map_err(io)?;
         stream.set_write_timeout(Some(PATIENCE)).map_err(io)?;
@@ -245,6 +308,7 @@ impl Exports {
         let peer = Arc::new(Peer {
             crew: Arc::default(),
             out: Arc::downgrade(&out),
+            process: Process::of(pid),
             ino: AtomicU64::new(0),
             link: OnceLock::new(),
         });
@@ -297,18 +361,25 @@ impl Exports {
     /// writes. An error: that takes too long, and the client had better come again.
     fn register(&self, peer: &Peer, file: &ServedFile) -> io::Result<bool> {
         let deadline = Instant::now() + PATIENCE;
+        let ino = file.ino();
         loop {
+            let mut told = self.told.lock();
             let mut state = self.state.lock();
-            let mut of_it = state.of(file.ino());
+            let mut of_it = state.of(ino);
             of_it.retain(|p| p.is_left());
             if of_it.is_empty() {
-                let may = state.is_open(file.ino()) && !state.stopping;
-                if may {
-                    peer.ino.store(file.ino(), Release);
+                if !state.is_open(ino) || state.stopping {
+                    return Ok(false);
                 }
-                return Ok(may);
+                peer.ino.store(ino, Release);
+                state.has_come(ino, peer.process);
+                let now = state.clients(ino);
+                drop(state);
+                self.tell_of(&mut told, ino, now);
+                return Ok(true);
             }
             drop(state);
+            drop(told);
             for left in of_it {
                 left.crew.begin_stop();
                 if let Some(out) = left.out.upgrade() {
@@ -350,6 +421,42 @@ impl State {
         let peers = self.peers.iter();
         let of_it = peers.filter(|peer| peer.ino.load(Acquire) == ino);
         of_it.cloned().collect()
+    }
+    /// The processes of its connections, and those that may connect again.
+    fn clients(&mut self, ino: u64) -> Vec<Process> {
+        let of_it = self.of(ino);
+        let mut clients: Vec<Process> = of_it.iter().filter_map(|p| p.process).collect();
+        clients.extend(self.expected(ino));
+        clients.sort();
+        clients.dedup();
+        clients.truncate(MOST_TOLD);
+        clients
+    }
+    /// Those of whom the last server knew, who did not connect again, and have not ended.
+    fn expected(&mut self, ino: u64) -> Vec<Process> {
+        let Some(expected) = self.expected.get_mut(&ino) else {
+            return Vec::new();
+        };
+        expected.retain(|process| process.is_there());
+        let left = expected.clone();
+        if left.is_empty() {
+            self.expected.remove(&ino);
+        }
+        left
+    }
+    /// A process has connected: nobody waits for it any more.
+    fn has_come(&mut self, ino: u64, process: Option<Process>) {
+        if let Some(expected) = self.expected.get_mut(&ino) {
+            expected.retain(|&p| Some(p) != process);
+        }
+    }
+    fn users(&mut self, ino: u64) -> Option<Users> {
+        let connections = self.of(ino).len();
+        if connections > 0 {
+            return Some(Users::Connected(connections));
+        }
+        let expected = self.expected(ino);
+        (!expected.is_empty()).then_some(Users::Expected(expected))
     }
 }
 
