@@ -659,7 +659,7 @@ impl Server {
             return;
         }
         for (ino, clients) in exports {
-            self.exports.expect(ino, &clients);
+            self.exports.await_again(ino, &clients);
             self.exports.show(ino);
         }
         if let Err(e) = self.listen_for_clients() {

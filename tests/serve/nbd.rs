@@ -609,8 +609,8 @@ fn who_used_an_export_before_is_expected_until_he_comes_or_ends() {
         started: 1,
         ..child
     };
-    door.exports.expect(ino, &[me, child, ended]);
-    door.exports.expect(other, &[ended]);
+    door.exports.await_again(ino, &[me, child, ended]);
+    door.exports.await_again(other, &[ended]);
     // Who has ended is not waited for.
     door.exports.hold_unused(other).unwrap();
     door.exports.release(other);
@@ -645,9 +645,9 @@ fn who_used_an_export_before_is_expected_until_he_comes_or_ends() {
     drop(b);
 
     // Force passes over who is expected, not over who is there.
-    door.exports.expect(other, &[me]);
+    door.exports.await_again(other, &[me]);
     let link = door.connect("e", true);
-    door.exports.expect(other, &[me]);
+    door.exports.await_again(other, &[me]);
     assert_eq!(
         door.exports.hide_unused(other, true),
         Err(Users::Connected(1))

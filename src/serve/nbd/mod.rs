@@ -114,7 +114,7 @@ pub struct Exports {
 
 impl Exports {
     /// None yet, and nobody listens. `tell` hears which processes use a file: of a new one before it may, so that it can be known to a next server
-    /// ([`Exports::expect`]), and of its end from [`Exports::look_after`]. It may wait for what is held while other methods than `hide`, `expect` and `look_after` are called.
+    /// ([`Exports::await_again`]), and of its end from [`Exports::look_after`]. It may wait for what is held while other methods than `hide`, `await_again` and `look_after` are called.
     pub fn new(
         files: Arc<Files>,
         tell: impl Fn(u64, &[Process]) + Send + Sync + 'static,
@@ -158,7 +158,7 @@ impl Exports {
         self.state.lock().shown.insert(ino);
     }
     /// These processes used the file when the last server ended: each counts as a user until it connects again, or ends.
-    pub fn expect(&self, ino: u64, clients: &[Process]) {
+    pub fn await_again(&self, ino: u64, clients: &[Process]) {
         if clients.is_empty() {
             return;
         }
