@@ -404,6 +404,8 @@ impl CowDisk {
             };
             match data {
                 Some(data) => block[offset..offset + len].copy_from_slice(data),
+                // What is zeros already need not be written, wherever it comes from.
+                None if block[offset..offset + len].iter().all(|&b| b == 0) => return Ok(()),
                 None => block[offset..offset + len].fill(0),
             }
             let zero = is_zero(&block);
@@ -530,7 +532,7 @@ fn zero_with_room(layer: &Layer, lba: Lba, count: u64) -> Result<()> {
     Ok(())
 }
 
-/// Is it all zeros? Real data fails at its first bytes.
+/// Is a whole block zeros? Real data fails at its first bytes.
 fn is_zero(block: &[u8]) -> bool {
     // Eight bytes at a time; the compiler makes wider ones of it.
     block

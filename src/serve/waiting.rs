@@ -1,6 +1,6 @@
 //! Writes that wait for room: of a disk that has used its quota, and whose writers are to wait instead of failing.
 //!
-//! Such a write is put aside with its data, so that the worker that took it serves others. One thread, which is there while any write
+//! So do parts of blocks that are to become zeros. Such a write is put aside with its data, so that the worker that took it serves others. One thread, which is there while any write
 //! waits, tries them again.
 //!
 //! Always true:
@@ -9,6 +9,7 @@
 //! - a session that ends leaves them unanswered: a successor gets them again.
 
 use super::{crew::Crew, files::Files};
+use crate::{disk::Disk, error::Result, units::BLOCK};
 use parking_lot::Mutex;
 use std::{
     collections::{HashSet, VecDeque},
@@ -22,7 +23,14 @@ const ROUND: Duration = Duration::from_millis(20);
 /// Data of all writes that wait, at most: a loop device has 128 requests under way, mostly of 256 KiB or less. Who comes then gets the error.
 pub(super) const MOST: usize = 512 << 20;
 /// It is written in pieces of so many bytes.
-const PIECE: usize = 1 << 20;
+const PIECE: u64 = 1 << 20;
+
+/// What is to be written.
+pub(super) enum What {
+    Data(Vec<u8>),
+    /// So many zeros.
+    Zeros(u64),
+}
 
 /// A write that waits.
 pub(super) struct Write {
@@ -32,9 +40,9 @@ pub(super) struct Write {
     pub ino: u64,
     /// Where it begins, and what is written.
     pub at: u64,
-    pub data: Vec<u8>,
+    pub what: What,
     /// So many bytes of it are written.
-    pub done: usize,
+    pub done: u64,
     /// Is it to be answered only when it is durable?
     pub durable: bool,
 }
@@ -42,7 +50,42 @@ pub(super) struct Write {
 impl Write {
     /// Bytes of memory that it takes, roughly.
     fn weight(&self) -> usize {
-        self.data.len() + size_of::<Write>() + 64
+        let data = match &self.what {
+            What::Data(data) => data.len(),
+            What::Zeros(_) => 0,
+        };
+        data + size_of::<Write>() + 64
+    }
+    /// Its length in bytes.
+    pub(super) fn len(&self) -> u64 {
+        match &self.what {
+            What::Data(data) => data.len() as u64,
+            What::Zeros(len) => *len,
+        }
+    }
+    /// Writes the next piece.
+    fn go_on(&mut self, disk: &dyn Disk) -> Result<()> {
+        let at = self.at + self.done;
+        let left = self.len() - self.done;
+        let piece = match &self.what {
+            What::Data(data) => {
+                let piece = left.min(PIECE);
+                let start = self.done as usize;
+                disk.write(&data[start..start + piece as usize], at)?;
+                piece
+            }
+            // Whole blocks need no room, so that only their neighbours at both ends are tried again.
+            What::Zeros(_) => {
+                let piece = match at % BLOCK {
+                    0 if left >= BLOCK => left - left % BLOCK,
+                    within => left.min(BLOCK - within),
+                };
+                disk.write_zeroes(at, piece)?;
+                piece
+            }
+        };
+        self.done += piece;
+        Ok(())
     }
 }
 
@@ -51,7 +94,7 @@ pub(super) trait Asker: Send + Sync {
     /// Will no answer be heard any more?
     fn is_gone(&self) -> bool;
     /// Tells the outcome of a write: done, or an `errno`.
-    fn answer(&self, write: &Write, outcome: Result<(), i32>);
+    fn answer(&self, write: &Write, outcome: std::result::Result<(), i32>);
 }
 
 #[derive(Default)]
@@ -178,22 +221,19 @@ impl Waiting {
         }
     }
     /// The outcome of a write, unless it must go on waiting.
-    fn attempt(&self, write: &mut Write) -> Option<Result<(), i32>> {
+    fn attempt(&self, write: &mut Write) -> Option<std::result::Result<(), i32>> {
         let file = self.files.get(write.ino);
         let Some(disk) = file.as_ref().and_then(|file| file.disk()) else {
             return Some(Err(libc::ESTALE));
         };
         // What found room is not written again.
-        let mut write_on = || -> crate::error::Result<bool> {
-            while write.done < write.data.len() {
+        let mut write_on = || -> Result<bool> {
+            while write.done < write.len() {
                 if self.crew.is_over() {
                     // Whoever asked is gone: nothing of it may come after what others write now.
                     return Ok(false);
                 }
-                let end = write.data.len().min(write.done + PIECE);
-                let at = write.at + write.done as u64;
-                disk.write(&write.data[write.done..end], at)?;
-                write.done = end;
+                write.go_on(&*disk)?;
             }
             if write.durable {
                 disk.flush()?;

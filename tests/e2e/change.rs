@@ -440,6 +440,48 @@ fn writers_wait_for_room_and_keep_nobody_waiting() {
     w.nothing_left();
 }
 
+#[test]
+fn zeros_of_parts_of_blocks_wait_for_room_too() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let mut model = noise(9, 1 << 20);
+    model[500_000..600_000].fill(0);
+    let raw = w.file("raw", &model);
+    w.ok(["import", s(&raw), "base"]);
+    // One block of its own.
+    let quota = ["--quota", "4K", "--on-full", "pause"];
+    w.ok(["create", "d", "--from", "base"].iter().chain(&quota));
+    let file = w.ok(["attach", "d", "--via", "file"]);
+    let (at, len) = (100_000, 300_001);
+    model[at..at + len].fill(0);
+    let (offset, length) = (at.to_string(), len.to_string());
+    let mut punches = Command::new("fallocate");
+    punches.args(["--punch-hole", "-o", &offset, "-l", &length, &file]);
+    let mut punches = punches.stdin(Stdio::null()).spawn().unwrap();
+    eventually("it waits", || w.log().contains("writes wait for room"));
+    // What it could do is done, and what is outside of its range is as it was.
+    let now = || read_direct(Path::new(&file), 0, 1 << 20);
+    eventually("the whole blocks are zeros", || {
+        now()[102_400..=397_000].iter().all(|b| *b == 0)
+    });
+    assert!(now()[at + len..] == model[at + len..]);
+    kill_and_wait(w.pid("server_pid"));
+    w.ok(["daemon", "takeover"]);
+    assert!(punches.try_wait().unwrap().is_none(), "it waits still");
+    w.ok(["resize", "d", "--quota", "8K"]);
+    assert!(punches.wait().unwrap().success());
+    // What is zeros already needs no room.
+    for at in ["500100", "550000"] {
+        tool("fallocate", ["--punch-hole", "-o", at, "-l", "300", &file]);
+    }
+    assert!(now() == model);
+    w.ok(["detach", "d"]);
+    assert_eq!(w.json(["info", "d"])["quota_used"], 8192);
+    w.finish();
+}
+
 /// What the filesystem still has to write is more than the disk may have: a freeze would wait for that, and nothing could end it.
 #[test]
 fn a_freeze_does_not_wait_for_room() {

@@ -84,6 +84,13 @@ impl MemDisk {
             done += n;
         }
     }
+    /// Parts of blocks cannot become zeros without room.
+    fn room_for_parts(&self, at: u64, len: u64) -> Result<()> {
+        match self.full.load(SeqCst) && !(at | len).is_multiple_of(BLOCK) {
+            true => Err(Error::new(Kind::NoSpace, "told to be full").and_waits()),
+            false => Ok(()),
+        }
+    }
     fn zero(&self, at: u64, len: u64) {
         self.pieces(at, len, |block, start, n, _| {
             let mut block = block.write();
@@ -144,6 +151,7 @@ impl Disk for MemDisk {
     fn discard(&self, at: u64, len: u64) -> Result<()> {
         self.asked.discards.lock().push((at, len));
         self.failing()?;
+        self.room_for_parts(at, len)?;
         check(self.size(), at, len)?;
         self.zero(at, len);
         Ok(())
@@ -151,6 +159,7 @@ impl Disk for MemDisk {
     fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
         self.asked.zeroes.lock().push((at, len));
         self.failing()?;
+        self.room_for_parts(at, len)?;
         check(self.size(), at, len)?;
         self.zero(at, len);
         Ok(())

@@ -16,7 +16,7 @@ use crate::{
     serve::{
         crew::Crew,
         files::Files,
-        waiting::{self, Asker, Waiting, Write},
+        waiting::{self, Asker, Waiting, What, Write},
     },
     sys::{passthrough, process},
 };
@@ -320,12 +320,12 @@ impl Asker for Late {
     }
     fn answer(&self, write: &Write, outcome: std::result::Result<(), i32>) {
         let body = abi::WriteOut {
-            size: write.data.len() as u32,
+            size: write.len() as u32,
             padding: 0,
         };
-        let body = match outcome {
-            Ok(()) => body.as_bytes(),
-            Err(_) => &[],
+        let body = match (&write.what, outcome) {
+            (What::Data(_), Ok(())) => body.as_bytes(),
+            _ => &[],
         };
         let header = abi::OutHeader {
             len: (abi::OUT_HEADER + body.len()) as u32,

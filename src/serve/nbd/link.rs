@@ -22,7 +22,7 @@ use crate::{
         crew::{Crew, Ended, Woken},
         files::{Files, Op, ServedFile},
         limit::LogLimit,
-        waiting::{Asker, Waiting, Write},
+        waiting::{Asker, Waiting, What, Write},
     },
     sys::blocking::{self, Attendant},
 };
@@ -345,10 +345,7 @@ impl Link {
             }
             command @ (command::TRIM | command::WRITE_ZEROES) => {
                 let outcome = self.discard(request, command == command::TRIM);
-                self.done(request, outcome);
-                if outcome.is_ok() && is_durable(request) {
-                    self.after_flush();
-                }
+                self.written(request, outcome);
             }
             command::CACHE => {
                 let outcome = self.pieces(request).and_then(|pieces| {
@@ -530,27 +527,21 @@ impl Link {
     }
 
     /// False: it waits for room, and is answered later.
-    fn write(&self, request: &Request, data: &[u8]) -> std::result::Result<bool, i32> {
+    fn write(&self, request: &Request, data: &[u8]) -> Written {
         self.within(request, libc::ENOSPC)?;
         let at = request.at.get();
         match self.attempt(request, at, data, is_durable(request))? {
             None => Ok(true),
-            Some(full) => self.put_aside(request, at, data.to_vec(), full),
+            Some(full) => self.put_aside(request, at, What::Data(data.to_vec()), full),
         }
     }
 
-    fn put_aside(
-        &self,
-        request: &Request,
-        at: u64,
-        data: Vec<u8>,
-        full: Error,
-    ) -> std::result::Result<bool, i32> {
+    fn put_aside(&self, request: &Request, at: u64, what: What, full: Error) -> Written {
         let waits = self.waiting.put_aside(Write {
             unique: request.cookie.get(),
             ino: self.file.ino(),
             at,
-            data,
+            what,
             done: 0,
             durable: is_durable(request),
         });
@@ -561,7 +552,7 @@ impl Link {
     }
 
     /// Answers a write, unless it waits for room.
-    fn written(&self, request: &Request, outcome: std::result::Result<bool, i32>) {
+    fn written(&self, request: &Request, outcome: Written) {
         match outcome {
             Ok(false) => {}
             Ok(true) => {
@@ -580,7 +571,7 @@ impl Link {
         request: &Request,
         input: &mut Input,
         room: &mut [u8],
-    ) -> std::result::Result<std::result::Result<bool, i32>, Over> {
+    ) -> std::result::Result<Written, Over> {
         let (first, len) = (request.at.get(), request.len.get() as usize);
         let mut outcome = self.within(request, libc::ENOSPC);
         let (mut start, mut piece) = (0, room.len());
@@ -599,7 +590,7 @@ impl Link {
                     let mut left = data.to_vec();
                     left.resize(len - start, 0);
                     input.fill(&mut left[piece..])?;
-                    return Ok(self.put_aside(request, at, left, full));
+                    return Ok(self.put_aside(request, at, What::Data(left), full));
                 }
                 other => outcome = other.map(drop),
             }
@@ -612,7 +603,8 @@ impl Link {
         }
     }
 
-    fn discard(&self, request: &Request, trim: bool) -> std::result::Result<(), i32> {
+    /// False: it waits for room, and is answered later.
+    fn discard(&self, request: &Request, trim: bool) -> Written {
         self.within(request, if trim { libc::EINVAL } else { libc::ENOSPC })?;
         // Room for later is never kept, so that a client that insists is told.
         const BOTH: u16 = flag::NO_HOLE | flag::FAST_ZERO;
@@ -625,14 +617,24 @@ impl Link {
             if disk.read_only() {
                 return Err(Error::new(Kind::ReadOnly, "the disk can only be read"));
             }
-            match trim {
-                true => disk.discard(at, len)?,
-                false => disk.write_zeroes(at, len)?,
+            let done = match trim {
+                true => disk.discard(at, len),
+                false => disk.write_zeroes(at, len),
+            };
+            match done {
+                Err(e) if e.waits() => return Ok(Some(e)),
+                other => other?,
             }
-            if durable { disk.flush_first() } else { Ok(()) }
+            if durable {
+                disk.flush_first()?;
+            }
+            Ok(None)
         });
         let what = if trim { "discard" } else { "write zeroes" };
-        self.errno(what, request, done)
+        match self.errno(what, request, done)? {
+            None => Ok(true),
+            Some(full) => self.put_aside(request, at, What::Zeros(len), full),
+        }
     }
 
     fn block_status(&self, request: &Request) {
