@@ -18,7 +18,9 @@ pub const WRITE_ZEROES: u16 = 6;
 pub const BLOCK_STATUS: u16 = 7;
 
 pub const FUA: u16 = 1;
+pub const NO_HOLE: u16 = 2;
 pub const DONT_FRAGMENT: u16 = 4;
+pub const FAST_ZERO: u16 = 16;
 pub const ONE: u16 = 8;
 
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;

@@ -474,7 +474,12 @@ fn zeros_of_parts_of_blocks_wait_for_room_too() {
     assert!(punches.wait().unwrap().success());
     // What is zeros already needs no room.
     for at in ["500100", "550000"] {
-        tool("fallocate", ["--punch-hole", "-o", at, "-l", "300", &file]);
+        let mut punches = Command::new("fallocate");
+        punches.args(["--punch-hole", "-o", at, "-l", "300", &file]);
+        let mut punches = punches.stdin(Stdio::null()).spawn().unwrap();
+        eventually("it waits for nothing", || {
+            punches.try_wait().unwrap().is_some()
+        });
     }
     assert!(now() == model);
     w.ok(["detach", "d"]);

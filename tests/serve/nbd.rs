@@ -209,6 +209,33 @@ fn an_answer_says_what_was_done() {
             }
         }
         assert_eq!(link.call(99, 0, 0, 1, b"").unwrap(), Err(EINVAL));
+        // Flags that a command does not have.
+        for (command, known) in [
+            (READ, FUA | DONT_FRAGMENT),
+            (WRITE, FUA),
+            (FLUSH, FUA),
+            (TRIM, FUA),
+            (CACHE, FUA),
+            (WRITE_ZEROES, FUA | NO_HOLE | FAST_ZERO),
+        ] {
+            for flag in (0..16).map(|bit| 1 << bit) {
+                let (len, data) = match command {
+                    FLUSH => (0, &b""[..]),
+                    WRITE => (1, &b"\x07"[..]),
+                    _ => (1, &b""[..]),
+                };
+                let at = if command == READ || command == WRITE {
+                    0
+                } else {
+                    end - 1
+                };
+                let done = link.call(command, flag, at, len, data).unwrap();
+                match flag & known {
+                    0 => assert_eq!(done, Err(EINVAL), "{command} {flag:#x}"),
+                    _ => drop(done.unwrap()),
+                }
+            }
+        }
         *mem.fail.lock() = Some(Kind::Io);
         assert_eq!(link.read(0, 4096), Err(EIO));
         assert_eq!(link.read(0, 3 * MIB), Err(EIO));

@@ -338,8 +338,10 @@ impl Link {
                 self.written(request, outcome);
             }
             command::FLUSH => {
-                let outcome = self.file.request(Op::Flush, |disk| disk.flush_first());
-                let outcome = self.errno("flush", request, outcome);
+                let outcome = self.known(request).and_then(|()| {
+                    let flushed = self.file.request(Op::Flush, |disk| disk.flush_first());
+                    self.errno("flush", request, flushed)
+                });
                 self.done(request, outcome);
                 self.after_flush();
             }
@@ -393,8 +395,16 @@ impl Link {
         }
     }
 
+    /// Fails if the request asks for something that is not known: to ignore that might be what the client does not expect.
+    fn known(&self, request: &Request) -> std::result::Result<(), i32> {
+        match request.flags.get() & !flag::of(request.command.get()) {
+            0 => Ok(()),
+            _ => Err(libc::EINVAL),
+        }
+    }
     /// Fails with `errno` if the request does not lie within the disk.
     fn within(&self, request: &Request, errno: i32) -> std::result::Result<(), i32> {
+        self.known(request)?;
         let size = self.file.disk().map(|disk| disk.size());
         let size = size.ok_or(libc::ESTALE)?;
         let end = request.at.get().checked_add(request.len.get().into());

@@ -88,6 +88,16 @@ pub(super) mod flag {
     pub const DONT_FRAGMENT: u16 = 1 << 2;
     pub const ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+
+    /// Those that a command may have. FUA is for all, where it means nothing, too.
+    pub fn of(command: u16) -> u16 {
+        FUA | match command {
+            super::command::READ => DONT_FRAGMENT,
+            super::command::WRITE_ZEROES => NO_HOLE | FAST_ZERO,
+            super::command::BLOCK_STATUS => ONE,
+            _ => 0,
+        }
+    }
 }
 
 /// Kinds of chunks, and the flag of the last one.
