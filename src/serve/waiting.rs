@@ -13,15 +13,22 @@ use crate::{disk::Disk, error::Result, units::BLOCK};
 use parking_lot::Mutex;
 use std::{
     collections::{HashSet, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{
+            AtomicUsize,
+            Ordering::{AcqRel, Acquire},
+        },
+    },
     thread,
     time::Duration,
 };
 
 /// How often it is tried.
 const ROUND: Duration = Duration::from_millis(20);
-/// Data of all writes that wait, at most: a loop device has 128 requests under way, mostly of 256 KiB or less. Who comes then gets the error.
-pub(super) const MOST: usize = 512 << 20;
+/// Memory of all writes that wait, at most, in a mount or in all connections together: a loop device has 128 requests under way, mostly of 256 KiB
+/// or less. Who comes then gets the error.
+const MOST: usize = 512 << 20;
 /// It is written in pieces of so many bytes.
 const PIECE: u64 = 1 << 20;
 
@@ -97,10 +104,23 @@ pub(super) trait Asker: Send + Sync {
     fn answer(&self, write: &Write, outcome: std::result::Result<(), i32>);
 }
 
+/// The memory of what waits: one for several that share it.
+#[derive(Default)]
+pub(super) struct Memory(AtomicUsize);
+
+impl Memory {
+    fn take(&self, bytes: usize) -> bool {
+        let more = |taken: usize| (taken + bytes <= MOST).then_some(taken + bytes);
+        self.0.fetch_update(AcqRel, Acquire, more).is_ok()
+    }
+    fn give_back(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, AcqRel);
+    }
+}
+
 #[derive(Default)]
 struct State {
     writes: VecDeque<Write>,
-    bytes: usize,
     /// Is there a thread that tries them?
     tried: bool,
     /// File of the one that is being tried.
@@ -109,8 +129,7 @@ struct State {
 
 /// The writes of a session that wait.
 pub(super) struct Waiting {
-    /// Memory for all of them.
-    most: usize,
+    memory: Arc<Memory>,
     asker: Arc<dyn Asker>,
     files: Arc<Files>,
     crew: Arc<Crew>,
@@ -122,10 +141,10 @@ impl Waiting {
         asker: Arc<dyn Asker>,
         files: Arc<Files>,
         crew: Arc<Crew>,
-        most: usize,
+        memory: Arc<Memory>,
     ) -> Waiting {
         Waiting {
-            most,
+            memory,
             asker,
             files,
             crew,
@@ -139,7 +158,8 @@ impl Waiting {
             // It stays unanswered, as those do that wait: who comes after gets it again.
             return true;
         }
-        if state.bytes + write.weight() > self.most {
+        let weight = write.weight();
+        if !self.memory.take(weight) {
             return false;
         }
         if !state.tried {
@@ -150,12 +170,12 @@ impl Waiting {
             });
             if let Err(e) = started {
                 tracing::warn!("a write cannot wait: {e}");
+                self.memory.give_back(weight);
                 return false;
             }
             tracing::info!(ino = write.ino, "writes wait for room");
             state.tried = true;
         }
-        state.bytes += write.weight();
         state.writes.push_back(write);
         true
     }
@@ -206,9 +226,8 @@ impl Waiting {
             match self.attempt(&mut write) {
                 Some(outcome) => {
                     self.asker.answer(&write, outcome);
-                    let mut state = self.state.lock();
-                    state.bytes -= write.weight();
-                    state.in_hand = None;
+                    self.memory.give_back(write.weight());
+                    self.state.lock().in_hand = None;
                 }
                 None => {
                     full.insert(write.ino);
@@ -253,5 +272,13 @@ impl Waiting {
                 Some(Err(e.errno()))
             }
         }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // What waits still is never answered.
+        let left = self.state.get_mut().writes.iter().map(Write::weight);
+        self.memory.give_back(left.sum());
     }
 }

@@ -523,6 +523,34 @@ fn a_write_that_waits_for_room_is_answered_when_there_is_some() {
 }
 
 #[test]
+fn long_writes_that_wait_for_room_share_the_memory_for_that() {
+    const LEN: usize = 32 * MIB;
+    let mem = disk(64);
+    let (door, ino) = Door::with("d", &mem);
+    mem.full.store(true, SeqCst);
+    let data = vec![3; LEN];
+    let wait = || {
+        let mut link = door.connect("d", true);
+        for at in [0, LEN as u64] {
+            link.send(WRITE, 0, at, LEN, &data).unwrap();
+        }
+        eventually("both wait", || door.exports.waiting(Some(ino)) == 2);
+        link
+    };
+    // Nine clients that are gone had more than there is for all.
+    for _ in 0..9 {
+        drop(wait());
+        assert_eq!(door.exports.connections(ino, Duration::from_secs(10)), 0);
+    }
+    let mut link = wait();
+    mem.full.store(false, SeqCst);
+    for _ in 0..2 {
+        link.receive().unwrap().1.unwrap();
+    }
+    assert!(link.read(2 * LEN as u64 - 10, 10).unwrap() == [3; 10]);
+}
+
+#[test]
 fn what_was_answered_before_the_end_is_there() {
     const BLOCKS: u64 = 4 * 509;
     let mem = disk(8);

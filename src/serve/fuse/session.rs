@@ -16,7 +16,7 @@ use crate::{
     serve::{
         crew::Crew,
         files::Files,
-        waiting::{self, Asker, Waiting, What, Write},
+        waiting::{Asker, Waiting, What, Write},
     },
     sys::{passthrough, process},
 };
@@ -171,7 +171,7 @@ impl Session {
         let waiting = (transport == Transport::Device).then(|| {
             let late = Arc::new(Late(Arc::clone(&fd)));
             let (files, crew) = (Arc::clone(&files), Arc::clone(&crew));
-            Arc::new(Waiting::new(late, files, crew, waiting::MOST))
+            Arc::new(Waiting::new(late, files, crew, Arc::default()))
         });
         let service = Arc::new(Service::new(files, waiting.clone()));
         // From here on its drop ends the threads that did start.

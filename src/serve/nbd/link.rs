@@ -22,7 +22,7 @@ use crate::{
         crew::{Crew, Ended, Woken},
         files::{Files, Op, ServedFile},
         limit::LogLimit,
-        waiting::{Asker, Waiting, What, Write},
+        waiting::{Asker, Memory, Waiting, What, Write},
     },
     sys::blocking::{self, Attendant},
 };
@@ -47,8 +47,6 @@ use zerocopy::IntoBytes;
 
 /// Longest data of a request: what a client may send that did not ask how much.
 pub(super) const MOST: usize = 32 << 20;
-/// Memory for the writes of a connection that wait for room.
-const MOST_WAITING: usize = 64 << 20;
 /// Data is read and written in pieces of so many bytes.
 const PIECE: usize = 1 << 20;
 /// A request with so much data takes long enough that somebody else should read on meanwhile.
@@ -183,6 +181,7 @@ impl Link {
         crew: Arc<Crew>,
         files: Arc<Files>,
         log: Arc<LogLimit>,
+        memory: Arc<Memory>,
     ) -> Arc<Link> {
         let late = Arc::new(Late(Arc::clone(&out)));
         Arc::new(Link {
@@ -190,7 +189,7 @@ impl Link {
             shape: chosen.shape,
             out,
             input: Mutex::new(input),
-            waiting: Arc::new(Waiting::new(late, files, Arc::clone(&crew), MOST_WAITING)),
+            waiting: Arc::new(Waiting::new(late, files, Arc::clone(&crew), memory)),
             crew,
             log,
             limit: thread::available_parallelism().map_or(2, NonZero::get) + 1,

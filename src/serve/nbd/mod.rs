@@ -22,6 +22,7 @@ use super::{
     crew::{Crew, Ended},
     files::{Files, ServedFile},
     limit::LogLimit,
+    waiting::Memory,
 };
 use crate::{
     error::{Error, Result},
@@ -107,6 +108,8 @@ pub struct Exports {
     /// The thread that waits for clients.
     crew: Arc<Crew>,
     log: Arc<LogLimit>,
+    /// Of what waits for room on any connection.
+    waiting_memory: Arc<Memory>,
     tell: Tell,
     /// What was told last. Held while something is told, so that it is told in order.
     told: Mutex<BTreeMap<u64, Vec<Process>>>,
@@ -126,6 +129,7 @@ impl Exports {
             state: Mutex::default(),
             crew: Arc::default(),
             log: Arc::default(),
+            waiting_memory: Arc::default(),
         })
     }
     /// Listens on a socket at `path`, for this user and root only, if nobody does yet. What is there is replaced: a server that was before has left it.
@@ -352,7 +356,8 @@ impl Exports {
         patient.and_then(|()| stream.set_write_timeout(None)).ok()?;
         tracing::debug!(disk = chosen.file.name(), "a client connected");
         let (crew, files) = (Arc::clone(&peer.crew), Arc::clone(&self.files));
-        let link = Link::new(chosen, input, out, crew, files, Arc::clone(&self.log));
+        let (log, memory) = (Arc::clone(&self.log), Arc::clone(&self.waiting_memory));
+        let link = Link::new(chosen, input, out, crew, files, log, memory);
         let _ = peer.link.set(Arc::downgrade(&link));
         Some(link)
     }
