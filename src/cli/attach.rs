@@ -248,7 +248,7 @@ fn mount_point(dir: &Path) -> Result<PathBuf> {
 pub(crate) struct Detach {
     /// A name, its device or URI, or where it is mounted
     #[arg(
-        value_name = "DISK|DEVICE|MOUNTPOINT",
+        value_name = "DISK|DEVICE|URI|MOUNTPOINT",
         required_unless_present = "all",
         conflicts_with = "all",
         value_hint = ValueHint::AnyPath
@@ -257,7 +257,7 @@ pub(crate) struct Detach {
     /// Take away all that is attached; what is busy stays
     #[arg(short, long)]
     all: bool,
-    /// Give up what was written but can no longer be flushed
+    /// Give up what was written but can no longer be flushed, or waits for room; pass over clients of NBD that have not come back
     #[arg(short, long)]
     force: bool,
 }

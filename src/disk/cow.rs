@@ -11,7 +11,7 @@ pub use rewind::MAX_REWIND;
 pub use stats::DiskStats;
 
 use super::ahead::Stream;
-use super::{Disk, Extent, Source};
+use super::{Disk, Extent, Source, parts};
 use crate::base::Base;
 use crate::chain::{Chain, Place};
 use crate::error::{Error, Kind, Result};
@@ -405,7 +405,9 @@ impl CowDisk {
             match data {
                 Some(data) => block[offset..offset + len].copy_from_slice(data),
                 // What is zeros already need not be written, wherever it comes from.
-                None if block[offset..offset + len].iter().all(|&b| b == 0) => return Ok(()),
+                None if block[offset..offset + len].iter().all(|&b| b == 0) => {
+                    return layer.check_poison();
+                }
                 None => block[offset..offset + len].fill(0),
             }
             let zero = is_zero(&block);
@@ -628,20 +630,18 @@ impl Disk for CowDisk {
         let Some(layer) = &top.layer else {
             return Err(read_only());
         };
-        let (mut at, end) = (at, at + len);
-        while at < end {
-            let offset = at % BLOCK;
-            if offset != 0 || end - at < BLOCK {
-                let n = (BLOCK - offset).min(end - at);
+        let [whole, head, tail] = parts(at, len);
+        // The whole blocks first: they need no room, and may give the room that the parts need.
+        if whole.1 > 0 {
+            zero_with_room(layer, Lba::of(whole.0), whole.1 / BLOCK)?;
+        }
+        for (at, len) in [head, tail] {
+            let (offset, len) = ((at % BLOCK) as usize, len as usize);
+            if len > 0 {
                 with_room(layer, || {
-                    self.write_part(&top, layer, Lba::of(at), offset as usize, n as usize, None)
+                    self.write_part(&top, layer, Lba::of(at), offset, len, None)
                 })
                 .map_err(|e| self.refused(e))?;
-                at += n;
-            } else {
-                let n = (end - at) / BLOCK;
-                zero_with_room(layer, Lba::of(at), n)?;
-                at += n * BLOCK;
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ pub mod cow;
 pub use cow::{CowDisk, DiskStats};
 
 use crate::error::{Error, Kind, Result};
+use crate::units::BLOCK;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
@@ -58,6 +59,17 @@ pub trait Disk: Send + Sync {
     }
     /// What stands where in `at..at+len` (rounded outwards to blocks), in order and without gaps.
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>>;
+}
+
+/// The whole blocks of a range that is not empty, and the parts of blocks before and behind them: places and lengths, which may be 0.
+pub fn parts(at: u64, len: u64) -> [(u64, u64); 3] {
+    let end = at + len;
+    let (from, to) = (at.next_multiple_of(BLOCK), end - end % BLOCK);
+    match from <= to {
+        true => [(from, to - from), (at, from - at), (to, end - to)],
+        // All of it within one block.
+        false => [(from, 0), (at, len), (end, 0)],
+    }
 }
 
 /// Where something else than zeros may stand, of what [`Disk::extents`] found: from and to, in whole blocks. What lies side by side is one stretch, whichever

@@ -616,7 +616,7 @@ impl Layer {
 
     // ---- writing --------------------------------------------------------------------------------------------
 
-    fn check_poison(&self) -> Result<()> {
+    pub(crate) fn check_poison(&self) -> Result<()> {
         if self.poisoned.load(SeqCst) {
             let why = self
                 .poison

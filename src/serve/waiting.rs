@@ -9,7 +9,10 @@
 //! - a session that ends leaves them unanswered: a successor gets them again.
 
 use super::{crew::Crew, files::Files};
-use crate::{disk::Disk, error::Result, units::BLOCK};
+use crate::{
+    disk::{Disk, parts},
+    error::Result,
+};
 use parking_lot::Mutex;
 use std::{
     collections::{HashSet, VecDeque},
@@ -28,14 +31,16 @@ use std::{
 const ROUND: Duration = Duration::from_millis(20);
 /// Memory of all writes that wait, at most, in a mount or in all connections together: a loop device has 128 requests under way, mostly of 256 KiB
 /// or less. Who comes then gets the error.
-const MOST: usize = 512 << 20;
+pub(super) const MOST: usize = 512 << 20;
+/// Of that, one connection gets so much where several share it: enough for four of the longest writes of NBD.
+pub(super) const MOST_OF_ONE: usize = 129 << 20;
 /// It is written in pieces of so many bytes.
-const PIECE: u64 = 1 << 20;
+const PIECE: usize = 1 << 20;
 
 /// What is to be written.
 pub(super) enum What {
     Data(Vec<u8>),
-    /// So many zeros.
+    /// So many zeros: whole blocks first, which need no room and may give the room that the parts of blocks need.
     Zeros(u64),
 }
 
@@ -48,8 +53,8 @@ pub(super) struct Write {
     /// Where it begins, and what is written.
     pub at: u64,
     pub what: What,
-    /// So many bytes of it are written.
-    pub done: u64,
+    /// How much of it is written: bytes of data, or [`parts`] of the range of zeros.
+    pub done: usize,
     /// Is it to be answered only when it is durable?
     pub durable: bool,
 }
@@ -63,36 +68,29 @@ impl Write {
         };
         data + size_of::<Write>() + 64
     }
-    /// Its length in bytes.
-    pub(super) fn len(&self) -> u64 {
+    /// Writes the next piece; false: there is none.
+    fn go_on(&mut self, disk: &dyn Disk) -> Result<bool> {
+        let done = self.done;
         match &self.what {
-            What::Data(data) => data.len() as u64,
-            What::Zeros(len) => *len,
-        }
-    }
-    /// Writes the next piece.
-    fn go_on(&mut self, disk: &dyn Disk) -> Result<()> {
-        let at = self.at + self.done;
-        let left = self.len() - self.done;
-        let piece = match &self.what {
             What::Data(data) => {
-                let piece = left.min(PIECE);
-                let start = self.done as usize;
-                disk.write(&data[start..start + piece as usize], at)?;
-                piece
+                let piece = &data[done..data.len().min(done + PIECE)];
+                if piece.is_empty() {
+                    return Ok(false);
+                }
+                disk.write(piece, self.at + done as u64)?;
+                self.done += piece.len();
             }
-            // Whole blocks need no room, so that only their neighbours at both ends are tried again.
-            What::Zeros(_) => {
-                let piece = match at % BLOCK {
-                    0 if left >= BLOCK => left - left % BLOCK,
-                    within => left.min(BLOCK - within),
+            What::Zeros(len) => {
+                let Some(&(at, len)) = parts(self.at, *len).get(done) else {
+                    return Ok(false);
                 };
-                disk.write_zeroes(at, piece)?;
-                piece
+                if len > 0 {
+                    disk.write_zeroes(at, len)?;
+                }
+                self.done += 1;
             }
-        };
-        self.done += piece;
-        Ok(())
+        }
+        Ok(true)
     }
 }
 
@@ -121,6 +119,7 @@ impl Memory {
 #[derive(Default)]
 struct State {
     writes: VecDeque<Write>,
+    bytes: usize,
     /// Is there a thread that tries them?
     tried: bool,
     /// File of the one that is being tried.
@@ -130,6 +129,8 @@ struct State {
 /// The writes of a session that wait.
 pub(super) struct Waiting {
     memory: Arc<Memory>,
+    /// Of which it gets so much.
+    most: usize,
     asker: Arc<dyn Asker>,
     files: Arc<Files>,
     crew: Arc<Crew>,
@@ -142,9 +143,11 @@ impl Waiting {
         files: Arc<Files>,
         crew: Arc<Crew>,
         memory: Arc<Memory>,
+        most: usize,
     ) -> Waiting {
         Waiting {
             memory,
+            most,
             asker,
             files,
             crew,
@@ -159,7 +162,7 @@ impl Waiting {
             return true;
         }
         let weight = write.weight();
-        if !self.memory.take(weight) {
+        if state.bytes + weight > self.most || !self.memory.take(weight) {
             return false;
         }
         if !state.tried {
@@ -176,6 +179,7 @@ impl Waiting {
             tracing::info!(ino = write.ino, "writes wait for room");
             state.tried = true;
         }
+        state.bytes += weight;
         state.writes.push_back(write);
         true
     }
@@ -226,8 +230,11 @@ impl Waiting {
             match self.attempt(&mut write) {
                 Some(outcome) => {
                     self.asker.answer(&write, outcome);
+                    let mut state = self.state.lock();
+                    state.bytes -= write.weight();
+                    state.in_hand = None;
+                    drop(state);
                     self.memory.give_back(write.weight());
-                    self.state.lock().in_hand = None;
                 }
                 None => {
                     full.insert(write.ino);
@@ -247,12 +254,14 @@ impl Waiting {
         };
         // What found room is not written again.
         let mut write_on = || -> Result<bool> {
-            while write.done < write.len() {
+            loop {
                 if self.crew.is_over() {
                     // Whoever asked is gone: nothing of it may come after what others write now.
                     return Ok(false);
                 }
-                write.go_on(&*disk)?;
+                if !write.go_on(&*disk)? {
+                    break;
+                }
             }
             if write.durable {
                 disk.flush()?;
@@ -278,7 +287,6 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         // What waits still is never answered.
-        let left = self.state.get_mut().writes.iter().map(Write::weight);
-        self.memory.give_back(left.sum());
+        self.memory.give_back(self.state.get_mut().bytes);
     }
 }

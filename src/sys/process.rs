@@ -95,26 +95,64 @@ pub fn is_alive_and_well(pid: i32) -> bool {
 pub struct Process {
     /// Its number; 0: one of another namespace of processes, of which nothing can be known here.
     pub pid: i32,
-    /// When it started, in clock ticks since boot.
+    /// When it started, in clock ticks since boot; 0: that is not known.
     pub started: u64,
 }
 
 impl Process {
-    /// The process that has this number now; `None`: there is none, or it has ended.
+    /// One of which nothing is known.
+    pub const UNKNOWN: Process = Process { pid: 0, started: 0 };
+
+    /// The process that has this number now; `None`: there is none, or it has ended. Where that cannot be found out it is taken to be there.
     pub fn of(pid: i32) -> Option<Process> {
         if pid == 0 {
-            return Some(Process { pid, started: 0 });
+            return Some(Process::UNKNOWN);
         }
-        // Fields of /proc/PID/stat by proc_pid_stat(5); the name, the second one, may have spaces and parentheses of its own.
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        let has_ended = matches!(fields.next()?, "Z" | "X");
-        let started = fields.nth(18)?.parse().ok()?;
-        (!has_ended).then_some(Process { pid, started })
+        let unknown = Process { pid, started: 0 };
+        match fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(stat) => match Stat::of(&stat) {
+                // The first thread of a process may have ended before the others.
+                Some(stat) if stat.has_ended && stat.threads <= 1 => None,
+                Some(Stat { started, .. }) => Some(Process { pid, started }),
+                None => Some(unknown),
+            },
+            // With `hidepid` the processes of others look as if they were not there.
+            Err(e) if is_gone(&e) => is_alive(pid).then_some(unknown),
+            Err(_) => Some(unknown),
+        }
     }
     /// Has it not ended? Of one that cannot be seen it is not known, so that it may be there.
     pub fn is_there(self) -> bool {
-        Process::of(self.pid) == Some(self)
+        Process::of(self.pid).is_some_and(|now| now.is(self))
+    }
+    /// Is it the same, as far as one knows?
+    pub fn is(self, other: Process) -> bool {
+        let unknown = self.started == 0 || other.started == 0;
+        self.pid == other.pid && (unknown || self.started == other.started)
+    }
+}
+
+/// Says an error of a file in `/proc` that there is no such process?
+fn is_gone(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// Of the fields of `/proc/PID/stat`, by proc_pid_stat(5).
+struct Stat {
+    has_ended: bool,
+    threads: u64,
+    started: u64,
+}
+
+impl Stat {
+    fn of(text: &str) -> Option<Stat> {
+        // The second one, the name, may have spaces and parentheses of its own.
+        let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+        Some(Stat {
+            has_ended: matches!(fields.next()?, "Z" | "X"),
+            threads: fields.nth(16)?.parse().ok()?,
+            started: fields.nth(1)?.parse().ok()?,
+        })
     }
 }
 
@@ -275,10 +313,31 @@ mod tests {
         }
         child.wait().expect("its end");
         assert_eq!(Process::of(child.id() as i32), None);
-        assert!(Process::of(0).expect("somebody").is_there());
+        assert!(Process::UNKNOWN.is_there());
+        // One of which only the number is known is there as long as anything is that has it.
+        let unknown = Process { started: 0, ..me };
+        assert!(unknown.is_there() && unknown.is(me) && me.is(unknown) && !later.is(me));
+        assert!(
+            !Process {
+                started: 0,
+                ..found
+            }
+            .is_there()
+        );
         let (a, _b) = std::os::unix::net::UnixStream::pair().expect("a pair");
         let uid = rustix::process::geteuid().as_raw();
         assert_eq!(peer_of(&a).expect("a peer"), (me.pid, uid));
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_is_there() {
+        let stat = |state: &str, threads: u32| {
+            let rest = "1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0";
+            Stat::of(&format!("7 (a) b) {state} {rest} {threads} 0 12345 9 9")).expect("a line")
+        };
+        assert!(stat("Z", 1).has_ended && stat("Z", 3).has_ended && !stat("S", 3).has_ended);
+        assert_eq!((stat("Z", 3).threads, stat("R", 1).started), (3, 12345));
+        assert!(Stat::of("7 (a) Z 1").is_none() && Stat::of("").is_none());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Disks change while they are in use: their size, their contents, their name, how much they may have; and several are kept as they are at one instant.
 
-use crate::rig::*;
+use crate::{
+    nbd_client::{Nbd, TRIM, WRITE_ZEROES},
+    rig::*,
+};
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
@@ -441,7 +444,7 @@ fn writers_wait_for_room_and_keep_nobody_waiting() {
 }
 
 #[test]
-fn zeros_of_parts_of_blocks_wait_for_room_too() {
+fn parts_of_blocks_have_the_room_that_the_whole_ones_give() {
     if !root() {
         return;
     }
@@ -450,40 +453,75 @@ fn zeros_of_parts_of_blocks_wait_for_room_too() {
     model[500_000..600_000].fill(0);
     let raw = w.file("raw", &model);
     w.ok(["import", s(&raw), "base"]);
-    // One block of its own.
-    let quota = ["--quota", "4K", "--on-full", "pause"];
+    // Four blocks of its own.
+    let quota = ["--quota", "16K", "--on-full", "pause"];
     w.ok(["create", "d", "--from", "base"].iter().chain(&quota));
-    let file = w.ok(["attach", "d", "--via", "file"]);
-    let (at, len) = (100_000, 300_001);
-    model[at..at + len].fill(0);
-    let (offset, length) = (at.to_string(), len.to_string());
-    let mut punches = Command::new("fallocate");
-    punches.args(["--punch-hole", "-o", &offset, "-l", &length, &file]);
-    let mut punches = punches.stdin(Stdio::null()).spawn().unwrap();
-    eventually("it waits", || w.log().contains("writes wait for room"));
-    // What it could do is done, and what is outside of its range is as it was.
-    let now = || read_direct(Path::new(&file), 0, 1 << 20);
-    eventually("the whole blocks are zeros", || {
-        now()[102_400..=397_000].iter().all(|b| *b == 0)
-    });
-    assert!(now()[at + len..] == model[at + len..]);
-    kill_and_wait(w.pid("server_pid"));
-    w.ok(["daemon", "takeover"]);
-    assert!(punches.try_wait().unwrap().is_none(), "it waits still");
-    w.ok(["resize", "d", "--quota", "8K"]);
-    assert!(punches.wait().unwrap().success());
-    // What is zeros already needs no room.
-    for at in ["500100", "550000"] {
+    let path = w.ok(["attach", "d", "--via", "file"]);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let used = || w.json(["info", "d"])["quota_used"].as_u64().unwrap() / 4096;
+    let write = |model: &mut [u8], block: usize, blocks: usize| {
+        let data = noise(block as u64, blocks * 4096);
+        file.write_all_at(&data, block as u64 * 4096).unwrap();
+        file.sync_all().unwrap();
+        model[block * 4096..][..data.len()].copy_from_slice(&data);
+    };
+    let punch = |at: usize, len: usize| {
         let mut punches = Command::new("fallocate");
-        punches.args(["--punch-hole", "-o", at, "-l", "300", &file]);
-        let mut punches = punches.stdin(Stdio::null()).spawn().unwrap();
-        eventually("it waits for nothing", || {
-            punches.try_wait().unwrap().is_some()
+        let (at, len) = (at.to_string(), len.to_string());
+        punches.args(["--punch-hole", "-o", &at, "-l", &len, &path]);
+        let mut punches = punches.stderr(Stdio::null()).spawn().unwrap();
+        let mut ended = None;
+        eventually("it ends", || {
+            ended = punches.try_wait().unwrap();
+            ended.is_some()
         });
-    }
-    assert!(now() == model);
+        ended.unwrap().success()
+    };
+    let whole = |at: usize, len: usize| at.next_multiple_of(4096)..(at + len) / 4096 * 4096;
+
+    // The part before them belongs to the image, and needs room that they give.
+    write(&mut model, 10, 4);
+    assert_eq!(used(), 4);
+    assert!(punch(40_960 - 100, 16_384 + 100));
+    model[40_960 - 100..40_960 + 16_384].fill(0);
+    assert_eq!(used(), 1);
+    // None gives any: the whole ones are zeros, the parts stay, and it is told at once. All else goes on.
+    write(&mut model, 50, 3);
+    let (at, len) = (100_000, 30_001);
+    assert!(!punch(at, len), "there was room");
+    model[whole(at, len)].fill(0);
+    file.sync_all().unwrap();
+    // What is zeros already needs no room.
+    assert!(punch(500_100, 300) && punch(550_000, 40_000));
+    assert_eq!(used(), 4);
+    let mut now = vec![0; model.len()];
+    file.read_exact_at(&mut now, 0).unwrap();
+    assert!(now == model);
+    drop(file);
     w.ok(["detach", "d"]);
-    assert_eq!(w.json(["info", "d"])["quota_used"], 8192);
+
+    // Over NBD zeros wait, and keep nothing else waiting; a discard, which is a hint, leaves the parts as they are.
+    w.ok(["attach", "d", "--via", "nbd"]);
+    let mut link = Nbd::connect(&w.store.join("run/nbd.sock"), "d", true).unwrap();
+    let (at, len) = (150_000, 30_001);
+    let waits = link.send(WRITE_ZEROES, 0, at as u64, len, b"").unwrap();
+    eventually("it waits", || w.log().contains("writes wait for room"));
+    model[whole(at, len)].fill(0);
+    link.flush().unwrap();
+    let hint = (300_000, 10_001);
+    let answer = link.call(TRIM, 0, hint.0 as u64, hint.1, b"").unwrap();
+    answer.unwrap();
+    model[whole(hint.0, hint.1)].fill(0);
+    assert!(link.read(0, model.len()).unwrap() == model);
+    w.ok(["resize", "d", "--quota", "64K"]);
+    let (answered, outcome) = link.receive().unwrap();
+    outcome.unwrap();
+    assert_eq!(answered, waits);
+    model[at..at + len].fill(0);
+    assert!(link.read(0, model.len()).unwrap() == model);
+    drop(link);
+    w.ok(["detach", "d"]);
+    assert_eq!(used(), 6);
     w.finish();
 }
 

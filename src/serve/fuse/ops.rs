@@ -245,7 +245,6 @@ impl Request<'_> {
         }
         let want = u64::from(arg.size);
         let mut len = 0;
-        let (header, waiting) = (self.header, &self.service.waiting);
         let mut waits = false;
         let result = file.request(Op::Write(want), |disk| {
             if disk.read_only() {
@@ -256,10 +255,21 @@ impl Request<'_> {
                 return Ok(());
             }
             let data = &data[..len];
-            let done = disk.write(data, arg.offset);
-            let what = || What::Data(data.to_vec());
-            waits = may_wait(waiting, header, &done, arg.offset, what);
-            if waits { Ok(()) } else { done }
+            match (disk.write(data, arg.offset), &self.service.waiting) {
+                (Err(e), Some(waiting)) if e.waits() => {
+                    let header = self.header;
+                    waits = waiting.put_aside(Write {
+                        unique: header.unique,
+                        ino: header.nodeid,
+                        at: arg.offset,
+                        what: What::Data(data.to_vec()),
+                        done: 0,
+                        durable: false,
+                    });
+                    if waits { Ok(()) } else { Err(e) }
+                }
+                (done, _) => done,
+            }
         });
         self.result(&file, "write", arg.offset, want, result)?;
         if waits {
@@ -314,20 +324,15 @@ impl Request<'_> {
         if len == 0 {
             return DONE;
         }
-        let (header, waiting) = (self.header, &self.service.waiting);
-        let mut waits = false;
+        // It never waits for room: the kernel lets no flush and no other discard of the file pass until it is answered.
         let result = file.request(Op::Discard(len), |disk| {
-            let done = match discard {
-                true => disk.discard(at, len),
-                false => disk.write_zeroes(at, len),
-            };
-            waits = may_wait(waiting, header, &done, at, || What::Zeros(len));
-            if waits { Ok(()) } else { done }
+            if discard {
+                disk.discard(at, len)
+            } else {
+                disk.write_zeroes(at, len)
+            }
         });
         self.result(&file, what, at, len, result)?;
-        if waits {
-            return Ok(Answer::Silence);
-        }
         DONE
     }
 
@@ -539,26 +544,4 @@ fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
         step = (step * 2).min(SEEK_MAX);
     }
     Ok(if want_data { None } else { Some(size) })
-}
-
-/// Puts a write aside if it found no room and its disk's writers are to wait; false: it is to be answered.
-fn may_wait(
-    waiting: &Option<Arc<Waiting>>,
-    header: &abi::InHeader,
-    done: &Result<()>,
-    at: u64,
-    what: impl FnOnce() -> What,
-) -> bool {
-    let (Err(e), Some(waiting)) = (done, waiting) else {
-        return false;
-    };
-    e.waits()
-        && waiting.put_aside(Write {
-            unique: header.unique,
-            ino: header.nodeid,
-            at,
-            what: what(),
-            done: 0,
-            durable: false,
-        })
 }

@@ -16,7 +16,7 @@ use crate::{
     serve::{
         crew::Crew,
         files::Files,
-        waiting::{Asker, Waiting, What, Write},
+        waiting::{self, Asker, Waiting, Write},
     },
     sys::{passthrough, process},
 };
@@ -171,7 +171,13 @@ impl Session {
         let waiting = (transport == Transport::Device).then(|| {
             let late = Arc::new(Late(Arc::clone(&fd)));
             let (files, crew) = (Arc::clone(&files), Arc::clone(&crew));
-            Arc::new(Waiting::new(late, files, crew, Arc::default()))
+            Arc::new(Waiting::new(
+                late,
+                files,
+                crew,
+                Arc::default(),
+                waiting::MOST,
+            ))
         });
         let service = Arc::new(Service::new(files, waiting.clone()));
         // From here on its drop ends the threads that did start.
@@ -320,12 +326,12 @@ impl Asker for Late {
     }
     fn answer(&self, write: &Write, outcome: std::result::Result<(), i32>) {
         let body = abi::WriteOut {
-            size: write.len() as u32,
+            size: write.done as u32,
             padding: 0,
         };
-        let body = match (&write.what, outcome) {
-            (What::Data(_), Ok(())) => body.as_bytes(),
-            _ => &[],
+        let body = match outcome {
+            Ok(()) => body.as_bytes(),
+            Err(_) => &[],
         };
         let header = abi::OutHeader {
             len: (abi::OUT_HEADER + body.len()) as u32,

@@ -22,7 +22,7 @@ use crate::{
         crew::{Crew, Ended, Woken},
         files::{Files, Op, ServedFile},
         limit::LogLimit,
-        waiting::{Asker, Memory, Waiting, What, Write},
+        waiting::{Asker, MOST_OF_ONE, Memory, Waiting, What, Write},
     },
     sys::blocking::{self, Attendant},
 };
@@ -189,7 +189,13 @@ impl Link {
             shape: chosen.shape,
             out,
             input: Mutex::new(input),
-            waiting: Arc::new(Waiting::new(late, files, Arc::clone(&crew), memory)),
+            waiting: Arc::new(Waiting::new(
+                late,
+                files,
+                Arc::clone(&crew),
+                memory,
+                MOST_OF_ONE,
+            )),
             crew,
             log,
             limit: thread::available_parallelism().map_or(2, NonZero::get) + 1,
@@ -626,13 +632,17 @@ impl Link {
             if disk.read_only() {
                 return Err(Error::new(Kind::ReadOnly, "the disk can only be read"));
             }
-            let done = match trim {
-                true => disk.discard(at, len),
-                false => disk.write_zeroes(at, len),
-            };
-            match done {
-                Err(e) if e.waits() => return Ok(Some(e)),
-                other => other?,
+            if trim {
+                // A hint: what cannot be done without room is left as it is. The whole blocks are given back.
+                match disk.discard(at, len) {
+                    Err(e) if e.is_of_quota() => {}
+                    other => other?,
+                }
+            } else {
+                match disk.write_zeroes(at, len) {
+                    Err(e) if e.waits() => return Ok(Some(e)),
+                    other => other?,
+                }
             }
             if durable {
                 disk.flush_first()?;

@@ -47,7 +47,7 @@ use std::{
     sync::{
         Arc, OnceLock, Weak,
         atomic::{
-            AtomicU64,
+            AtomicBool, AtomicU64,
             Ordering::{Acquire, Release},
         },
     },
@@ -68,6 +68,8 @@ struct Peer {
     out: Weak<Out>,
     /// Who connected.
     process: Option<Process>,
+    /// It has ended the connection itself, and does not come back to it.
+    has_left: AtomicBool,
     /// Number of the file that it uses; 0: it has not chosen yet.
     ino: AtomicU64,
     link: OnceLock<Weak<Link>>,
@@ -117,7 +119,8 @@ pub struct Exports {
 
 impl Exports {
     /// None yet, and nobody listens. `tell` hears which processes use a file: of a new one before it may, so that it can be known to a next server
-    /// ([`Exports::await_again`]), and of its end from [`Exports::look_after`]. It may wait for what is held while other methods than `hide`, `await_again` and `look_after` are called.
+    /// ([`Exports::await_again`]), and of its end from [`Exports::look_after`]. It may wait for what is held while others of these methods are called than
+    /// `hide`, `await_again`, `look_after` and `stop`.
     pub fn new(
         files: Arc<Files>,
         tell: impl Fn(u64, &[Process]) + Send + Sync + 'static,
@@ -170,12 +173,19 @@ impl Exports {
         told.insert(ino, clients.to_vec());
         self.state.lock().expected.insert(ino, clients.to_vec());
     }
-    /// Tells of processes that do not use anything any more. To be called now and then.
+    /// Tells of processes that do not use anything any more, as far as that was not told when their connections ended. To be called now and then.
     pub fn look_after(&self) {
         let mut told = self.told.lock();
         let inos: Vec<u64> = told.keys().copied().collect();
         for ino in inos {
-            let now = self.state.lock().clients(ino);
+            let now = {
+                let mut state = self.state.lock();
+                if state.stopping {
+                    // Who is cut off comes back.
+                    return;
+                }
+                state.clients(ino)
+            };
             self.tell_of(&mut told, ino, now);
         }
     }
@@ -313,6 +323,7 @@ impl Exports {
             crew: Arc::default(),
             out: Arc::downgrade(&out),
             process: Process::of(pid),
+            has_left: AtomicBool::new(false),
             ino: AtomicU64::new(0),
             link: OnceLock::new(),
         });
@@ -325,7 +336,12 @@ impl Exports {
         let (exports, of) = (Arc::clone(self), Arc::clone(&peer));
         peer.crew.start("nbd-worker", move || {
             let link = exports.greet(stream, out, &of)?;
-            link.work()
+            let ended = link.work();
+            if ended.is_some() && !of.crew.is_stopping() {
+                of.has_left.store(true, Release);
+                exports.look_after();
+            }
+            ended
         })?;
         state.peers.push(peer);
         Ok(())
@@ -430,11 +446,16 @@ impl State {
     /// The processes of its connections, and those that may connect again.
     fn clients(&mut self, ino: u64) -> Vec<Process> {
         let of_it = self.of(ino);
-        let mut clients: Vec<Process> = of_it.iter().filter_map(|p| p.process).collect();
+        let there = of_it.iter().filter(|p| !p.has_left.load(Acquire));
+        let mut clients: Vec<Process> = there.filter_map(|p| p.process).collect();
         clients.extend(self.expected(ino));
         clients.sort();
         clients.dedup();
-        clients.truncate(MOST_TOLD);
+        if clients.len() > MOST_TOLD {
+            clients.truncate(MOST_TOLD - 1);
+            // The others.
+            clients.push(Process::UNKNOWN);
+        }
         clients
     }
     /// Those of whom the last server knew, who did not connect again, and have not ended.
@@ -452,7 +473,7 @@ impl State {
     /// A process has connected: nobody waits for it any more.
     fn has_come(&mut self, ino: u64, process: Option<Process>) {
         if let Some(expected) = self.expected.get_mut(&ino) {
-            expected.retain(|&p| Some(p) != process);
+            expected.retain(|p| !process.is_some_and(|process| p.is(process)));
         }
     }
     fn users(&mut self, ino: u64) -> Option<Users> {
