@@ -73,8 +73,39 @@ pub fn may_attach_loops() -> Result<()> {
     loopdev::may_attach()
 }
 
-/// Makes a file a loop device, with direct I/O, so that its data is not cached twice.
+/// Makes a served file a loop device, with direct I/O, so that its data is not cached twice.
 pub fn attach_loop(file: &Path, options: LoopOptions) -> Result<LoopAttachment> {
+    begin_loop(file, options).map(FreshLoop::finish)
+}
+
+/// A device that works, and is still to get what makes it quick.
+pub(crate) struct FreshLoop {
+    attachment: LoopAttachment,
+    fresh: loopdev::Fresh,
+}
+
+impl FreshLoop {
+    /// What it will be.
+    pub(crate) fn attachment(&self) -> &LoopAttachment {
+        &self.attachment
+    }
+    /// Gives it its settings.
+    pub(crate) fn finish(self) -> LoopAttachment {
+        self.fresh.tune(loopdev::Below::Served);
+        if let Ok(Some(status)) = self.fresh.status()
+            && !status.direct_io
+        {
+            tracing::warn!(
+                "{} goes through the page cache: slower, and cached twice",
+                self.attachment.device.display()
+            );
+        }
+        self.attachment
+    }
+}
+
+/// [`attach_loop`] for whoever has something else to wait for meanwhile: the settings of the device are left to [`FreshLoop::finish`].
+pub(crate) fn begin_loop(file: &Path, options: LoopOptions) -> Result<FreshLoop> {
     if !matches!(options.block_size, 512 | 4096) {
         return Err(Error::new(
             Kind::Invalid,
@@ -112,20 +143,15 @@ pub fn attach_loop(file: &Path, options: LoopOptions) -> Result<LoopAttachment> 
         block_size: options.block_size,
         direct_io: true,
     };
-    let device = loopdev::attach(opened.as_fd(), &name, setup)?;
-    if let Ok(Some(status)) = loopdev::status(&device)
-        && !status.direct_io
-    {
-        tracing::warn!(
-            "{} goes through the page cache: slower, and cached twice",
-            device.display()
-        );
-    }
-    Ok(LoopAttachment {
-        device,
-        dev: meta.dev(),
-        ino: meta.ino(),
-        read_only: options.read_only,
+    let fresh = loopdev::attach(opened.as_fd(), &name, setup)?;
+    Ok(FreshLoop {
+        attachment: LoopAttachment {
+            device: fresh.path().into(),
+            dev: meta.dev(),
+            ino: meta.ino(),
+            read_only: options.read_only,
+        },
+        fresh,
     })
 }
 

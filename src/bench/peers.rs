@@ -712,8 +712,9 @@ fn cached_device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
         block_size: 512,
         direct_io: false,
     };
-    let device = loopdev::attach(open.as_fd(), file, setup)?;
-    Ok((device, dev, ino))
+    let fresh = loopdev::attach(open.as_fd(), file, setup)?;
+    fresh.tune(loopdev::Below::File);
+    Ok((fresh.into_path(), dev, ino))
 }
 
 fn open_below(file: &Path) -> Result<(File, u64, u64)> {
@@ -740,8 +741,11 @@ pub fn device_over(file: &Path) -> Result<(PathBuf, u64, u64)> {
             block_size,
             direct_io: true,
         };
-        let device = loopdev::attach(open.as_fd(), file, setup)?;
-        if loopdev::status(&device)?.is_some_and(|s| s.direct_io) {
+        let fresh = loopdev::attach(open.as_fd(), file, setup)?;
+        fresh.tune(loopdev::Below::File);
+        let is_direct = fresh.status()?.is_some_and(|s| s.direct_io);
+        let device = fresh.into_path();
+        if is_direct {
             return Ok((device, dev, ino));
         }
         let options = loopdev::DetachOptions::default();

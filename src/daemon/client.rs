@@ -234,8 +234,17 @@ impl Client {
     }
     /// [`Client::ask`] for what can be asked twice: if the server dies meanwhile, the next one is asked.
     pub(super) fn ask_again(&mut self, request: Value) -> Result<Value> {
+        self.ask_again_and(request, || ())
+    }
+    /// [`Client::ask_again`], and something else while it is answered.
+    fn ask_again_and(&mut self, request: Value, meanwhile: impl FnOnce()) -> Result<Value> {
+        let mut meanwhile = Some(meanwhile);
         for _ in 0..20 {
-            if let Some(answer) = self.try_ask(&request)? {
+            let sent = self.say(&request)?;
+            if let Some(meanwhile) = meanwhile.take() {
+                meanwhile();
+            }
+            if sent && let Some(answer) = self.hear()? {
                 return success(answer);
             }
             match self.place.connect(None)? {
@@ -252,10 +261,17 @@ impl Client {
     }
     /// One request; `None` if nobody is there to answer.
     fn try_ask(&mut self, request: &Value) -> Result<Option<Value>> {
+        match self.say(request)? {
+            true => self.hear(),
+            false => Ok(None),
+        }
+    }
+    /// False: nobody is there to hear it.
+    fn say(&mut self, request: &Value) -> Result<bool> {
         match send(&mut self.writer, request) {
-            Err(e) if e.kind() == Kind::Io => Ok(None),
+            Err(e) if e.kind() == Kind::Io => Ok(false),
             Err(e) => Err(e),
-            Ok(()) => self.hear(),
+            Ok(()) => Ok(true),
         }
     }
     fn hear(&mut self) -> Result<Option<Value>> {
@@ -299,10 +315,11 @@ impl Client {
             read_only: opened.read_only,
             block_size: request.block_size,
         };
-        match attach::attach_loop(&opened.file, options) {
-            Ok(device) => {
+        match attach::begin_loop(&opened.file, options) {
+            Ok(fresh) => {
+                let device = fresh.attachment().clone();
                 let done = json!({"op": "attach-done", "name": opened.name, "device": device.device, "dev": device.dev});
-                let answer = self.ask_again(done);
+                let answer = self.ask_again_and(done, || drop(fresh.finish()));
                 if answer.is_err() {
                     let _ = attach::detach_loop(&device, DetachOptions::default());
                 }

@@ -162,10 +162,45 @@ fn sysfs(number: u32) -> PathBuf {
     PathBuf::from(format!("/sys/block/loop{number}"))
 }
 
-/// Sets a free loop device up over `file` and returns its path. `name` is what `losetup` shows.
+/// A device that was just set up, and is open, so that nobody else gets its number as long as this lives.
+pub struct Fresh {
+    device: PathBuf,
+    number: u32,
+    open: fs::File,
+}
+
+impl Fresh {
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.device
+    }
+    /// Its path; it stays as it is.
+    pub fn into_path(self) -> PathBuf {
+        self.device
+    }
+    /// [`status`], without opening it once more.
+    pub fn status(&self) -> Result<Option<Status>> {
+        status_of(&self.open, &self.device)
+    }
+    /// Gives it the queue settings that fit.
+    pub fn tune(&self, below: Below) {
+        tune(self.number, below);
+    }
+}
+
+/// What stands behind a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Below {
+    /// A file of a filesystem in the kernel.
+    File,
+    /// A file that a process serves (FUSE).
+    Served,
+}
+
+/// Sets a free loop device up over `file`. `name` is what `losetup` shows.
 ///
 /// The file must be open for writing unless `setup.read_only`.
-pub fn attach(file: BorrowedFd<'_>, name: &Path, setup: Setup) -> Result<PathBuf> {
+pub fn attach(file: BorrowedFd<'_>, name: &Path, setup: Setup) -> Result<Fresh> {
     let control = open_control()?;
     let mut config = Config {
         fd: file.as_raw_fd() as u32,
@@ -221,8 +256,11 @@ pub fn attach(file: BorrowedFd<'_>, name: &Path, setup: Setup) -> Result<PathBuf
         };
         match configure(open.as_raw_fd(), &config) {
             Ok(()) => {
-                tune(number);
-                return Ok(device);
+                return Ok(Fresh {
+                    device,
+                    number,
+                    open,
+                });
             }
             Err(e) if retry(&e) => last = e,
             Err(e) => {
@@ -318,22 +356,36 @@ fn ensure_node(number: u32) -> Result<()> {
     }
 }
 
-/// Queue settings that fit a backing file on FUSE. Best effort: the device works without them, only slower. What is right already
-/// is left alone: to write it again makes the kernel stop the queue, for some 15 ms.
-fn tune(number: u32) {
-    let queue = sysfs(number).join("queue");
-    for (file, value) in [
-        ("read_ahead_kb", "1024"),
-        // What stands behind is the host's business: no elevator, no seek avoidance up here. Kernels since 6.11 think so by themselves.
-        ("rotational", "0"),
-    ] {
-        let path = queue.join(file);
-        if fs::read_to_string(&path).is_ok_and(|now| now.trim_end() == value) {
-            continue;
-        }
-        if let Err(e) = fs::write(&path, value) {
-            tracing::debug!("cannot set {} to {value}: {e}", path.display());
-        }
+/// Queue settings that fit what stands behind a device. Best effort: it works without them, only slower. What is right already
+/// is left alone: to write some of them again makes the kernel stop the queue, for some 15 ms.
+fn tune(number: u32, below: Below) {
+    set(number, "read_ahead_kb", "1024");
+    // What stands behind is the host's business: no elevator, no seek avoidance up here. Kernels since 6.11 think so by themselves.
+    set(number, "rotational", "0");
+    if below == Below::Served {
+        // The answer comes from the processor of the server, and in no interrupt: there the kernel would leave the rest to a thread, and wake the program from
+        // there. So the processor that asked is interrupted, and wakes it itself.
+        set(number, AFFINITY, "2");
+    }
+}
+
+/// The device goes back to others, who find it as the kernel makes it.
+fn forget_tuning(device: &Path) {
+    if let Some(number) = number(device) {
+        set(number, AFFINITY, "1");
+    }
+}
+
+/// Where a request is completed: 1, near the processor that made it; 2, on that very one.
+const AFFINITY: &str = "rq_affinity";
+
+fn set(number: u32, file: &str, value: &str) {
+    let path = sysfs(number).join("queue").join(file);
+    if fs::read_to_string(&path).is_ok_and(|now| now.trim_end() == value) {
+        return;
+    }
+    if let Err(e) = fs::write(&path, value) {
+        tracing::debug!("cannot set {} to {value}: {e}", path.display());
     }
 }
 
@@ -416,6 +468,7 @@ pub fn detach_dead(device: &Path, use_of: u64) -> Result<Detach> {
     if gone() {
         return Ok(Detach::Gone);
     }
+    forget_tuning(device);
     if let Err(e) = ioctl_none(open.as_raw_fd(), LOOP_CLR_FD)
         && e.raw_os_error() != Some(libc::ENXIO)
     {
@@ -558,6 +611,7 @@ pub fn detach(device: &Path, dev: u64, ino: u64, options: DetachOptions) -> Resu
         }
         tracing::error!("{error}; detaching all the same");
     }
+    forget_tuning(device);
     if let Err(e) = ioctl_none(open.as_raw_fd(), LOOP_CLR_FD)
         && e.raw_os_error() != Some(libc::ENXIO)
     {

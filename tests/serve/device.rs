@@ -86,6 +86,7 @@ fn a_device_is_the_disk() {
         );
         assert_eq!(queue(dev.device(), "read_ahead_kb"), "1024");
         assert_eq!(queue(dev.device(), "rotational"), "0");
+        assert_eq!(queue(dev.device(), "rq_affinity"), "2");
         assert_eq!(
             attach::find_loops(dev.0.dev, dev.0.ino).unwrap(),
             std::slice::from_ref(&dev.0)
@@ -135,6 +136,13 @@ fn a_device_is_the_disk() {
         let device = dev.device().to_path_buf();
         assert_eq!(attach::detach_loop(&dev.0, QUICK).unwrap(), Detach::Done);
         assert_eq!(loopdev::status(&device).unwrap(), None);
+        if device.exists() {
+            assert_eq!(
+                queue(&device, "rq_affinity"),
+                "1",
+                "others find it as it was"
+            );
+        }
         assert_eq!(attach::detach_loop(&dev.0, QUICK).unwrap(), Detach::Gone);
     }
     assert_eq!(rig.files.total().errors, 0);
