@@ -18,6 +18,7 @@ use crate::layer::volatile::{self, Syncing};
 use crate::map::run::{Builder, Run, max_len};
 use crate::map::{Items, Memtable, merge, undo};
 use crate::sync::atomic::Ordering::{Relaxed, SeqCst};
+use crate::sys::blocking;
 use crate::units::{BLOCK, REGION_BLOCKS, Region, Slot, blocks};
 use std::sync::Arc;
 use zerocopy::little_endian::{U32, U64};
@@ -46,7 +47,8 @@ impl Layer {
             if !group.running {
                 break;
             }
-            self.joined.wait(&mut group);
+            // For a disk, as whoever syncs does.
+            blocking::wait(|| self.joined.wait(&mut group));
         }
         group.running = true;
         drop(group);
