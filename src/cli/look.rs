@@ -259,8 +259,8 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
 /// Show the space that objects take, and what full copies would take
 #[derive(Args, Debug)]
 #[command(
-    after_help = "SIZE: the virtual size. REFER: data reachable through it. EXCL: what removing it alone would free.\n\
-        SHARED: what it refers to that others need, too."
+    after_help = "SIZE: the virtual size. REFER: data reachable through it. EXCL: what would go with it alone (`rm -n` tells\n\
+        what removing a snapshot in the middle would free). SHARED: what it refers to that others need, too."
 )]
 pub(crate) struct Du {
     /// What to look at [default: all]

@@ -35,7 +35,7 @@ impl FromStr for QuotaSize {
 /// The options about quotas.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct QuotaArgs {
-    /// How much the disk may have for itself, its snapshots included: a size, +SIZE for more than it may now, or none
+    /// How much the disk may have for itself, its snapshots included: a size, or none; of a disk that has one, +SIZE for more
     #[arg(long, value_name = "SIZE")]
     quota: Option<QuotaSize>,
     /// What becomes of a write for which the quota leaves no room [default: error]

@@ -257,7 +257,7 @@ pub(super) fn in_use(entry: &Entry, users: &Users) -> Error {
                 ),
             )
             .hint(format!(
-                "end the programs that use {uri}; if they will not connect again, `forkdisk detach --force {name}` (which also fails writes that wait for room)"
+                "end the programs that use {uri}; if they will not connect again, `forkdisk detach --force {name}`"
             ))
         }
     }

@@ -635,16 +635,18 @@ impl Disk for CowDisk {
         if whole.1 > 0 {
             zero_with_room(layer, Lba::of(whole.0), whole.1 / BLOCK)?;
         }
+        let mut done = Ok(());
         for (at, len) in [head, tail] {
             let (offset, len) = ((at % BLOCK) as usize, len as usize);
             if len > 0 {
-                with_room(layer, || {
+                let zeroed = with_room(layer, || {
                     self.write_part(&top, layer, Lba::of(at), offset, len, None)
-                })
-                .map_err(|e| self.refused(e))?;
+                });
+                // Where one finds no room the other may need none.
+                done = done.and(zeroed.map_err(|e| self.refused(e)));
             }
         }
-        Ok(())
+        done
     }
     fn flush(&self) -> Result<()> {
         let top = self.top.read();

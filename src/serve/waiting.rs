@@ -290,3 +290,18 @@ impl Drop for Waiting {
         self.memory.give_back(self.state.get_mut().bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_shares_memory_gets_no_more_than_there_is() {
+        let (a, b) = (Arc::new(Memory::default()), Arc::new(Memory::default()));
+        let other = Arc::clone(&a);
+        assert!(a.take(MOST - 1) && other.take(1));
+        assert!(!other.take(1) && b.take(MOST));
+        a.give_back(10);
+        assert!(!other.take(11) && other.take(10));
+    }
+}

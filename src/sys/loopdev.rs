@@ -9,6 +9,7 @@
 //! Others configure loop devices at the same time: "free" is a hint that may be stale before we use it.
 
 use crate::error::{Error, Kind, Result};
+use crate::sys::process;
 use std::{
     fs,
     io::{self, ErrorKind},
@@ -362,22 +363,29 @@ fn tune(number: u32, below: Below) {
     set(number, "read_ahead_kb", "1024");
     // What stands behind is the host's business: no elevator, no seek avoidance up here. Kernels since 6.11 think so by themselves.
     set(number, "rotational", "0");
-    if below == Below::Served {
+    if below == Below::File {
+        set_affinity(number, "1");
+    } else {
         // The answer comes from the processor of the server, and in no interrupt: there the kernel would leave the rest to a thread, and wake the program from
         // there. So the processor that asked is interrupted, and wakes it itself.
-        set(number, AFFINITY, "2");
+        set_affinity(number, "2");
     }
 }
 
 /// The device goes back to others, who find it as the kernel makes it.
 fn forget_tuning(device: &Path) {
     if let Some(number) = number(device) {
-        set(number, AFFINITY, "1");
+        set_affinity(number, "1");
     }
 }
 
-/// Where a request is completed: 1, near the processor that made it; 2, on that very one.
-const AFFINITY: &str = "rq_affinity";
+/// Where a request is completed: 1, near the processor that made it; 2, on that very one. Kernels 6.11 to 6.14 stop the queue for this, too: there attaching
+/// and detaching would take longer than it is worth.
+fn set_affinity(number: u32, value: &str) {
+    if !((6, 11, 0)..(6, 15, 0)).contains(&process::kernel_version()) {
+        set(number, "rq_affinity", value);
+    }
+}
 
 fn set(number: u32, file: &str, value: &str) {
     let path = sysfs(number).join("queue").join(file);

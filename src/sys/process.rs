@@ -109,8 +109,8 @@ impl Process {
             return Some(Process::UNKNOWN);
         }
         let unknown = Process { pid, started: 0 };
-        match fs::read_to_string(format!("/proc/{pid}/stat")) {
-            Ok(stat) => match Stat::of(&stat) {
+        match fs::read(format!("/proc/{pid}/stat")) {
+            Ok(stat) => match Stat::of(&String::from_utf8_lossy(&stat)) {
                 // The first thread of a process may have ended before the others.
                 Some(stat) if stat.has_ended && stat.threads <= 1 => None,
                 Some(Stat { started, .. }) => Some(Process { pid, started }),

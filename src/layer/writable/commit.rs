@@ -47,8 +47,10 @@ impl Layer {
             if !group.running {
                 break;
             }
-            // For a disk, as whoever syncs does.
-            blocking::wait(|| self.joined.wait(&mut group));
+            drop(group);
+            // For the disk, as whoever syncs does.
+            blocking::wait(|| self.wait_for_commit(target));
+            group = self.group.lock();
         }
         group.running = true;
         drop(group);
@@ -62,6 +64,14 @@ impl Layer {
         drop(group);
         done?;
         Ok(true)
+    }
+
+    /// Waits until nobody commits, or somebody has committed `target`.
+    fn wait_for_commit(&self, target: u64) {
+        let mut group = self.group.lock();
+        while group.running && group.durable < target {
+            self.joined.wait(&mut group);
+        }
     }
 
     /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead, large

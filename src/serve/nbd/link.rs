@@ -145,6 +145,9 @@ impl Asker for Late {
     }
 }
 
+/// Called when the client has ended the connection, by whoever finds that out.
+type Left = Box<dyn Fn() + Send + Sync>;
+
 /// A connection.
 pub(super) struct Link {
     file: Arc<ServedFile>,
@@ -154,6 +157,7 @@ pub(super) struct Link {
     crew: Arc<Crew>,
     pub(super) waiting: Arc<Waiting>,
     log: Arc<LogLimit>,
+    left: Left,
     /// So many are at work at most, as far as they do not wait.
     limit: usize,
     /// Threads that read or serve, and do not wait for a disk.
@@ -173,16 +177,24 @@ impl From<io::Error> for Over {
     }
 }
 
+/// What all connections have in common.
+pub(super) struct Shared {
+    pub files: Arc<Files>,
+    pub log: Arc<LogLimit>,
+    /// Of what waits for room.
+    pub memory: Arc<Memory>,
+}
+
 impl Link {
     pub(super) fn new(
         chosen: Chosen,
         input: Input,
         out: Arc<Out>,
         crew: Arc<Crew>,
-        files: Arc<Files>,
-        log: Arc<LogLimit>,
-        memory: Arc<Memory>,
+        shared: Shared,
+        left: Left,
     ) -> Arc<Link> {
+        let Shared { files, log, memory } = shared;
         let late = Arc::new(Late(Arc::clone(&out)));
         Arc::new(Link {
             file: chosen.file,
@@ -198,6 +210,7 @@ impl Link {
             )),
             crew,
             log,
+            left,
             limit: thread::available_parallelism().map_or(2, NonZero::get) + 1,
             active: AtomicUsize::new(1),
             threads: AtomicUsize::new(1),
@@ -228,6 +241,9 @@ impl Link {
         };
         self.active.fetch_sub(1, AcqRel);
         self.threads.fetch_sub(1, AcqRel);
+        if ended.is_some() && !self.crew.is_stopping() {
+            (self.left)();
+        }
         ended
     }
 

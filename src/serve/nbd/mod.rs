@@ -33,7 +33,7 @@ use crate::{
 };
 use greeting::Greeting;
 use input::Input;
-use link::{Link, Out};
+use link::{Link, Out, Shared};
 use parking_lot::Mutex;
 use rustix::{
     io::Errno,
@@ -178,16 +178,28 @@ impl Exports {
         let mut told = self.told.lock();
         let inos: Vec<u64> = told.keys().copied().collect();
         for ino in inos {
-            let now = {
-                let mut state = self.state.lock();
-                if state.stopping {
-                    // Who is cut off comes back.
-                    return;
-                }
-                state.clients(ino)
-            };
-            self.tell_of(&mut told, ino, now);
+            self.tell_now(&mut told, ino);
         }
+    }
+    /// A client has ended its connection, and does not come back to it.
+    fn has_left(&self, peer: &Peer) {
+        peer.has_left.store(true, Release);
+        let mut told = self.told.lock();
+        let ino = peer.ino.load(Acquire);
+        if told.contains_key(&ino) {
+            self.tell_now(&mut told, ino);
+        }
+    }
+    fn tell_now(&self, told: &mut BTreeMap<u64, Vec<Process>>, ino: u64) {
+        let now = {
+            let mut state = self.state.lock();
+            if state.stopping {
+                // Who is cut off comes back.
+                return;
+            }
+            state.clients(ino)
+        };
+        self.tell_of(told, ino, now);
     }
     fn tell_of(&self, told: &mut BTreeMap<u64, Vec<Process>>, ino: u64, now: Vec<Process>) {
         if told.get(&ino).is_some_and(|told| *told == now) {
@@ -336,12 +348,9 @@ impl Exports {
         let (exports, of) = (Arc::clone(self), Arc::clone(&peer));
         peer.crew.start("nbd-worker", move || {
             let link = exports.greet(stream, out, &of)?;
-            let ended = link.work();
-            if ended.is_some() && !of.crew.is_stopping() {
-                of.has_left.store(true, Release);
-                exports.look_after();
-            }
-            ended
+            // Its end is not to wait for this thread.
+            drop((exports, of));
+            link.work()
         })?;
         state.peers.push(peer);
         Ok(())
@@ -351,7 +360,7 @@ impl Exports {
         self: &Arc<Exports>,
         stream: Arc<UnixStream>,
         out: Arc<Out>,
-        peer: &Peer,
+        peer: &Arc<Peer>,
     ) -> Option<Arc<Link>> {
         let mut input = Input::new(Arc::clone(&stream));
         let mut greeting = Greeting {
@@ -371,9 +380,19 @@ impl Exports {
         let patient = stream.set_read_timeout(None);
         patient.and_then(|()| stream.set_write_timeout(None)).ok()?;
         tracing::debug!(disk = chosen.file.name(), "a client connected");
-        let (crew, files) = (Arc::clone(&peer.crew), Arc::clone(&self.files));
-        let (log, memory) = (Arc::clone(&self.log), Arc::clone(&self.waiting_memory));
-        let link = Link::new(chosen, input, out, crew, files, log, memory);
+        let crew = Arc::clone(&peer.crew);
+        let shared = Shared {
+            files: Arc::clone(&self.files),
+            log: Arc::clone(&self.log),
+            memory: Arc::clone(&self.waiting_memory),
+        };
+        let (exports, of) = (Arc::downgrade(self), Arc::downgrade(peer));
+        let left = move || {
+            if let (Some(exports), Some(peer)) = (exports.upgrade(), of.upgrade()) {
+                exports.has_left(&peer);
+            }
+        };
+        let link = Link::new(chosen, input, out, crew, shared, Box::new(left));
         let _ = peer.link.set(Arc::downgrade(&link));
         Some(link)
     }
@@ -451,11 +470,7 @@ impl State {
         clients.extend(self.expected(ino));
         clients.sort();
         clients.dedup();
-        if clients.len() > MOST_TOLD {
-            clients.truncate(MOST_TOLD - 1);
-            // The others.
-            clients.push(Process::UNKNOWN);
-        }
+        clients.truncate(MOST_TOLD);
         clients
     }
     /// Those of whom the last server knew, who did not connect again, and have not ended.
