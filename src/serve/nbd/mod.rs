@@ -119,7 +119,7 @@ pub struct Exports {
 
 impl Exports {
     /// None yet, and nobody listens. `tell` hears which processes use a file: of a new one before it may, so that it can be known to a next server
-    /// ([`Exports::await_again`]), and of its end from [`Exports::look_after`]. It may wait for what is held while others of these methods are called than
+    /// ([`Exports::await_again`]), and of its end when it leaves, or in [`Exports::look_after`]. It may wait for what is held while others of these methods are called than
     /// `hide`, `await_again`, `look_after` and `stop`.
     pub fn new(
         files: Arc<Files>,
