@@ -131,15 +131,25 @@ impl Dir for OsDir {
             Access::Read | Access::Write => "open",
         };
         let told = |e: Errno| fail(what, &path, e.raw_os_error());
+        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY;
+        if access == Access::CreateNew {
+            // What O_EXCL has just made is a regular file: nothing has to be asked of it.
+            let flags = flags | OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+            let fd = retry_on_intr(|| fs::openat(&self.fd, name, flags, FILE_MODE));
+            return Ok(Arc::new(OsFile {
+                fd: fd.map_err(told)?,
+                writable: true,
+                path,
+            }));
+        }
         // O_NONBLOCK: opening a FIFO would wait for its other end.
-        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let flags = flags
-            | match access {
-                Access::Read => OFlags::RDONLY,
-                Access::Write => OFlags::RDWR,
-                Access::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
-            };
-        let fd = retry_on_intr(|| fs::openat(&self.fd, name, flags, FILE_MODE)).map_err(told)?;
+        let flags = flags | OFlags::NONBLOCK;
+        let flags = match access {
+            Access::Read => flags | OFlags::RDONLY,
+            Access::Write | Access::CreateNew => flags | OFlags::RDWR,
+        };
+        let fd =
+            retry_on_intr(|| fs::openat(&self.fd, name, flags, Mode::empty())).map_err(told)?;
         let stat = fs::fstat(&fd).map_err(told)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {}

@@ -209,11 +209,14 @@ pub fn is_alone(names: &dyn Dir, name: &str) -> Result<bool> {
 /// Writes `bytes` into a new temporary file for `name`; returns the temporary's name, and the file, which is not durable yet.
 pub fn stage(dir: &dyn Dir, name: &str, bytes: &[u8]) -> Result<(String, Arc<dyn File>)> {
     let temporary = format!("{TEMPORARY}{name}");
-    // A leftover of an interrupted operation: the lock is held, so nobody else uses it.
-    if dir.entry(&temporary)?.is_some() {
-        dir.remove(&temporary)?;
-    }
-    let file = dir.open(&temporary, Access::CreateNew)?;
+    let file = match dir.open(&temporary, Access::CreateNew) {
+        // A leftover of an interrupted operation: the lock is held, so nobody else uses it.
+        Err(e) if e.kind() == Kind::Exists => {
+            dir.remove(&temporary)?;
+            dir.open(&temporary, Access::CreateNew)?
+        }
+        other => other?,
+    };
     if let Err(e) = file.write_at(bytes, 0) {
         let _ = dir.remove(&temporary);
         return Err(e);

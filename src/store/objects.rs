@@ -6,6 +6,7 @@ mod rollback;
 pub use group::Member;
 
 use super::commit::Kept;
+use super::many;
 use super::names::{
     self, Extra, NameRecord, TEMPORARY, check_message, check_part, split_snapshot, stage,
 };
@@ -109,36 +110,32 @@ impl Store {
         let rank = self.rank_over(parent, from)?;
         let created = (self.env.now)();
         let one = disks.len() == 1;
-        let mut made: Vec<Object> = Vec::with_capacity(disks.len());
+        let ids: Vec<Id> = disks.iter().map(|_| (self.env.id)()).collect();
+        let each: Vec<(Id, &String)> = ids.iter().copied().zip(disks).collect();
+        // Thousands of files need not be open at once: all are synced together.
+        let kept = |file| one.then_some(file);
+        let layer_of = |(id, name): &(Id, &String)| {
+            let file = self.write_layer(*id, parent, rank, size, created, name)?;
+            Ok(kept(file))
+        };
+        let name_of = |(id, name): &(Id, &String)| {
+            let record = NameRecord {
+                kind: ObjectKind::Disk,
+                target: Below::Layer(*id),
+                created,
+                message: None,
+                opened: false,
+                extra: settings.clone(),
+            };
+            let (_, file) = stage(&*self.names, name, &record.encode(name))?;
+            Ok(kept(file))
+        };
         let mut named = 0;
+        // Two directories, so that two threads do not wait for one another.
+        let ((written, layers), (_, staged)) = many::both(&each, layer_of, name_of);
         let done = (|| {
-            let mut unsynced = Vec::new();
-            for name in disks {
-                let (id, file) = self.new_layer(parent, rank, size, created, name)?;
-                unsynced.push(file);
-                made.push(Object {
-                    name: name.clone(),
-                    kind: ObjectKind::Disk,
-                    id,
-                    size,
-                    parent: Some(parent),
-                    created,
-                    message: None,
-                });
-                let record = NameRecord {
-                    kind: ObjectKind::Disk,
-                    target: Below::Layer(id),
-                    created,
-                    message: None,
-                    opened: false,
-                    extra: settings.clone(),
-                };
-                unsynced.push(stage(&*self.names, name, &record.encode(name))?.1);
-                if !one {
-                    // Thousands of files need not be open at once: all are synced together.
-                    unsynced.clear();
-                }
-            }
+            let files = layers?.into_iter().chain(staged?);
+            let unsynced: Vec<_> = files.flatten().collect();
             // Layers before names, whatever the number; and all is written before the first sync, so that most of what the
             // later ones would do is done by then.
             if one {
@@ -173,13 +170,22 @@ impl Store {
             }
             // A name must never refer to a layer that is gone: where it is not certain that the names are, the layers are left to `gc`.
             if named == 0 || self.names.sync().is_ok() {
-                for object in &made {
-                    let _ = self.layers.remove(&layer_file(object.id));
+                for id in &ids[..written] {
+                    let _ = self.layers.remove(&layer_file(*id));
                 }
             }
             return Err(e.or_hint("nothing was created"));
         }
-        Ok(made)
+        let made = each.into_iter().map(|(id, name)| Object {
+            name: name.clone(),
+            kind: ObjectKind::Disk,
+            id,
+            size,
+            parent: Some(parent),
+            created,
+            message: None,
+        });
+        Ok(made.collect())
     }
     /// Writes the header of a new layer, not durable yet.
     pub(super) fn new_layer(
@@ -191,6 +197,17 @@ impl Store {
         name: &str,
     ) -> Result<(Id, Arc<dyn File>)> {
         let id = (self.env.id)();
+        Ok((id, self.write_layer(id, parent, rank, size, created, name)?))
+    }
+    fn write_layer(
+        &self,
+        id: Id,
+        parent: Below,
+        rank: u32,
+        size: u64,
+        created: u64,
+        name: &str,
+    ) -> Result<Arc<dyn File>> {
         let header = Header::new(
             id,
             parent.id(),
@@ -205,7 +222,7 @@ impl Store {
             let _ = self.layers.remove(&layer_file(id));
             return Err(e);
         }
-        Ok((id, file))
+        Ok(file)
     }
 
     // ---- snapshots -------------------------------------------------------------------------------------------
