@@ -177,9 +177,7 @@ impl Rewind {
         let name = store.resolve(&self.disk)?.name;
         // The same instant in all that follows.
         let at = self.at.at();
-        let mut attached = context
-            .daemon_of(&store, &name)?
-            .filter(|(_, a)| !a.read_only);
+        let mut attached = context.daemon_of(&store, &name)?;
         let plan = match attached {
             None => store.look_back(&name, at)?,
             Some(_) => store.look_back_busy(&name, at)?,

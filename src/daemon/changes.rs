@@ -2,6 +2,7 @@
 
 use super::entry::{Entry, Phase};
 use super::protocol::{number, object_json, text};
+use super::running::Running;
 use super::server::{Server, in_transit, not_attached};
 use super::{Via, file_name};
 use crate::disk::{CowDisk, Disk};
@@ -11,7 +12,6 @@ use crate::store::{Member, QuotaChange};
 use crate::sys::holders;
 use crate::sys::process::Process;
 use serde_json::{Value, json};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
@@ -37,8 +37,8 @@ impl Server {
             "rename" => self.rename(text(request, "old")?, text(request, "new")?),
             "snapshots" => self.snapshots(request),
             "used" => {
-                let running = self.running(text(request, "disk")?)?;
-                Ok(json!({"used": running.used()}))
+                let disk = self.written_to(text(request, "disk")?)?;
+                Ok(json!({"used": disk.used()}))
             }
             _ => self.waiting(text(request, "name")?, text(request, "then")?),
         }
@@ -174,7 +174,7 @@ impl Server {
     }
 
     fn snapshots(&self, request: &Value) -> Result<Value> {
-        let mut wanted: Vec<(&str, &str, Option<Arc<CowDisk>>)> = Vec::new();
+        let mut wanted: Vec<(&str, &str, Option<Running<'_>>)> = Vec::new();
         for pair in request["snapshots"].as_array().into_iter().flatten() {
             let (disk, name) = (text(pair, "disk")?, text(pair, "name")?);
             let running = match self.running(disk) {

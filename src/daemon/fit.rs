@@ -22,8 +22,8 @@ impl Server {
     /// The size of an attached disk, told to the kernel once more, for whoever tells the device.
     pub(super) fn fit(&self, request: &Value) -> Result<Value> {
         let disk = text(request, "disk")?;
-        let running = self.running(disk)?;
-        self.tell_size(disk, &running)
+        let (open, _) = self.open_disk(disk)?;
+        self.tell_size(disk, &open)
     }
     /// Disks whose device has another size.
     fn unfit(&self) -> Vec<String> {
@@ -32,7 +32,7 @@ impl Server {
             let a = &entry.attached;
             let device = a.device.as_deref().map(Path::new);
             let size = device.and_then(loopdev::size);
-            a.kind == ObjectKind::Disk && !a.read_only && size.is_some_and(|size| size != a.size)
+            a.kind == ObjectKind::Disk && size.is_some_and(|size| size != a.size)
         });
         unfit.map(|entry| entry.attached.name.clone()).collect()
     }

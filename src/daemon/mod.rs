@@ -23,6 +23,7 @@ mod log;
 mod metrics;
 mod past;
 pub mod protocol;
+mod running;
 mod server;
 pub mod stats;
 

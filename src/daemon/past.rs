@@ -40,7 +40,7 @@ impl Server {
         Some(done)
     }
     fn hold_point(&self, request: &Value) -> Result<Held> {
-        let disk = self.running(text(request, "disk")?)?;
+        let disk = self.written_to(text(request, "disk")?)?;
         let own = Id::parse(text(request, "layer")?)
             .ok_or_else(|| Error::new(Kind::Invalid, "a layer is named by its id"))?;
         let hold = disk.hold_point(own, number(request, "point")?)?;

@@ -14,8 +14,9 @@ use super::entry::{self, Entry, Phase, inherit, share};
 use super::handover::{self, Handover};
 use super::keeper::{self, loop_devices_over};
 use super::protocol::{self, flag, number, text};
+use super::running::TakenUp;
 use super::{Attached, LOG, MOUNT, NBD, SOCKET, Via, file_name, layers, log, place_of};
-use crate::disk::{CowDisk, Disk};
+use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
@@ -86,6 +87,8 @@ pub(super) struct Server {
     pub(super) joining: Mutex<()>,
     /// A layer below an attached disk lost its name.
     pub(super) nameless: AtomicBool,
+    /// Disks attached read-only that are being changed.
+    pub(super) taken_up: TakenUp,
 }
 
 /// Why the server ends.
@@ -176,6 +179,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         before,
         leaving: AtomicBool::new(false),
         joining: Mutex::new(()),
+        taken_up: TakenUp::default(),
         nameless: AtomicBool::new(false),
         resized: AtomicBool::new(false),
     });
@@ -788,25 +792,6 @@ impl Server {
                 return Err(in_transit(&name));
             }
         }
-    }
-
-    pub(super) fn running(&self, disk: &str) -> Result<Arc<CowDisk>> {
-        let table = self.table.lock();
-        let entry = table.get(disk).ok_or_else(|| not_attached(disk))?;
-        if entry.phase == Phase::Closing {
-            return Err(in_transit(disk));
-        }
-        if entry.attached.read_only {
-            return Err(
-                Error::new(Kind::Busy, format!("`{disk}` is attached read-only")).hint(format!(
-                    "`forkdisk detach {disk}` first, or attach it for writing"
-                )),
-            );
-        }
-        if let Some(why) = &entry.failed {
-            return Err(why.clone());
-        }
-        entry.disk.clone().ok_or_else(|| in_transit(disk))
     }
 
     /// After its layer was sealed, a disk's name refers to another one.

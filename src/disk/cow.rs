@@ -64,6 +64,10 @@ pub struct CowDisk {
     /// Changes while a request holds `top` only if it grows.
     size: atomic::AtomicU64,
     top: RwLock<Top>,
+    /// Its users may only read it, whether or not it has a layer of its own.
+    for_reading: bool,
+    /// [`CowDisk::close`] was called.
+    closed: atomic::AtomicBool,
     quota: Mutex<Option<Quota>>,
     /// Who writes more than the quota allows is kept waiting.
     waits: atomic::AtomicBool,
@@ -120,12 +124,17 @@ impl CowDisk {
     }
     /// A chain as a disk that can only be read.
     pub fn read_only(chain: Arc<Chain>) -> CowDisk {
-        CowDisk::of(chain.size(), Top { layer: None, chain })
+        CowDisk {
+            for_reading: true,
+            ..CowDisk::of(chain.size(), Top { layer: None, chain })
+        }
     }
     fn of(size: u64, top: Top) -> CowDisk {
         CowDisk {
             size: atomic::AtomicU64::new(size),
             top: RwLock::new(top),
+            for_reading: false,
+            closed: atomic::AtomicBool::new(false),
             quota: Mutex::new(None),
             waits: atomic::AtomicBool::new(false),
             counters: Counters::default(),
@@ -215,6 +224,7 @@ impl CowDisk {
     /// Flushes, checkpoints and closes. Requests that come later are refused.
     pub fn close(&self) -> Result<()> {
         let top = self.top.write();
+        self.closed.store(true, SeqCst);
         match &top.layer {
             Some(layer) => layer.close(State::Clean, None),
             None => Ok(()),
@@ -228,6 +238,12 @@ impl CowDisk {
             Some(layer) => layer.close(State::Sealed, Some(name)),
             None => Err(read_only()),
         }
+    }
+
+    /// The layer into which its users write.
+    fn layer_to_write<'t>(&self, top: &'t Top) -> Result<&'t Layer> {
+        let layer = top.layer.as_ref().filter(|_| !self.for_reading);
+        layer.ok_or_else(read_only)
     }
 
     /// Is it inside? The caller holds `top`: else the disk may become smaller in between.
@@ -555,7 +571,7 @@ impl Disk for CowDisk {
         self.private_blocks().0 * BLOCK + self.history_bytes()
     }
     fn read_only(&self) -> bool {
-        self.top.read().layer.is_none()
+        self.for_reading
     }
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
         let top = self.top.read();
@@ -590,9 +606,7 @@ impl Disk for CowDisk {
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         let top = self.top.read();
         self.check(at, buf.len() as u64)?;
-        let Some(layer) = &top.layer else {
-            return Err(read_only());
-        };
+        let layer = self.layer_to_write(&top)?;
         let mut at = at;
         let mut rest = buf;
         while !rest.is_empty() {
@@ -627,9 +641,7 @@ impl Disk for CowDisk {
     fn discard(&self, at: u64, len: u64) -> Result<()> {
         let top = self.top.read();
         self.check(at, len)?;
-        let Some(layer) = &top.layer else {
-            return Err(read_only());
-        };
+        let layer = self.layer_to_write(&top)?;
         let [whole, head, tail] = parts(at, len);
         // The whole blocks first: they need no room, and may give the room that the parts need.
         if whole.1 > 0 {

@@ -23,6 +23,7 @@ pub mod names;
 mod objects;
 pub mod past;
 mod quota;
+mod reading;
 mod reclaim;
 mod refer;
 mod remove;
@@ -617,17 +618,7 @@ impl Store {
                 disk.settle()?;
                 Ok(disk)
             }
-            ObjectKind::Disk => {
-                let file = self.layers.open(&layer_file(object.id), Access::Read)?;
-                file.lock(false)
-                    .map_err(|e| in_use(&e, &format!("`{}` is attached", object.name)))?;
-                let layer = ReadLayer::open(file)?;
-                let below = self.chain(parent_of(layer.header()))?;
-                let mut layers = vec![Arc::new(layer)];
-                layers.extend(below.layers().iter().cloned());
-                let chain = Chain::new(layers, below.base().clone(), self.budget.clone());
-                Ok(Arc::new(CowDisk::read_only(Arc::new(chain))))
-            }
+            ObjectKind::Disk => self.open_to_read(object),
             _ if writable => Err(Error::new(
                 Kind::ReadOnly,
                 format!(
@@ -746,7 +737,17 @@ impl Store {
             let object = self.object_of(&object.name, fresh)?;
             return self.open_top_keeping(&object, memory, keep);
         }
-        let chain = self.chain(parent_of(&header))?;
+        self.open_layer(object, file, memory, keep)
+    }
+    /// Opens the layer of a disk in `file`, which is locked exclusively and not sealed, for writing.
+    fn open_layer(
+        &self,
+        object: &Object,
+        file: Arc<dyn File>,
+        memory: Arc<SharedMemory>,
+        keep: Option<Keep>,
+    ) -> Result<(Layer, Arc<Chain>)> {
+        let chain = self.chain(parent_of(&read_header(&*file)?))?;
         let layer = Layer::open_over(file, memory, keep, Some(chain.clone()))
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not

@@ -92,7 +92,7 @@ pub(super) fn settings_on(settings: &Extra, below: Below) -> Extra {
 }
 
 /// The quota that settings tell of.
-fn quota_in(settings: &Extra) -> Result<Option<Quota>> {
+pub(super) fn quota_in(settings: &Extra) -> Result<Option<Quota>> {
     let Some(text) = settings.get(QUOTA) else {
         return Ok(None);
     };

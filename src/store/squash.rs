@@ -448,10 +448,7 @@ impl Store {
             // A disk that is open for reading only: its own layer is no sealed one.
             (None, Some(own)) if own.state() != State::Sealed => {
                 let below = self.chain(parent_of(own.header()))?;
-                let mut layers = vec![own.clone()];
-                layers.extend(below.layers().iter().cloned());
-                let base = below.base().clone();
-                Arc::new(Chain::new(layers, base, self.budget.clone()))
+                Arc::new(self.chain_over(own.clone(), &below))
             }
             (None, Some(top)) => self.chain(Below::Layer(top.id()))?,
         };

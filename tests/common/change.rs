@@ -1,9 +1,10 @@
 //! Rollback, other sizes, and snapshots of two disks at one instant.
 
 use super::{Attempt, Model, World, with_all};
-use forkdisk::disk::Disk;
-use forkdisk::error::Result;
-use forkdisk::store::Member;
+use forkdisk::disk::{CowDisk, Disk};
+use forkdisk::error::{Kind, Result};
+use forkdisk::layer::volatile;
+use forkdisk::store::{Member, Store};
 use std::sync::Arc;
 
 /// The same contents with another size: what is added is zeros.
@@ -19,6 +20,26 @@ impl World {
         self.disks
             .get(disk)
             .map_or(self.size, |m| m.now.len() as u64)
+    }
+    /// Changes a disk at rest while somebody has it open for reading only, who sees `then` afterwards.
+    pub(super) fn beneath_readers(
+        &self,
+        disk: &str,
+        then: &[u8],
+        work: impl FnOnce(&Store, &CowDisk) -> Result<()>,
+    ) -> Result<()> {
+        let object = self.store.resolve(disk)?;
+        let open = self.store.open_cow(&object, false)?;
+        self.store.take_up(disk, &open, volatile::private()?)?;
+        let done = work(&self.store, &open);
+        let refused = open.write(&[1; 512], 0).map_err(|e| e.kind());
+        assert_eq!(refused, Err(Kind::ReadOnly), "a reader writes to {disk}");
+        self.store.lay_down(&open)?;
+        done?;
+        let mut seen = vec![0; then.len()];
+        open.read(&mut seen, 0)?;
+        assert!(seen == then, "who reads {disk} sees something else");
+        Ok(())
     }
     pub(super) fn roll_back(&mut self, disk: &str, to: usize) -> Result<()> {
         let prefix = format!("{disk}@");
@@ -44,6 +65,14 @@ impl World {
             Some(open) => {
                 self.reached.note("rollback of an open disk");
                 self.store.rollback_running(open, disk, name)
+            }
+            None if to.is_multiple_of(3) => {
+                self.reached.note("rollback of a disk open for reading");
+                let work = |store: &Store, open: &CowDisk| {
+                    store.rollback_running(open, disk, name).map(drop)
+                };
+                self.beneath_readers(disk, &contents, work)
+                    .and_then(|()| self.store.resolve(disk))
             }
             None => {
                 self.reached.note("rollback at rest");

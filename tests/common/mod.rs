@@ -417,6 +417,12 @@ impl World {
                     .snapshot_running(&open, disk, &snap, Some("a message"))?;
                 self.reached.note("snapshot of an open disk");
             }
+            None if self.made.is_multiple_of(2) => {
+                self.beneath_readers(disk, &now, |store, open| {
+                    store.snapshot_running(open, disk, &snap, None).map(drop)
+                })?;
+                self.reached.note("snapshot of a disk open for reading");
+            }
             None => drop(self.store.snapshot(disk, &snap, None)?),
         }
         self.flushed(disk);

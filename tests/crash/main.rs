@@ -284,6 +284,8 @@ fn every_cut_leaves_what_was_acknowledged_or_attempted() {
         "renaming",
         "rollback of an open disk",
         "rollback at rest",
+        "snapshot of a disk open for reading",
+        "rollback of a disk open for reading",
         "growing",
         "shrinking",
         "snapshots of two disks",

@@ -9,7 +9,7 @@ use crate::disk::{Disk, Extent, Source};
 use crate::error::{Error, Result};
 use crate::format::Header;
 use crate::io::File;
-use crate::layer::{Layer, State};
+use crate::layer::{Layer, ReadLayer, State};
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, Id, Lba, REGION_BYTES};
@@ -226,6 +226,26 @@ impl Halted<'_> {
     /// The memory of the volatile log.
     pub fn volatile(&self) -> Result<Arc<SharedMemory>> {
         Ok(self.layer()?.volatile().clone())
+    }
+    /// The layer at the top of what it shows, if that cannot be changed now.
+    pub fn shown_layer(&self) -> Option<Arc<ReadLayer>> {
+        let shown = self.top.layer.is_none().then(|| self.top.chain.layers());
+        shown.and_then(|layers| layers.first().cloned())
+    }
+    /// Was it closed?
+    pub fn is_closed(&self) -> bool {
+        self.disk.closed.load(SeqCst)
+    }
+    /// Closes its layer cleanly; returns its file.
+    pub fn close(&self) -> Result<Arc<dyn File>> {
+        let layer = self.layer()?;
+        layer.close(State::Clean, None)?;
+        Ok(layer.file().clone())
+    }
+    /// Shows a chain alone from now on, with the same contents.
+    pub fn show(mut self, chain: Arc<Chain>) {
+        let top: &mut Top = &mut self.top;
+        *top = Top { layer: None, chain };
     }
     /// Stops the disk for good: what it writes into is no part of it any more.
     pub fn stop(&self, why: &Error) {
