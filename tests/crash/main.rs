@@ -285,7 +285,6 @@ fn every_cut_leaves_what_was_acknowledged_or_attempted() {
         "rollback of an open disk",
         "rollback at rest",
         "snapshot of a disk open for reading",
-        "rollback of a disk open for reading",
         "growing",
         "shrinking",
         "snapshots of two disks",

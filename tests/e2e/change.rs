@@ -7,6 +7,7 @@ use crate::{
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
+    os::fd::AsRawFd,
     os::unix::fs::{FileExt, OpenOptionsExt},
     os::unix::net::UnixStream,
     path::Path,
@@ -259,9 +260,6 @@ fn a_disk_is_rolled_back() {
     tool("sync", ["-f", s(&m)]);
     kill_and_wait(w.pid("server_pid"));
     assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "three");
-    w.ok(["detach", "d"]);
-    w.ok(["attach", "d", "--ro"]);
-    w.fails_here(11, &["rollback", "d@two"]);
     w.ok(["detach", "d"]);
     w.ok(["attach", "d", "--via", "file"]);
     let open = File::open(w.store.join("run/disks/d")).unwrap();
@@ -755,4 +753,117 @@ fn what_a_filesystem_does_not_use_is_given_back() {
         .collect();
     assert!(left.is_empty(), "{left:?}");
     w.finish();
+}
+
+/// Who reads a disk that is attached read-only does not notice what others do to it, and cannot write meanwhile or afterwards.
+#[test]
+fn what_is_attached_read_only_is_changed_by_others() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    w.ok(["create", "other", "--from", "base"]);
+    w.ok(["resize", "d", "--history", "1h"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    fs::write(m.join("file"), noise(1, 3 << 20)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["detach", "d"]);
+    let device = w.ok(["attach", "d", "--ro", "--mount", s(&m)]);
+    let first = sectors(&device) * 512;
+    let whole = || read_direct(Path::new(&device), 0, first as usize);
+    let (tree, was) = (tree_digest(&m), whole());
+    let history = w.json(["ls", "--history", "d"])["points"].clone();
+    assert!(history.as_array().unwrap().len() > 1, "{history}");
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut rounds = 0;
+            while !over.load(SeqCst) {
+                assert!(whole() == was, "in round {rounds}");
+                rounds += 1;
+            }
+            rounds
+        });
+        let changed = || {
+            let mut block = Block::new();
+            let open = File::options()
+                .write(true)
+                .custom_flags(libc::O_DIRECT)
+                .open(&device);
+            let written = open.and_then(|f| f.write_all_at(block.bytes(), 0));
+            assert!(written.is_err(), "it can be written");
+        };
+        // A fork of what it was, and what is only looked at, leave it as it is.
+        w.ok(["create", "past", "--from", "d", "--at", "#1"]);
+        assert_eq!(w.json(["ls", "--history", "d"])["points"], history);
+        for args in [
+            &["snapshot", "d@one"][..],
+            &["create", "fork", "--from", "d"],
+            &["commit", "d", "image"],
+            &["snapshot", "d@two", "other@two"],
+            &["snapshot", "d@frozen"],
+            &["resize", "d", "+64M"],
+            &["resize", "d", "--quota", "1G"],
+            &["flatten", "d"],
+            &["rename", "d", "renamed"],
+            &["snapshot", "renamed@three"],
+            &["squash", "renamed"],
+        ] {
+            w.ok(args);
+            changed();
+        }
+        kill_and_wait(w.pid("server_pid"));
+        w.ok(["snapshot", "renamed@four"]);
+        changed();
+        w.ok(["snapshot", "renamed@five"]);
+        over.store(true, SeqCst);
+        assert!(reader.join().unwrap() > 0);
+    });
+    assert_eq!(sectors(&device) * 512, first + (64 << 20));
+    assert_eq!(tree_digest(&m), tree);
+    // Going back is for what nobody uses.
+    let told = w.fails_here(11, &["rollback", "renamed@one"]);
+    assert!(told.contains("mounted"), "{told}");
+    tool("umount", [s(&m)]);
+    w.ok(["rollback", "renamed@one"]);
+    assert_eq!(sectors(&device) * 512, first);
+    assert!(whole() == was);
+    w.ok(["detach", "renamed"]);
+    for name in ["fork", "image", "renamed@five", "renamed"] {
+        let device = w.ok(["attach", name, "--ro"]);
+        let shown = read_direct(Path::new(&device), 0, first as usize);
+        assert!(shown == was, "{name}");
+        w.ok(["detach", name]);
+    }
+    // By the file, and while another process reads it, too: what that has locked nobody changes.
+    w.ok(["attach", "renamed", "--ro", "--via", "file"]);
+    let file = w.store.join("run/disks/renamed");
+    let other = File::open(w.layer_of("renamed")).unwrap();
+    flock(&other, libc::LOCK_SH);
+    let told = w.fails_here(11, &["snapshot", "renamed@six"]);
+    assert!(told.contains("being read"), "{told}");
+    // Its own lock is still there.
+    flock(&other, libc::LOCK_UN);
+    // SAFETY: a call on an open descriptor.
+    let taken = unsafe { libc::flock(other.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    assert_eq!(taken, -1, "the layer is not locked");
+    w.ok(["snapshot", "renamed@six"]);
+    let mut shown = vec![0; first as usize];
+    File::open(&file)
+        .unwrap()
+        .read_exact_at(&mut shown, 0)
+        .unwrap();
+    assert!(shown == was);
+    assert!(File::options().write(true).open(&file).is_err());
+    drop(other);
+    w.ok(["detach", "renamed"]);
+    w.ok(["check"]);
+    w.finish();
+}
+
+fn flock(file: &File, how: i32) {
+    // SAFETY: a call on an open descriptor.
+    assert_eq!(unsafe { libc::flock(file.as_raw_fd(), how) }, 0);
 }
