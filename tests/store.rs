@@ -1,12 +1,13 @@
 //! What the store tells of its objects, and what it makes of requests that others need not know.
 #![allow(missing_docs, reason = "a test")]
 
-use forkdisk::disk::Disk;
+use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::Kind;
 use forkdisk::io::Access;
 use forkdisk::io::count::Counting;
 use forkdisk::io::os::OsDir;
-use forkdisk::io::sim::SimDisk;
+use forkdisk::io::sim::{FaultKind, SimDisk};
+use forkdisk::layer::volatile;
 use forkdisk::store::{Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::Id;
 use std::path::Path;
@@ -433,4 +434,101 @@ fn what_a_snapshot_in_the_middle_gives_back_is_said_before() {
     assert_eq!(before - private(), plan.frees);
     assert_eq!(store.gc(true).expect("gc").reclaimed, 0);
     tidy(&store);
+}
+
+/// A disk that is open for reading only.
+fn reader(store: &Store, name: &str) -> Arc<CowDisk> {
+    let object = store.resolve(name).expect("resolve");
+    store.open_cow(&object, false).expect("open")
+}
+
+fn shows(disk: &CowDisk, byte: u8) -> bool {
+    let mut seen = [0; 4096];
+    disk.read(&mut seen, 0).expect("read");
+    seen == [byte; 4096]
+}
+
+#[test]
+fn a_disk_open_for_reading_keeps_its_layer_whoever_looks_below_it() {
+    let store = store();
+    fork(&store, "d", "base");
+    change(&store, "d", |disk| {
+        disk.write(&[9; 4096], 0).expect("write")
+    });
+    let disk = reader(&store, "d");
+    let memory = || volatile::private().expect("memory");
+    // Whoever puts other files below it had looked at it while somebody changed it.
+    store
+        .take_up("d", &disk, memory(), false)
+        .expect("taken up");
+    let (own, below) = disk.stands_on();
+    assert!(own.is_some() && shows(&disk, 9));
+    store.lay_down(&disk).expect("laid down");
+    assert!(!disk.rechain(&below, below.clone()));
+    assert!(shows(&disk, 9), "its own layer is gone");
+    // Twice does no harm.
+    store.lay_down(&disk).expect("laid down");
+    store
+        .take_up("d", &disk, memory(), false)
+        .expect("taken up");
+    store
+        .take_up("d", &disk, memory(), false)
+        .expect("taken up");
+    store
+        .snapshot_running(&disk, "d", "s", None)
+        .expect("snapshot");
+    let kind = |done: forkdisk::error::Result<()>| done.map_err(|e| e.kind());
+    assert_eq!(kind(disk.write(&[1; 4096], 0)), Err(Kind::ReadOnly));
+    assert_eq!(kind(disk.discard(0, 4096)), Err(Kind::ReadOnly));
+    store.lay_down(&disk).expect("laid down");
+    assert!(shows(&disk, 9) && disk.read_only());
+    assert_eq!(disk.top_layer(), Some(store.resolve("d").expect("d").id));
+    // Nobody can write to it meanwhile, and anybody can afterwards.
+    let object = store.resolve("d").expect("d");
+    assert!(store.open_cow(&object, true).is_err());
+    // What is closed stays closed.
+    disk.close().expect("closed");
+    assert!(store.take_up("d", &disk, memory(), false).is_err());
+    drop(disk);
+    change(&store, "d", |disk| {
+        disk.write(&[8; 4096], 0).expect("write")
+    });
+    assert!(shows(&reader(&store, "d"), 8));
+    // Of a name that refers to another layer by now the present one is opened.
+    let before = store.resolve("d").expect("d");
+    store.snapshot("d", "t", None).expect("snapshot");
+    let disk = store.open_cow(&before, false).expect("open");
+    assert_eq!(disk.top_layer(), Some(store.resolve("d").expect("d").id));
+}
+
+/// What fails while a disk is made ready to be changed, or when that is over, leaves it as it was to those who read it, and to others.
+#[test]
+fn who_reads_a_disk_does_not_notice_what_fails() {
+    let sim = SimDisk::new(1);
+    let store = store_on(&sim);
+    fork(&store, "d", "base");
+    change(&store, "d", |disk| {
+        disk.write(&[9; 4096], 0).expect("write")
+    });
+    let mut failed = 0;
+    for nth in 1.. {
+        let disk = reader(&store, "d");
+        let memory = volatile::private().expect("memory");
+        let before = sim.calls();
+        sim.fail_calls(before + nth, 1, FaultKind::Eio);
+        let taken = store.take_up("d", &disk, memory, false);
+        let done =
+            taken.and_then(|()| store.snapshot_running(&disk, "d", &format!("s{nth}"), None));
+        let laid = store.lay_down(&disk);
+        let all = sim.calls() < before + nth;
+        sim.clear_faults();
+        failed += u32::from(done.is_err() || laid.is_err());
+        assert!(shows(&disk, 9), "after call {nth}: {done:?} {laid:?}");
+        drop(disk);
+        assert!(shows(&reader(&store, "d"), 9), "after call {nth}");
+        if all {
+            break;
+        }
+    }
+    assert!(failed > 5, "{failed}");
 }

@@ -8,6 +8,7 @@ use crate::{
         names::Names,
         render::{json::ObjectDoc, size::SizeArg},
         resize::QuotaArgs,
+        states::patiently,
         store::counted,
     },
     daemon::{Attached, Client, PastOwner},
@@ -151,8 +152,9 @@ impl Create {
             ObjectKind::Disk => context.daemon_of(store, &from.name)?,
             _ => None,
         };
-        // Of one that is attached for reading nothing changes.
-        attached = attached.filter(|(_, a)| !a.read_only);
+        // What is attached read-only nobody changes for longer than a moment.
+        let read = attached.as_ref().is_some_and(|(_, a)| a.read_only);
+        attached = attached.filter(|_| !read);
         let mut owner = attached.as_mut().map(|(daemon, _)| PastOwner {
             daemon,
             disk: &from.name,
@@ -161,7 +163,10 @@ impl Create {
         let label = format!("copying {} as it was", from.name);
         let progress = context.ui.progress(&label);
         let owner = owner.as_mut().map(|o| o as &mut dyn Owner);
-        let made = store.create_at_with(&fork, owner, &*progress)?;
+        let made = match read {
+            true => patiently(|| store.create_at_with(&fork, None, &*progress))?,
+            false => store.create_at_with(&fork, owner, &*progress)?,
+        };
         Ok(vec![made])
     }
 }

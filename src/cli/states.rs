@@ -6,30 +6,68 @@ use crate::{
     error::{Kind, Result},
     store::{Below, Object, ObjectKind, State, Store},
 };
+use std::time::{Duration, Instant};
 
 /// How often a disk that is written to is opened again because its writer has used a place anew.
 const TRIES: u32 = 20;
 
-/// The daemon, if it has this disk attached for writing.
-fn writer(context: &Context, store: &Store, object: &Object) -> Result<Option<Client>> {
+/// How long what is attached read-only is waited for, while another command changes it.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked at meanwhile.
+const STEP: Duration = Duration::from_millis(20);
+
+/// Who has an object.
+enum Owner {
+    /// Nobody who could write to it.
+    None,
+    /// The daemon, for writing.
+    Writer(Client),
+    /// The daemon, for reading: another command may change it for a moment.
+    Reader,
+}
+
+fn owner(context: &Context, store: &Store, object: &Object) -> Result<Owner> {
     if object.kind != ObjectKind::Disk {
-        return Ok(None);
+        return Ok(Owner::None);
     }
-    let found = context.daemon_of(store, &object.name)?;
-    Ok(found.and_then(|(daemon, attached)| (!attached.read_only).then_some(daemon)))
+    Ok(match context.daemon_of(store, &object.name)? {
+        None => Owner::None,
+        Some((_, attached)) if attached.read_only => Owner::Reader,
+        Some((daemon, _)) => Owner::Writer(daemon),
+    })
+}
+
+/// Does `work` with a disk that is attached read-only, as soon as nobody changes it.
+pub(crate) fn patiently<T>(mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match work() {
+            Err(e) if e.kind() == Kind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(STEP);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// The state of a disk that is attached read-only.
+fn state_for_readers(store: &Store, name: &str) -> Result<State> {
+    // It may have got another layer meanwhile.
+    patiently(|| store.state(&store.resolve(name)?))
 }
 
 /// The present state of an object, which stays as it is however long it is read: that of a disk which is attached for writing
 /// is sealed for it, if it has changed since it was sealed last.
 pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Result<State> {
-    match writer(context, store, object)? {
-        Some(mut daemon) => {
+    match owner(context, store, object)? {
+        Owner::Writer(mut daemon) => {
             let points = points(store, object);
             let state = store.state_of(daemon.settle(&object.name)?)?.of_a_disk();
             tell_of_history(context, store, object, points);
             Ok(state)
         }
-        None => store.state(object),
+        Owner::Reader => state_for_readers(store, &object.name),
+        Owner::None => store.state(object),
     }
 }
 
@@ -68,10 +106,18 @@ enum Of {
 
 impl<'a> Looked<'a> {
     pub(crate) fn at(context: &Context, store: &'a Store, object: &Object) -> Result<Looked<'a>> {
-        let daemon = writer(context, store, object)?;
-        let live = daemon.is_some();
+        let owner = owner(context, store, object)?;
+        if let Owner::Reader = owner {
+            return Ok(Looked {
+                store,
+                of: Of::Object(store.resolve(&object.name)?),
+                live: false,
+                state: state_for_readers(store, &object.name)?,
+            });
+        }
+        let live = matches!(owner, Owner::Writer(_));
         let mut object = object.clone();
-        if let Some(mut daemon) = daemon {
+        if let Owner::Writer(mut daemon) = owner {
             daemon.flush(&object.name)?;
             // A snapshot may have come in between: then the flush went to another layer.
             object = store.resolve(&object.name)?;

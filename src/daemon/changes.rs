@@ -45,8 +45,8 @@ impl Server {
     }
 
     fn roll_back(&self, disk: &str, name: &str) -> Result<Value> {
-        let running = self.running(disk)?;
         let _unused = self.must_be_unused(disk)?;
+        let running = self.running(disk)?;
         let done = self.store.rollback_running(&running, disk, name);
         // Also after a failure: it may have come late.
         self.refresh(disk);

@@ -4,11 +4,12 @@
 
 use super::handover::{Handover, Place};
 use super::protocol::{attached, attached_json, number, text};
+use super::running::TakenUp;
 use super::{Attached, Via, file_name};
 use crate::disk::{CowDisk, Disk, FailedDisk};
 use crate::error::{Error, Kind, Result};
 use crate::serve::files::Files;
-use crate::store::{Object, Store};
+use crate::store::{Object, ObjectKind, Store};
 use crate::sys::process::Process;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -51,6 +52,8 @@ pub(super) struct Entry {
     pub(super) clients: Vec<Process>,
     /// Why it could not be opened again after a takeover.
     pub(super) failed: Option<Error>,
+    /// How many are changing it, if it is attached read-only.
+    pub(super) taken_up: TakenUp,
 }
 
 impl Phase {
@@ -151,6 +154,10 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         Ok(disk) => {
             show(disk.clone())?;
             attached.size = disk.size();
+            // A disk writes into another layer after each snapshot, of which the last server may not have left word.
+            if attached.kind == ObjectKind::Disk {
+                attached.id = disk.top_layer().unwrap_or(attached.id);
+            }
             (Some(disk), None)
         }
         Err(e) => {
@@ -177,6 +184,7 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
         orphan: phase != Phase::Ready,
         clients: clients(said),
         failed,
+        taken_up: TakenUp::default(),
     }))
 }
 

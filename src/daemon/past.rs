@@ -48,8 +48,9 @@ impl Server {
     }
     fn rewind(&self, request: &Value) -> Result<Value> {
         let disk = text(request, "disk")?;
-        let running = self.running(disk)?;
         let _unused = self.must_be_unused(disk)?;
+        // The point must not go because it is looked for.
+        let running = self.running_with(disk, true)?;
         let at = At::Number(number(request, "point")?);
         let done = self.store.rewind_running(&running, disk, at)?;
         Ok(rewound_json(&done))

@@ -9,18 +9,30 @@ use crate::error::{Error, Kind, Result};
 use crate::store::ObjectKind;
 use crate::sys::shared::SharedMemory;
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// Disks attached read-only that are being changed, by where they are in memory, and how many change each.
-pub(super) type TakenUp = Mutex<BTreeMap<usize, usize>>;
+/// How many change a disk that is attached read-only. Held while the first of them makes it ready for that, and the last one ends it.
+pub(super) type TakenUp = Arc<Mutex<usize>>;
 
 /// An attached disk that can be changed as long as this lives.
 pub(super) struct Running<'s> {
     disk: Arc<CowDisk>,
     /// It is to be open for reading only again.
-    taken_up: Option<&'s Server>,
+    reading: Option<Reading<'s>>,
+}
+
+struct Reading<'s> {
+    server: &'s Server,
+    name: String,
+    taken_up: TakenUp,
+}
+
+/// What is needed to change a disk that is attached read-only.
+pub(super) struct ToTakeUp {
+    /// For its volatile log.
+    memory: Arc<SharedMemory>,
+    taken_up: TakenUp,
 }
 
 impl Deref for Running<'_> {
@@ -32,43 +44,50 @@ impl Deref for Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let Some(server) = self.taken_up else { return };
-        let key = Arc::as_ptr(&self.disk) as usize;
-        // Held to the end: whoever comes next finds it open for reading only, or not yet.
-        let mut taken = server.taken_up.lock();
-        let others = taken.get(&key).copied().unwrap_or(1) - 1;
-        if others > 0 {
-            taken.insert(key, others);
-            return;
+        let Some(reading) = &self.reading else { return };
+        let mut others = reading.taken_up.lock();
+        *others -= 1;
+        if *others == 0
+            && let Err(e) = reading.server.store.lay_down(&self.disk)
+        {
+            tracing::error!(
+                disk = reading.name,
+                "attached read-only, was changed, and cannot be again until it is detached: {e}"
+            );
         }
-        taken.remove(&key);
-        if let Err(e) = server.store.lay_down(&self.disk) {
-            tracing::error!("a disk attached read-only was changed, and cannot be again: {e}");
-        }
+        drop(others);
+        // Whatever became of the change: it may have got another layer.
+        reading.server.refresh(&reading.name);
     }
 }
 
 impl Server {
     /// An attached disk, to be changed. Its users do not notice, but for a moment in which they wait.
     pub(super) fn running(&self, name: &str) -> Result<Running<'_>> {
-        let (disk, memory) = self.open_disk(name)?;
-        let Some(memory) = memory else {
+        self.running_with(name, false)
+    }
+    /// [`Server::running`]; `whole`: nothing of its history goes by that.
+    pub(super) fn running_with(&self, name: &str, whole: bool) -> Result<Running<'_>> {
+        let (disk, reading) = self.open_disk(name)?;
+        let Some(ToTakeUp { memory, taken_up }) = reading else {
             return Ok(Running {
                 disk,
-                taken_up: None,
+                reading: None,
             });
         };
-        let key = Arc::as_ptr(&disk) as usize;
-        let mut taken = self.taken_up.lock();
-        let others = taken.get(&key).copied().unwrap_or(0);
-        if others == 0 {
-            self.store.take_up(name, &disk, memory)?;
+        let mut others = taken_up.lock();
+        if *others == 0 {
+            self.store.take_up(name, &disk, memory, whole)?;
         }
-        taken.insert(key, others + 1);
-        drop(taken);
+        *others += 1;
+        drop(others);
         Ok(Running {
             disk,
-            taken_up: Some(self),
+            reading: Some(Reading {
+                server: self,
+                name: name.into(),
+                taken_up,
+            }),
         })
     }
     /// An attached disk; [`Kind::Busy`] if nobody writes to it.
@@ -78,11 +97,8 @@ impl Server {
             (_, Some(_)) => Err(read_only(name)),
         }
     }
-    /// An attached disk, and memory for its volatile log if it is attached read-only.
-    pub(super) fn open_disk(
-        &self,
-        name: &str,
-    ) -> Result<(Arc<CowDisk>, Option<Arc<SharedMemory>>)> {
+    /// An attached disk, and what is needed to change it if it is attached read-only.
+    pub(super) fn open_disk(&self, name: &str) -> Result<(Arc<CowDisk>, Option<ToTakeUp>)> {
         let table = self.table.lock();
         let entry = table.get(name).ok_or_else(|| not_attached(name))?;
         if entry.phase == Phase::Closing {
@@ -95,8 +111,12 @@ impl Server {
             return Err(why.clone());
         }
         let disk = entry.disk.clone().ok_or_else(|| in_transit(name))?;
-        let memory = entry.attached.read_only.then(|| entry.place.volatile());
-        Ok((disk, memory.transpose()?))
+        if !entry.attached.read_only {
+            return Ok((disk, None));
+        }
+        let memory = entry.place.volatile()?;
+        let taken_up = entry.taken_up.clone();
+        Ok((disk, Some(ToTakeUp { memory, taken_up })))
     }
 }
 

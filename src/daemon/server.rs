@@ -87,8 +87,6 @@ pub(super) struct Server {
     pub(super) joining: Mutex<()>,
     /// A layer below an attached disk lost its name.
     pub(super) nameless: AtomicBool,
-    /// Disks attached read-only that are being changed.
-    pub(super) taken_up: TakenUp,
 }
 
 /// Why the server ends.
@@ -179,7 +177,6 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         before,
         leaving: AtomicBool::new(false),
         joining: Mutex::new(()),
-        taken_up: TakenUp::default(),
         nameless: AtomicBool::new(false),
         resized: AtomicBool::new(false),
     });
@@ -391,6 +388,7 @@ impl Server {
                 orphan: false,
                 clients: Vec::new(),
                 failed: None,
+                taken_up: TakenUp::default(),
             };
             memory = entry.place.volatile();
             if let Err(e) = entry.note() {
@@ -438,6 +436,10 @@ impl Server {
             .get_mut(&object.name)
             .ok_or_else(|| not_attached(&object.name))?;
         entry.attached.size = crate::disk::Disk::size(&*disk);
+        if object.kind == ObjectKind::Disk {
+            // It may have got another layer since it was looked up.
+            entry.attached.id = disk.top_layer().unwrap_or(object.id);
+        }
         entry.disk = Some(disk);
         entry.ino = ino;
         entry.backing = backing;

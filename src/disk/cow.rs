@@ -23,7 +23,7 @@ use crate::layer::{Layer, State};
 use crate::sync::atomic::{self, Ordering::SeqCst};
 use crate::sync::{Mutex, RwLock};
 use crate::sys::shared::SharedMemory;
-use crate::units::{BLOCK, BLOCK_SIZE, Lba, REGION_BLOCKS, Region, Slot};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -153,14 +153,20 @@ impl CowDisk {
     pub fn chain(&self) -> Arc<Chain> {
         self.top.read().chain.clone()
     }
-    /// The header of its own layer, if it can be written.
-    pub fn own_header(&self) -> Option<Header> {
-        self.top.read().layer.as_ref().map(|layer| *layer.header())
+    /// The header of its own layer, if it is open for writing, and the chain below it.
+    pub fn stands_on(&self) -> (Option<Header>, Arc<Chain>) {
+        let top = self.top.read();
+        let own = top.layer.as_ref().map(|layer| *layer.header());
+        (own, top.chain.clone())
     }
-    /// Goes on over `chain`, which shows the same as the one below now: its files were replaced by others. Requests wait for a moment.
-    pub fn rechain(&self, chain: Arc<Chain>) {
+    /// Goes on over `chain` in the place of `now`, which shows the same: its files were replaced by others. Requests wait for a moment. Nothing is done,
+    /// and that is said, if it does not stand on `now` any more.
+    pub fn rechain(&self, now: &Arc<Chain>, chain: Arc<Chain>) -> bool {
         let old = {
             let mut top = self.top.write();
+            if !Arc::ptr_eq(&top.chain, now) {
+                return false;
+            }
             if let Some(layer) = &top.layer {
                 // What counts below it may have become less.
                 self.limit(layer, &chain);
@@ -170,6 +176,13 @@ impl CowDisk {
         };
         // Not under the lock: the last user closes the files.
         drop(old);
+        true
+    }
+    /// The layer that it writes into, or the topmost that it shows.
+    pub fn top_layer(&self) -> Option<Id> {
+        let top = self.top.read();
+        let own = top.layer.as_ref().map(Layer::id);
+        own.or_else(|| top.chain.layers().first().map(|layer| layer.id()))
     }
     /// Gives freed space back to the host; for a housekeeping thread.
     pub fn maintain(&self) -> Result<()> {

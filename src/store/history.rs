@@ -108,7 +108,7 @@ impl Store {
         })?;
         Ok(Some(limits))
     }
-    fn keep(&self, limits: Limits) -> Keep {
+    pub(super) fn keep(&self, limits: Limits) -> Keep {
         Keep {
             window: limits.window.map(|s| s * 1000),
             bytes: limits.bytes,

@@ -28,7 +28,7 @@ fn until_one_fails<T, R>(items: &[T], work: impl Fn(&T) -> Result<R>) -> Until<R
 pub(super) fn both<T: Sync, R: Send>(
     items: &[T],
     first: impl Fn(&T) -> Result<R>,
-    second: impl Fn(&T) -> Result<R> + Send,
+    second: impl Fn(&T) -> Result<R> + Sync,
 ) -> (Until<R>, Until<R>) {
     if items.len() < MANY {
         let first = until_one_fails(items, first);
@@ -38,12 +38,16 @@ pub(super) fn both<T: Sync, R: Send>(
         };
         return (first, second);
     }
+    let second = &second;
     thread::scope(|scope| {
-        let other = scope.spawn(move || until_one_fails(items, second));
+        let work = || until_one_fails(items, second);
+        let other = thread::Builder::new().spawn_scoped(scope, work);
         let first = until_one_fails(items, first);
-        match other.join() {
-            Ok(second) => (first, second),
-            Err(panic) => resume_unwind(panic),
+        match other.map(|other| other.join()) {
+            Ok(Ok(second)) => (first, second),
+            Ok(Err(panic)) => resume_unwind(panic),
+            // There is no thread to be had.
+            Err(_) => (first, until_one_fails(items, second)),
         }
     })
 }

@@ -6,10 +6,12 @@
 //!   [`Store::lay_down`]: between the two nobody else can have it;
 //! - who reads sees the same disk before, between and after the two, and can write in none of them.
 
+use super::history::Limits;
 use super::quota::quota_in;
 use super::{Object, Store, in_use, layer_file, names, parent_of};
 use crate::chain::Chain;
 use crate::disk::CowDisk;
+use crate::disk::cow::Halted;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
 use crate::layer::{ReadLayer, State, recover};
@@ -19,6 +21,8 @@ use std::sync::Arc;
 impl Store {
     /// Opens a disk for reading only. The names lock is held.
     pub(super) fn open_to_read(&self, object: &Object) -> Result<Arc<CowDisk>> {
+        // It may have got another layer since it was looked up.
+        let object = self.object(&object.name)?;
         let name = layer_file(object.id);
         // It may have to be changed later on, under the same lock; not where the host allows for reading alone.
         let file = match self.layers.open(&name, Access::Write) {
@@ -41,64 +45,99 @@ impl Store {
         layers.extend(below.layers().iter().cloned());
         Chain::new(layers, below.base().clone(), self.budget.clone())
     }
-    /// Lets a disk called `name` that is open for reading only be changed, by all but its users: until [`Store::lay_down`]. `memory` is for its volatile log.
-    /// Nothing is done where it can be written. [`Kind::Busy`] while another process reads it, too.
-    pub fn take_up(&self, name: &str, disk: &CowDisk, memory: Arc<SharedMemory>) -> Result<()> {
+    /// Lets a disk called `name` that is open for reading only be changed, by all but its users: until [`Store::lay_down`]. `memory` is for its volatile log;
+    /// `whole`: nothing of its history goes, however old it is. Nothing is done where it can be written. [`Kind::Busy`] while another process reads it, too.
+    pub fn take_up(
+        &self,
+        name: &str,
+        disk: &CowDisk,
+        memory: Arc<SharedMemory>,
+        whole: bool,
+    ) -> Result<()> {
         let _lock = self.lock(true)?;
         let mut object = self.object(name)?;
-        let halted = disk.halt();
-        let Some(own) = halted.shown_layer() else {
-            return Ok(());
+        let quota = quota_in(&names::read_name(&*self.names, name)?.extra)?;
+        let keep = match whole {
+            true => Some(self.keep(Limits::default())),
+            false => self.keep_of(name)?,
         };
-        if own.id() != object.id || halted.is_closed() {
-            return Err(Error::new(
+        let halted = disk.halt();
+        let changed = || {
+            Error::new(
                 Kind::Busy,
                 format!("`{name}` is not what it was when it was attached"),
             )
-            .hint(format!("`forkdisk detach {name}` and attach it again")));
+            .hint(format!("`forkdisk detach {name}` and attach it again"))
+        };
+        if halted.is_closed() {
+            return Err(changed());
         }
-        let opened = if own.state() == State::Sealed {
-            // A snapshot of it was interrupted, maybe before the seal and the name were on the disk.
+        let Some(own) = halted.shown_layer() else {
+            return Ok(());
+        };
+        if own.id() != object.id {
+            return Err(changed());
+        }
+        let file = own.file().clone();
+        let sealed = || -> Result<bool> {
+            let found = recover::superblock(&*file, own.header())?;
+            Ok(State::of(&found.superblock) == State::Sealed)
+        };
+        // As where a disk is opened for writing: nobody knows whether the seal and the name are on the disk.
+        let (layer, chain) = if sealed()? && {
             self.names.sync()?;
-            recover::settle(&**own.file(), own.header())?;
+            recover::settle(&*file, own.header())?;
+            sealed()?
+        } {
             let fresh = self.put_layer_on_top(&object)?;
             object = self.object_of(name, fresh)?;
-            self.open_top(&object, memory)
+            self.open_top(&object, memory)?
         } else {
-            let file = own.file().clone();
             if let Err(e) = file.lock(true) {
                 file.lock(false)?;
                 return Err(in_use(&e, &format!("`{name}` is being read")));
             }
             let staged = self.stage_opened(name);
-            let opened = self.open_layer(&object, file.clone(), memory, self.keep_of(name)?);
-            match (&opened, staged) {
-                (Ok(_), Some(staged)) => self.place_opened(name, staged),
-                (Err(_), Some((temporary, _))) => drop(self.names.remove(&temporary)),
-                (_, None) => {}
+            match (self.open_layer(&object, file.clone(), memory, keep), staged) {
+                (Ok(opened), staged) => {
+                    if let Some(staged) = staged {
+                        self.place_opened(name, staged);
+                    }
+                    opened
+                }
+                (Err(e), staged) => {
+                    if let Some((temporary, _)) = staged {
+                        let _ = self.names.remove(&temporary);
+                    }
+                    // The opening may have come far enough for other maps to count.
+                    self.show_again(halted, file)?;
+                    return Err(e);
+                }
             }
-            if opened.is_err() {
-                file.lock(false)?;
-            }
-            opened
         };
-        let (layer, chain) = opened?;
         halted.go_on(layer, chain);
-        let quota = quota_in(&names::read_name(&*self.names, name)?.extra)?;
         disk.set_quota(quota);
         Ok(())
     }
-    /// Ends what [`Store::take_up`] began. Where that fails the disk can still be read, and not be changed any more.
+    /// Ends what [`Store::take_up`] began. What could not be closed cleanly is shown as its last commit left it: its users had no part in what came after.
     pub fn lay_down(&self, disk: &CowDisk) -> Result<()> {
         let halted = disk.halt();
         if halted.shown_layer().is_some() || halted.is_closed() {
             return Ok(());
         }
-        let file = halted.close()?;
+        let file = halted.file()?;
+        if let Err(e) = halted.close() {
+            tracing::warn!("a disk attached read-only was changed, and is not closed cleanly: {e}");
+        }
+        self.show_again(halted, file)?;
+        disk.set_quota(None);
+        Ok(())
+    }
+    /// Lets a disk show the layer in `file`, and others read that, too.
+    fn show_again(&self, halted: Halted<'_>, file: Arc<dyn File>) -> Result<()> {
+        let chain = self.chain_to_read(file.clone());
         file.lock(false)?;
-        let layer = Arc::new(ReadLayer::open(file)?);
-        let chain = self.chain_over(layer, &halted.chain());
-        halted.show(Arc::new(chain));
+        halted.show(chain?);
         Ok(())
     }
 }

@@ -436,24 +436,29 @@ impl Store {
     pub fn rechain(&self, disk: &CowDisk) -> Result<bool> {
         // Nobody seals its layer meanwhile.
         let _lock = self.lock(false)?;
-        let old = disk.chain();
-        let changed = |layer: &Arc<ReadLayer>| self.is_replaced(layer) || self.has_shrunk(layer);
-        if !old.layers().iter().any(changed) {
-            return Ok(false);
-        }
-        self.forget_replaced();
-        let new = match (disk.own_header(), old.layers().first()) {
-            (Some(own), _) => self.chain(parent_of(&own))?,
-            (None, None) => return Ok(false),
-            // A disk that is open for reading only: its own layer is no sealed one.
-            (None, Some(own)) if own.state() != State::Sealed => {
-                let below = self.chain(parent_of(own.header()))?;
-                Arc::new(self.chain_over(own.clone(), &below))
+        loop {
+            let (own, old) = disk.stands_on();
+            let changed =
+                |layer: &Arc<ReadLayer>| self.is_replaced(layer) || self.has_shrunk(layer);
+            if !old.layers().iter().any(changed) {
+                return Ok(false);
             }
-            (None, Some(top)) => self.chain(Below::Layer(top.id()))?,
-        };
-        disk.rechain(new);
-        Ok(true)
+            self.forget_replaced();
+            let new = match (own, old.layers().first()) {
+                (Some(own), _) => self.chain(parent_of(&own))?,
+                (None, None) => return Ok(false),
+                // A disk that is open for reading only: its own layer is no sealed one.
+                (None, Some(own)) if own.state() != State::Sealed => {
+                    let below = self.chain(parent_of(own.header()))?;
+                    Arc::new(self.chain_over(own.clone(), &below))
+                }
+                (None, Some(top)) => self.chain(Below::Layer(top.id()))?,
+            };
+            // Else it was just opened for reading only: it stands on another chain then, which includes its own layer.
+            if disk.rechain(&old, new) {
+                return Ok(true);
+            }
+        }
     }
     /// Seals the layer of a disk at rest: all it shows is in sealed layers then, and the topmost of them is its own. Nothing is done where that is so already.
     pub fn seal(&self, disk: &str) -> Result<Object> {

@@ -30,7 +30,8 @@ impl World {
     ) -> Result<()> {
         let object = self.store.resolve(disk)?;
         let open = self.store.open_cow(&object, false)?;
-        self.store.take_up(disk, &open, volatile::private()?)?;
+        self.store
+            .take_up(disk, &open, volatile::private()?, false)?;
         let done = work(&self.store, &open);
         let refused = open.write(&[1; 512], 0).map_err(|e| e.kind());
         assert_eq!(refused, Err(Kind::ReadOnly), "a reader writes to {disk}");

@@ -830,6 +830,11 @@ fn what_is_attached_read_only_is_changed_by_others() {
     w.ok(["rollback", "renamed@one"]);
     assert_eq!(sectors(&device) * 512, first);
     assert!(whole() == was);
+    // A successor goes on with that, and can be asked the same.
+    kill_and_wait(w.pid("server_pid"));
+    assert!(whole() == was);
+    w.ok(["snapshot", "renamed@after"]);
+    w.ok(["rollback", "renamed@after"]);
     w.ok(["detach", "renamed"]);
     for name in ["fork", "image", "renamed@five", "renamed"] {
         let device = w.ok(["attach", name, "--ro"]);

@@ -206,3 +206,36 @@ fn good_point(w: &World, device: &str, m: &std::path::Path, content: &str) -> u6
     tool("umount", [s(m)]);
     good
 }
+
+/// However old it is: who asks for a point does not let go of it by that.
+#[test]
+fn what_is_attached_read_only_goes_back_to_any_point_that_it_has() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "web", "--from", "base", "--history", "1s"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "web", "--mount", s(&m)]);
+    fs::write(m.join("a"), "one").unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let good = last(&w, "web");
+    fs::write(m.join("a"), "two").unwrap();
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["detach", "web"]);
+    let points = || w.json(["ls", "--history", "web"])["points"].clone();
+    let kept = points();
+    thread::sleep(Duration::from_millis(1500));
+    w.ok(["attach", "web", "--ro", "--mount", s(&m)]);
+    let at = format!("#{good}");
+    // Not while it is used; and that it was asked for changes nothing.
+    w.fails_here(11, &["rewind", "web", "--at", &at]);
+    assert_eq!(points(), kept);
+    tool("umount", [s(&m)]);
+    assert_eq!(w.json(["rewind", "web", "--at", &at])["point"], good);
+    w.ok(["detach", "web"]);
+    w.ok(["attach", "web", "--mount", s(&m)]);
+    assert_eq!(fs::read_to_string(m.join("a")).unwrap(), "one");
+    w.ok(["detach", "web"]);
+    w.finish();
+}

@@ -236,11 +236,9 @@ impl Halted<'_> {
     pub fn is_closed(&self) -> bool {
         self.disk.closed.load(SeqCst)
     }
-    /// Closes its layer cleanly; returns its file.
-    pub fn close(&self) -> Result<Arc<dyn File>> {
-        let layer = self.layer()?;
-        layer.close(State::Clean, None)?;
-        Ok(layer.file().clone())
+    /// Closes its layer cleanly.
+    pub fn close(&self) -> Result<()> {
+        self.layer()?.close(State::Clean, None)
     }
     /// Shows a chain alone from now on, with the same contents.
     pub fn show(mut self, chain: Arc<Chain>) {
