@@ -524,8 +524,10 @@ fn who_reads_a_disk_does_not_notice_what_fails() {
         sim.clear_faults();
         failed += u32::from(done.is_err() || laid.is_err());
         assert!(shows(&disk, 9), "after call {nth}: {done:?} {laid:?}");
-        drop(disk);
-        assert!(shows(&reader(&store, "d"), 9), "after call {nth}");
+        // Others can read it, too, before all have let go of it.
+        if laid.is_ok() || laid.is_err_and(|e| !e.to_string().contains("cannot lock")) {
+            assert!(shows(&reader(&store, "d"), 9), "after call {nth}");
+        }
         if all {
             break;
         }

@@ -136,8 +136,8 @@ impl Store {
     /// Lets a disk show the layer in `file`, and others read that, too.
     fn show_again(&self, halted: Halted<'_>, file: Arc<dyn File>) -> Result<()> {
         let chain = self.chain_to_read(file.clone());
-        file.lock(false)?;
+        let shared = file.lock(false);
         halted.show(chain?);
-        Ok(())
+        shared
     }
 }
