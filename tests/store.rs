@@ -466,6 +466,12 @@ fn a_disk_open_for_reading_keeps_its_layer_whoever_looks_below_it() {
     store.lay_down(&disk).expect("laid down");
     assert!(!disk.rechain(&below, below.clone()));
     assert!(shows(&disk, 9), "its own layer is gone");
+    // While somebody else reads it nobody changes it; and it stays locked against those who write.
+    let other = reader(&store, "d");
+    assert!(!store.take_up("d", &disk, memory(), false).expect("read"));
+    drop(other);
+    let object = store.resolve("d").expect("d");
+    assert!(store.open_cow(&object, true).is_err() && shows(&disk, 9));
     // Twice does no harm.
     store.lay_down(&disk).expect("laid down");
     store
@@ -517,8 +523,7 @@ fn who_reads_a_disk_does_not_notice_what_fails() {
         let before = sim.calls();
         sim.fail_calls(before + nth, 1, FaultKind::Eio);
         let taken = store.take_up("d", &disk, memory, false);
-        let done =
-            taken.and_then(|()| store.snapshot_running(&disk, "d", &format!("s{nth}"), None));
+        let done = taken.and_then(|_| store.snapshot_running(&disk, "d", &format!("s{nth}"), None));
         let laid = store.lay_down(&disk);
         let all = sim.calls() < before + nth;
         sim.clear_faults();

@@ -11,6 +11,12 @@ use crate::sys::shared::SharedMemory;
 use parking_lot::Mutex;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long commands that read the layer of a disk attached read-only are waited for.
+const READ: Duration = Duration::from_secs(10);
+/// How often it is tried meanwhile.
+const STEP: Duration = Duration::from_millis(5);
 
 /// How many change a disk that is attached read-only. Held while the first of them makes it ready for that, and the last one ends it.
 pub(super) type TakenUp = Arc<Mutex<usize>>;
@@ -77,7 +83,13 @@ impl Server {
         };
         let mut others = taken_up.lock();
         if *others == 0 {
-            self.store.take_up(name, &disk, memory, whole)?;
+            let deadline = Instant::now() + READ;
+            while !self.store.take_up(name, &disk, memory.clone(), whole)? {
+                if Instant::now() >= deadline {
+                    return Err(being_read(name));
+                }
+                std::thread::sleep(STEP);
+            }
         }
         *others += 1;
         drop(others);
@@ -118,6 +130,14 @@ impl Server {
         let taken_up = entry.taken_up.clone();
         Ok((disk, Some(ToTakeUp { memory, taken_up })))
     }
+}
+
+fn being_read(name: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!("`{name}` is attached read-only, and its layer is being read"),
+    )
+    .hint("wait until the command that reads it has ended (`export`, `diff`, `map`, ...)")
 }
 
 fn read_only(name: &str) -> Error {

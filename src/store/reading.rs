@@ -46,14 +46,15 @@ impl Store {
         Chain::new(layers, below.base().clone(), self.budget.clone())
     }
     /// Lets a disk called `name` that is open for reading only be changed, by all but its users: until [`Store::lay_down`]. `memory` is for its volatile log;
-    /// `whole`: nothing of its history goes, however old it is. Nothing is done where it can be written. [`Kind::Busy`] while another process reads it, too.
+    /// `whole`: nothing of its history goes, however old it is. Nothing is done where it can be written already. Says whether it can be changed now: not while another
+    /// process reads it, too.
     pub fn take_up(
         &self,
         name: &str,
         disk: &CowDisk,
         memory: Arc<SharedMemory>,
         whole: bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let _lock = self.lock(true)?;
         let mut object = self.object(name)?;
         let quota = quota_in(&names::read_name(&*self.names, name)?.extra)?;
@@ -73,7 +74,7 @@ impl Store {
             return Err(changed());
         }
         let Some(own) = halted.shown_layer() else {
-            return Ok(());
+            return Ok(true);
         };
         if own.id() != object.id {
             return Err(changed());
@@ -95,7 +96,10 @@ impl Store {
         } else {
             if let Err(e) = file.lock(true) {
                 file.lock(false)?;
-                return Err(in_use(&e, &format!("`{name}` is being read")));
+                return match e.kind() {
+                    Kind::Busy => Ok(false),
+                    _ => Err(e),
+                };
             }
             let staged = self.stage_opened(name);
             match (self.open_layer(&object, file.clone(), memory, keep), staged) {
@@ -117,7 +121,7 @@ impl Store {
         };
         halted.go_on(layer, chain);
         disk.set_quota(quota);
-        Ok(())
+        Ok(true)
     }
     /// Ends what [`Store::take_up`] began. What could not be closed cleanly is shown as its last commit left it: its users had no part in what came after.
     pub fn lay_down(&self, disk: &CowDisk) -> Result<()> {
