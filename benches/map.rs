@@ -177,6 +177,22 @@ fn lookup(c: &mut Criterion) {
                 black_box(sum(&random[turn]))
             });
         });
+        if n <= 1_000_000 {
+            // The limit: one load, of an array with a place for each block, mapped or not.
+            let array: Vec<u64> = (0..region * 512)
+                .map(|lba| maps[&(lba / 512)].get(Lba(lba).index()).pack())
+                .collect();
+            let sum = |lbas: &[Lba]| {
+                let load = |sum: u64, lba: &Lba| sum.wrapping_add(array[lba.0 as usize]);
+                lbas.iter().fold(0u64, load)
+            };
+            group.bench_function(format!("an array, random, {n} mapped"), |b| {
+                b.iter(|| {
+                    turn = (turn + 1) % batches;
+                    black_box(sum(&random[turn]))
+                });
+            });
+        }
         group.bench_function(format!("sequential, {n} mapped"), |b| {
             b.iter(|| black_box(sum(&rising)));
         });

@@ -58,10 +58,7 @@ impl Store {
         let _lock = self.lock(true)?;
         let mut object = self.object(name)?;
         let quota = quota_in(&names::read_name(&*self.names, name)?.extra)?;
-        let keep = match whole {
-            true => Some(self.keep(Limits::default())),
-            false => self.keep_of(name)?,
-        };
+        let limited = self.keep_of(name)?;
         let halted = disk.halt();
         let changed = || {
             Error::new(
@@ -79,6 +76,10 @@ impl Store {
         if own.id() != object.id {
             return Err(changed());
         }
+        let keep = match whole && own.superblock().has_history() {
+            true => Some(self.keep(Limits::default())),
+            false => limited,
+        };
         let file = own.file().clone();
         let sealed = || -> Result<bool> {
             let found = recover::superblock(&*file, own.header())?;
