@@ -64,9 +64,9 @@ pub struct LoopAttachment {
     pub read_only: bool,
 }
 
-/// Longest time for which a device that is merely open (not mounted) is waited for: `blkid`, udev and the
-/// like look at new devices for moments.
-const GRACE: Duration = Duration::from_millis(500);
+/// Longest time for which a device is waited for that is merely open, or mounted in another namespace only: `blkid`, udev and the
+/// like look at new devices for moments, and a service or container that begins has for moments a copy of all mounts.
+pub const GRACE: Duration = Duration::from_millis(1000);
 
 /// Fails if this user may not set up loop devices: to be asked before work is done for one.
 pub fn may_attach_loops() -> Result<()> {
@@ -214,8 +214,7 @@ pub fn detach_loop(attachment: &LoopAttachment, options: DetachOptions) -> Resul
                 result => return result,
             }
         }
-        let for_moments = users.iter().all(|u| matches!(u, Holder::Process { .. }));
-        if !for_moments || Instant::now() >= deadline {
+        if !holders::for_moments(&users) || Instant::now() >= deadline {
             return Err(in_use(device, &users));
         }
         thread::sleep(Duration::from_millis(50));
@@ -280,8 +279,7 @@ pub fn hold_unused(device: &Path, server: Option<i32>) -> Result<Held> {
         if users.is_empty() {
             return blockdev::hold(device);
         }
-        let for_moments = users.iter().all(|u| matches!(u, Holder::Process { .. }));
-        if !for_moments || Instant::now() >= deadline {
+        if !holders::for_moments(&users) || Instant::now() >= deadline {
             return Err(in_use(device, &users));
         }
         thread::sleep(Duration::from_millis(50));

@@ -369,7 +369,7 @@ impl Detach {
             return Err(stop);
         }
         if let Some(dead) = dead {
-            dead.take_away()?;
+            dead.take_away(attach::GRACE)?;
             ui.warn(format_args!(
                 "the daemon that served {} is dead: what was written to it after its last flush is lost",
                 dead.device.display()

@@ -6,13 +6,17 @@
 
 use super::{MOUNT, keeper::loop_devices_over};
 use crate::attach;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::Store;
 use crate::sys::{holders, loopdev};
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 /// The file in the run directory that lists them.
 const LIST: &str = "dead";
@@ -33,20 +37,28 @@ impl Dead {
         loopdev::backing_file(&self.device).is_some()
             && loopdev::sequence(&self.device) == Some(self.use_of)
     }
-    /// Takes it away. It must not be mounted any more.
-    pub fn take_away(&self) -> Result<()> {
-        loopdev::detach_dead(&self.device, self.use_of).map_err(|e| {
+    /// Takes it away. It must not be mounted any more; who else uses it has `patience` to leave.
+    pub fn take_away(&self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let Err(e) = loopdev::detach_dead(&self.device, self.use_of) else {
+                return Ok(());
+            };
             let users = holders::of_device(&self.device, None).unwrap_or_default();
-            match users.is_empty() {
+            let may_pass = e.kind() == Kind::Busy && holders::for_moments(&users);
+            if may_pass && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            return Err(match users.is_empty() {
                 true => e,
                 false => e.context(format!(
                     "{} is in use: {}",
                     self.device.display(),
                     holders::describe(&users)
                 )),
-            }
-        })?;
-        Ok(())
+            });
+        }
     }
 }
 
@@ -158,7 +170,7 @@ pub(super) fn take_away_idle(run_dir: &Path) {
             left.push(dead);
             continue;
         }
-        match dead.take_away() {
+        match dead.take_away(Duration::ZERO) {
             Ok(()) => tracing::info!("{shown} of a dead daemon was taken away"),
             Err(e) => {
                 tracing::warn!("{shown} of a dead daemon stays: {e}");

@@ -85,6 +85,22 @@ impl fmt::Display for Holder {
     }
 }
 
+/// Might they all be gone in a moment? A process that looks in (`blkid`, udev's) is; so is a namespace of mounts that was copied with this mount
+/// in it, as those of services and containers that begin are, until they leave it behind.
+pub fn for_moments(holders: &[Holder]) -> bool {
+    let passing = |holder: &Holder| {
+        matches!(
+            holder,
+            Holder::Process { .. }
+                | Holder::Mount {
+                    seen_by: Some(_),
+                    ..
+                }
+        )
+    };
+    holders.iter().all(passing)
+}
+
 /// Most holders a message names; more would bury the sentence.
 const NAMED: usize = 5;
 

@@ -1,6 +1,6 @@
 //! What is in use stays as it is, and who uses it is named.
 
-use crate::rig::*;
+use crate::{namespace::LEAVE_OTHERS, rig::*};
 use std::{fs, process::Command};
 
 fn holder(w: &World, dir: &std::path::Path, script: &str) -> i32 {
@@ -154,5 +154,52 @@ fn what_others_stand_on_is_not_removed() {
     assert_eq!(removed["removed"].as_array().unwrap().len(), 3);
     assert_eq!(w.names(), [""; 0]);
     assert!(w.stored() < 64 << 10, "{}", w.stored());
+    w.finish();
+}
+
+/// A copy of all mounts, as what begins in a namespace of its own has for moments, is waited for: of a served device and of a dead one.
+#[test]
+fn what_is_mounted_elsewhere_for_a_moment_is_waited_for() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    let copied = |seconds: &str| {
+        let ready = w.path("ready");
+        let _ = fs::remove_file(&ready);
+        let script = format!(
+            "{LEAVE_OTHERS}\ntouch '{}'; exec sleep {seconds}",
+            ready.display()
+        );
+        let mut command = Command::new("unshare");
+        command.env("KEEP", &m);
+        command.args(["-m", "--propagation", "private", "sh", "-c", &script]);
+        let pid = w.child(command);
+        eventually("the namespace is there", || ready.exists());
+        pid
+    };
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    copied(".5");
+    w.ok(["detach", "d"]);
+    // One that stays is named.
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    let pid = copied("1000");
+    let told = w.fails_here(11, &["detach", "d"]);
+    assert!(
+        told.contains(&format!("the namespace of pid {pid}")),
+        "{told}"
+    );
+    w.end_children();
+    w.ok(["detach", "d"]);
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    let (keeper, server) = (w.pid("keeper_pid"), w.pid("server_pid"));
+    kill(keeper, "STOP");
+    kill_and_wait(server);
+    kill_and_wait(keeper);
+    copied(".5");
+    w.ok(["detach", "d"]);
+    assert_eq!(w.loops(), [""; 0]);
     w.finish();
 }

@@ -21,6 +21,8 @@ mod layers;
 mod live;
 mod memory;
 mod names;
+#[path = "../common/namespace.rs"]
+mod namespace;
 mod nbd;
 #[allow(dead_code, reason = "tests/serve needs more of it")]
 #[path = "../common/nbd.rs"]

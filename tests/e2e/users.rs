@@ -1,6 +1,6 @@
 //! Without root: everything that needs no device.
 
-use crate::rig::*;
+use crate::{namespace::LEAVE_OTHERS, rig::*};
 use std::{
     ffi::OsStr,
     fs,
@@ -16,7 +16,7 @@ fn with_fuse(w: &World) -> String {
     let mut holder = Command::new("unshare");
     let ready = w.path("ready");
     let script = format!(
-        "mount --bind '{}' /dev/fuse && touch '{}' && exec sleep 1000",
+        "{LEAVE_OTHERS}\nmount --bind '{}' /dev/fuse && touch '{}' && exec sleep 1000",
         node.display(),
         ready.display()
     );

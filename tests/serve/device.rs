@@ -2,6 +2,7 @@
 
 use crate::{
     disks::MemDisk,
+    namespace::LEAVE_OTHERS,
     rig::{Loop, Random, Rig, eventually, mounts_lock, root, run},
 };
 use forkdisk::{
@@ -483,7 +484,7 @@ fn a_device_in_use_names_who_uses_it() {
 
     // Mounted where we cannot see it: in the namespace of another process.
     let script = format!(
-        "mount {} {} && exec sleep 600",
+        "{LEAVE_OTHERS}\nmount {} {} && exec sleep 600",
         dev.path(),
         at.path().display()
     );

@@ -2,6 +2,7 @@
 
 use crate::{
     disks::MemDisk,
+    namespace::LEAVE_OTHERS,
     rig::{Random, Rig, eventually, mounts_lock, root, run},
 };
 use forkdisk::{
@@ -596,7 +597,7 @@ fn a_user_without_root_mounts_with_the_helper() {
     fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
     // In a mount namespace of its own, where everybody may open /dev/fuse, as on most systems.
     let script = format!(
-        "mknod {0}/fuse c 10 229 && chmod 666 {0}/fuse && mount --bind {0}/fuse /dev/fuse && \
+        "{LEAVE_OTHERS}\nmknod {0}/fuse c 10 229 && chmod 666 {0}/fuse && mount --bind {0}/fuse /dev/fuse && \
          exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \
          {0}/serve --exact file::as_a_user --nocapture",
         bin.path().display()

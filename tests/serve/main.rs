@@ -5,6 +5,8 @@
 mod device;
 mod disks;
 mod file;
+#[path = "../common/namespace.rs"]
+mod namespace;
 mod nbd;
 #[path = "../common/nbd.rs"]
 mod nbd_client;
