@@ -231,6 +231,22 @@ impl Chain {
         Ok(self.layers.is_empty()
             || self.resolve(region, |resolved| matches!(resolved, Resolved::Base))?)
     }
+    /// The first region from `from` on of which any layer says something; `None` if none does.
+    pub fn next_touched(&self, from: Region) -> Result<Option<Region>> {
+        let mut next: Option<u32> = None;
+        for layer in &self.layers {
+            // What begins before reaches into it.
+            let mut ahead = layer.items(from).skip_while(|item| {
+                let ends = item.as_ref().map(crate::map::Item::end);
+                ends.is_ok_and(|end| end <= from.0)
+            });
+            if let Some(item) = ahead.next() {
+                let start = item?.start().max(from.0);
+                next = Some(next.map_or(start, |next| next.min(start)));
+            }
+        }
+        Ok(next.map(Region))
+    }
     /// The file in which a block is that is not zeros, and the offset there.
     pub fn file_of(&self, place: Place, lba: Lba) -> Option<(&Arc<dyn File>, u64)> {
         match place {

@@ -30,6 +30,9 @@ use std::sync::Arc;
 // Counters for people: no order depends on them.
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+/// After so many regions in a row of which no layer below says anything it is worth to ask for the next one of which any does.
+const MANY_CLEAR: u32 = 8;
+
 /// Blocks handled in one piece: bounds buffers and what one write reserves. 1 MiB, the largest request of the doors.
 const PIECE: usize = 256;
 /// So often at most room is made for one request: each time half of the history goes, or all.
@@ -742,6 +745,8 @@ impl CowDisk {
         let mut out: Vec<Extent> = Vec::new();
         let mut places = [At::OwnZero; REGION_BLOCKS];
         let mut block = first;
+        // How many regions in a row no layer below says anything of, and from where up to where that is known without a look at each.
+        let (mut row, mut clear) = (0, 0..0);
         while block < last {
             let lba = Lba(block as u32);
             let n = ((REGION_BLOCKS - lba.index()) as u64).min(last - block) as usize;
@@ -749,8 +754,14 @@ impl CowDisk {
                 .layer
                 .as_ref()
                 .is_none_or(|l| l.knows_nothing(lba.region()));
-            if nothing && top.chain.is_base(lba.region())? {
+            let region = lba.region();
+            if nothing && (clear.contains(&region.0) || top.chain.is_base(region)?) {
                 // Most of a large disk: no need to look at each block.
+                row += 1;
+                if row >= MANY_CLEAR && !clear.contains(&region.0) {
+                    let next = top.chain.next_touched(region)?;
+                    clear = region.0..next.map_or(u32::MAX, |next| next.0);
+                }
                 let start = block * BLOCK;
                 let end = (block + n as u64) * BLOCK;
                 let cut = base_end.clamp(start, end);
@@ -768,6 +779,7 @@ impl CowDisk {
                 block += n as u64;
                 continue;
             }
+            row = 0;
             let _guard = top.layer.as_ref().map(Layer::enter);
             Self::locate::<REGION_BLOCKS>(top, lba.region(), lba.index(), &mut places[..n])?;
             for (i, place) in places[..n].iter().enumerate() {

@@ -204,10 +204,10 @@ impl<'a> Holes<'a> {
     }
 }
 
-/// Regions of a base that hold data, as pieces of a map whose contents nobody looks at.
-fn touched_by(base: &Base) -> Items<'_> {
+/// Regions of a base from `from` on that hold data, as pieces of a map whose contents nobody looks at.
+fn touched_by(base: &Base, from: u32) -> Items<'_> {
     let mut holes = Holes::of(base);
-    let mut from = Some(0);
+    let mut from = Some(from);
     Box::new(std::iter::from_fn(move || {
         let next = holes.next(from?);
         from = match &next {
@@ -389,15 +389,20 @@ pub fn changes<'a>(lower: Option<&'a State>, upper: &'a State) -> Changes<'a> {
             sources.push(Box::new(layer.items(Region(0))));
         }
         if !same_base {
-            sources.push(touched_by(state.chain.base()));
+            sources.push(touched_by(state.chain.base(), 0));
         }
     }
-    // What one state does not show any more, for it is shorter than what it stands on, the other may show.
+    // What one state does not show any more, for it is shorter than what both stand on, the other may show.
     if let Some(lower) = lower
         && same_base
         && lower.size() < upper.size()
     {
-        sources.push(beyond(lower.size(), upper.size()));
+        let from = (lower.size() / REGION_BYTES) as u32;
+        let all = layers(lower);
+        for layer in &all[all.len() - common..] {
+            sources.push(beyond(layer, from));
+        }
+        sources.push(touched_by(lower.chain.base(), from));
     }
     Changes {
         lower: lower.map(Side::of),
@@ -412,11 +417,16 @@ pub fn changes<'a>(lower: Option<&'a State>, upper: &'a State) -> Changes<'a> {
     }
 }
 
-/// The regions that hold the bytes from `from` to `to`, as a piece of a map whose contents nobody looks at.
-fn beyond<'a>(from: u64, to: u64) -> Items<'a> {
-    let first = (from / REGION_BYTES) as u32;
-    let end = to.div_ceil(REGION_BYTES) as u32;
-    Box::new(std::iter::once(Ok(Item::Zeros(Region(first), end - first))))
+/// The regions from `from` on of which a layer says something, as pieces of a map whose contents nobody looks at.
+fn beyond(layer: &ReadLayer, from: u32) -> Items<'_> {
+    let items = layer.items(Region(from)).filter_map(move |item| {
+        let (start, end) = match &item {
+            Ok(item) => (item.start().max(from), item.end()),
+            Err(_) => return Some(item),
+        };
+        (start < end).then(|| Ok(Item::Zeros(Region(start), end - start)))
+    });
+    Box::new(items)
 }
 
 impl Changes<'_> {
