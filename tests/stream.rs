@@ -268,6 +268,48 @@ fn a_digest_is_one_of_contents() {
     assert_eq!(b.digest(&object, Effort::ANY, &Quiet).expect("asked"), None);
 }
 
+/// Layers that nobody named are no parents: they are there for other reasons than the contents.
+#[test]
+fn a_digest_passes_over_layers_without_names() {
+    let [a, b] = two_stores();
+    let halves: [fn(&dyn Disk); 2] = [
+        |disk| disk.write(&[3; 8192], 4096).expect("write"),
+        |disk| disk.write(&[4; 8192], 8192).expect("write"),
+    ];
+    change(&a, "d", |disk| halves.iter().for_each(|half| half(disk)));
+    a.commit("d", "image", None).expect("commit");
+    // A fork of the disk, and one of a snapshot whose name goes.
+    change(&b, "d", halves[0]);
+    fork(&b, "f", "d", None);
+    fork(&b, "e", "d", None);
+    change(&b, "e", |disk| disk.write(&[9; 4096], 0).expect("write"));
+    b.snapshot("e", "s", None).expect("snapshot");
+    change(&b, "e", |disk| {
+        let mut base = [0; 4096];
+        state(&b, "base").disk().read(&mut base, 0).expect("read");
+        disk.write(&base, 0).expect("write");
+    });
+    let plan = b.plan_removal(&["e@s".to_string()], false).expect("a plan");
+    b.remove(&plan).expect("removed");
+    for (disk, image) in [("d", "one"), ("e", "two")] {
+        change(&b, disk, halves[1]);
+        b.commit(disk, image, None).expect("commit");
+    }
+    let depth = |name| {
+        let object = b.resolve(name).expect("there");
+        b.details(&object).expect("details").depth
+    };
+    assert_eq!((depth("one"), depth("two")), (2, 3));
+    assert_eq!(digest(&b, "one"), digest(&a, "image"));
+    assert_eq!(digest(&b, "two"), digest(&a, "image"));
+    let one = b.resolve("one").expect("there");
+    let same = b.same_as(&one, digest(&b, "one")).expect("asked");
+    assert_eq!(same, ["two"]);
+    // It is that of the stream over the parent, too.
+    let stream = stream(&b, "two", Some("base"));
+    assert_eq!(sha256(&stream), digest(&b, "two"));
+}
+
 #[test]
 fn digests_are_kept_found_and_forgotten() {
     let [store, _] = two_stores();
@@ -450,8 +492,8 @@ fn a_damaged_beginning_is_still_that_of_a_stream() {
         let e = take_in(&to, &wrong, "x").expect_err("a damaged stream");
         assert_eq!(e.kind(), Kind::Corrupt, "bit {at}: {e}");
     }
-    assert!((4..8).all(|len| is_stream(&bytes[..len])));
-    let images: [&[u8]; 5] = [b"", b"FD", &[0; 8], b"FDLAYER1", b"\xebX\x90mkfs.f"];
+    assert!((1..8).all(|len| is_stream(&bytes[..len])));
+    let images: [&[u8]; 5] = [b"", b"FE", &[0; 8], b"FDLAYER1", b"\xebX\x90mkfs.f"];
     assert!(images.iter().all(|image| !is_stream(image)));
 }
 

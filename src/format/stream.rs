@@ -138,7 +138,7 @@ fn damaged(what: &str) -> Error {
 pub fn begins_like_stream(start: &[u8]) -> bool {
     let same = STREAM_MAGIC.iter().zip(start).filter(|(a, b)| a == b);
     let (same, of) = (same.count(), start.len().min(STREAM_MAGIC.len()));
-    same >= 5 || same == of && of >= 4
+    same >= 5 || same == of && of > 0
 }
 
 /// An error about a stream that ends too early.

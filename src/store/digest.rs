@@ -1,7 +1,8 @@
 //! Digests: what tells whether two bases or sealed layers are the same, on any machine (FORMAT.md, section "A stream").
 //!
 //! Always true:
-//! - a digest depends on contents and on the digest of the parent, never on a name, an id, a time, or the order of writes;
+//! - a digest depends on contents and on the digest of the parent, never on what a name is, an id, a time, or the order of writes; the parent is the
+//!   nearest layer below that has a name, or the base;
 //! - what is kept in the records of a layer's names stays as long as they do: what the layer shows never changes, also when it and what lies below
 //!   are joined or given back; and another store that was sent it knows it by that;
 //! - a disk has none: it changes.
@@ -114,16 +115,17 @@ impl Store {
     ) -> Result<Option<Digest>> {
         // While they are open nobody removes them.
         let chain = self.chain(below)?;
-        let mut all: Vec<Below> = chain
-            .layers()
-            .iter()
-            .map(|l| Below::Layer(l.id()))
-            .collect();
-        all.push(Below::Base(chain.base().id()));
         let known = {
             let _lock = self.lock(false)?;
             self.known()?
         };
+        // A layer without a name belongs to what stands on it: it is there because a fork or an export needed it, or a name went, and is joined sooner
+        // or later.
+        let layers = chain.layers().iter().map(|l| Below::Layer(l.id()));
+        let mut all: Vec<Below> = layers
+            .filter(|this| *this == below || known.names.contains_key(this))
+            .collect();
+        all.push(Below::Base(chain.base().id()));
         // From the newest whose digest is known upwards.
         let found = all.iter().position(|b| known.digests.contains_key(b));
         let (mut digest, mut unknown) = match found {
@@ -131,9 +133,9 @@ impl Store {
             None if chain.base().len() > effort.largest_base => return Ok(None),
             None => (None, all.len()),
         };
-        let sizes = chain.layers()[..unknown.min(chain.depth())]
-            .iter()
-            .map(|l| l.size());
+        let size = |below: &&Below| chain.layers().iter().find(|l| l.id() == below.id());
+        let sizes = all[..unknown].iter().filter_map(|below| size(&below));
+        let sizes = sizes.map(|layer| layer.size());
         let base_len = match digest {
             Some(_) => 0,
             None => chain.base().len(),
@@ -174,14 +176,21 @@ impl Store {
         let kept = (|| {
             let _lock = self.lock(true)?;
             let known = self.known()?;
-            // They may have been put on something else meanwhile.
-            for pair in chain.windows(2) {
-                if let Below::Layer(id) = pair[0]
-                    && computed.contains_key(&pair[0])
-                    && parent_of(&self.layer_head(id)?.0) != pair[1]
-                {
-                    return Ok(());
+            // They may have been put on something else meanwhile, and names may have come and gone.
+            let mut now = Vec::new();
+            let mut next = chain.first().copied();
+            while let Some(below) = next {
+                let named = known.names.contains_key(&below);
+                if now.is_empty() || named || matches!(below, Below::Base(_)) {
+                    now.push(below);
                 }
+                next = match below {
+                    Below::Layer(id) => Some(parent_of(&self.layer_head(id)?.0)),
+                    Below::Base(_) => None,
+                };
+            }
+            if now != chain {
+                return Ok(());
             }
             for (below, digest) in computed {
                 for name in known.names.get(below).into_iter().flatten() {
