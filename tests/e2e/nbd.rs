@@ -3,6 +3,8 @@
 use crate::{nbd_client::Nbd, rig::*};
 use std::{
     fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -369,5 +371,48 @@ fn a_socket_that_no_client_could_name_is_refused() {
     w.ok(["detach", "d"]);
     let told = w.fails_here(2, &["attach", "d", "--via", "nbd", "--mount", s(&w.dir)]);
     assert!(told.contains("block device"), "{told}");
+    w.finish();
+}
+
+/// A program that says nothing of NBD, as those before it did, would lose what is exported: it is not let in, and nothing is interrupted.
+#[test]
+fn a_program_that_does_not_know_nbd_does_not_take_over() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base", "--count", "2"]);
+    let (uri, _) = attach(&w, "d-1");
+    qemu_io(&uri, ["write -f -P 0xa1 1M 64k"]);
+    let server = w.pid("server_pid");
+    let handover = w.status()["handover"].as_u64().unwrap();
+    let take_over = || {
+        let mut stream = UnixStream::connect(w.store.join("run/control.sock")).unwrap();
+        let request =
+            format!("{{\"op\":\"takeover\",\"program\":\"{BIN}\",\"handover\":{handover}}}\\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut said = String::new();
+        BufReader::new(&stream).read_line(&mut said).unwrap();
+        said
+    };
+    let said = take_over();
+    assert!(
+        said.contains("the new program does not know") && said.contains("forkdisk detach d-1"),
+        "{said}"
+    );
+    assert_eq!(w.pid("server_pid"), server);
+    qemu_io(&uri, ["read -P 0xa1 1M 64k", "write -f -P 0xa2 2M 64k"]);
+    // With nothing exported it may come.
+    w.ok(["detach", "d-1"]);
+    let device = w.ok(["attach", "d-2"]);
+    let said = take_over();
+    assert!(!said.contains("does not know"), "{said}");
+    eventually("another serves", || {
+        let status = w.run(["--json", "daemon", "status"]);
+        status.code == 0 && w.pid("server_pid") != server
+    });
+    assert_eq!(w.attached(), ["d-2"]);
+    drop(fs::read(device).unwrap());
+    w.ok(["detach", "d-2"]);
     w.finish();
 }
