@@ -19,10 +19,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Take a raw image into the store, as a base that disks are forked from, or a stream of another store
+/// Take a raw or qcow2 image into the store, as a base that disks are forked from, or a stream of another store
 #[derive(Args, Debug)]
 #[command(
-    after_help = "The image is reflinked where the filesystem can, else copied; holes stay holes.\n\
+    after_help = "A raw image is reflinked where the filesystem can, else copied; holes stay holes. A qcow2 image (-O qcow2) is copied; it\n\
+        must be a file that is complete in itself: no other file that it names is looked at.\n\
         A stream of everything becomes a base; what changed since a state becomes an image over that state, which must be in the store."
 )]
 pub(crate) struct Import {
@@ -50,6 +51,8 @@ pub(crate) struct Import {
 enum ImportFormat {
     /// Every byte is the disk's
     Raw,
+    /// A qcow2 image, complete in one file
+    Qcow2,
     /// A stream that `export` wrote
     Stream,
 }
@@ -84,10 +87,8 @@ impl Import {
                 .hint("leave out --reflink and --link")
                 .into());
             }
-        } else if self.format.is_none() {
-            // A guest decides what its disk begins with: that may refuse the file.
-            convert::must_be_raw(&self.source)?;
         }
+        let image = self.qcow2()?;
         if context.dry_run {
             return self.pretend(context, &name);
         }
@@ -97,17 +98,18 @@ impl Import {
         if stdin && self.format.is_none() {
             let begun = (&mut reader).take(8).read_to_end(&mut start);
             begun.map_err(|e| Error::io("read", "standard input", &e))?;
+            if let Some(foreign) = convert::sniff(&start) {
+                return Err(convert::not_raw(None, foreign).into());
+            }
         }
         let mut reader = Cursor::new(&start).chain(reader);
         let is_stream = match self.format {
             Some(format) => format == ImportFormat::Stream,
             None if stdin => stream::is_stream(&start),
-            None => stream::looks_like_stream(&self.source),
+            None => image.is_none() && stream::looks_like_stream(&self.source),
         };
         if is_stream && mode != ImportMode::Auto && mode != ImportMode::Copy {
-            return Err(Error::new(Kind::Invalid, "a stream can only be copied")
-                .hint("leave out --reflink and --link; `-O raw` takes the file as a raw image")
-                .into());
+            return Err(only_copied("a stream").into());
         }
         let store = context.open_or_init()?;
         let progress = ui.progress(&format!("importing {name}"));
@@ -120,9 +122,10 @@ impl Import {
                 store.import_stream(&mut reader, &name, &*progress)
             }
             (false, stdin) => {
-                let source = match stdin {
-                    true => ImportSource::Reader(&mut reader),
-                    false => ImportSource::Path(&self.source),
+                let source = match (&image, stdin) {
+                    (Some(image), _) => ImportSource::Content(image),
+                    (None, true) => ImportSource::Reader(&mut reader),
+                    (None, false) => ImportSource::Path(&self.source),
                 };
                 store.import(source, &name, mode, &*progress)
             }
@@ -143,6 +146,29 @@ impl Import {
             ui.size(object.size)
         ));
         Ok(())
+    }
+    /// The qcow2 image that the source is said to be. What is plainly not raw has to be called what it is: a guest decides what its disk begins with.
+    fn qcow2(&self) -> Result<Option<qcow2::image::Image>> {
+        let stdin = self.source == Path::new("-");
+        match self.format {
+            None if !stdin => match convert::sniff_file(&self.source) {
+                Some(foreign) => return Err(convert::not_raw(Some(&self.source), foreign)),
+                None => return Ok(None),
+            },
+            Some(ImportFormat::Qcow2) => {}
+            _ => return Ok(None),
+        }
+        if stdin {
+            return Err(Error::new(
+                Kind::Invalid,
+                "a qcow2 image cannot be read from standard input: its tables may be anywhere",
+            )
+            .hint("save it to a file, and name that"));
+        }
+        if matches!(self.mode(), ImportMode::Reflink | ImportMode::Link) {
+            return Err(only_copied("a qcow2 image"));
+        }
+        qcow2::image::Image::open(&self.source).map(Some)
     }
     fn mode(&self) -> ImportMode {
         match (self.reflink, self.copy, self.link) {
@@ -166,6 +192,11 @@ impl Import {
             format!("would import {} as {name}\n", self.source.display())
         })
     }
+}
+
+fn only_copied(what: &str) -> Error {
+    Error::new(Kind::Invalid, format!("{what} can only be copied"))
+        .hint("leave out --reflink and --link; `--format raw` takes the file as a raw image")
 }
 
 /// The file's name without its last ending.

@@ -1,13 +1,13 @@
 //! Disks from and to other formats.
 //!
-//! So far: raw export ([`raw`]), export as qcow2 ([`qcow2`]), streams of differences ([`stream`]), and telling what a file is before it is taken for a raw
+//! So far: raw export ([`raw`]), qcow2 in and out ([`qcow2`]), streams of differences ([`stream`]), and telling what a file is before it is taken for a raw
 //! image ([`sniff`]).
 
 pub mod qcow2;
 pub mod raw;
 pub mod stream;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use std::{fs::File, io::Read, path::Path};
 
 /// A file format that is not raw, known by its first bytes.
@@ -39,39 +39,40 @@ pub fn sniff(start: &[u8]) -> Option<Foreign> {
         .map(|&(_, _, name, compressed)| Foreign { name, compressed })
 }
 
-/// Refuses a file that is plainly no raw image: to take it for one would make a disk of rubbish.
-///
-/// Whether the file is there and can be read is for the import to say.
-pub fn must_be_raw(path: &Path) -> Result<()> {
+/// What the beginning of a file says it is. Whether it is there and can be read is for the import to say.
+pub fn sniff_file(path: &Path) -> Option<Foreign> {
     let is_file = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
-    let Some(file) = is_file.then(|| File::open(path).ok()).flatten() else {
-        return Ok(());
-    };
+    let file = is_file.then(|| File::open(path).ok()).flatten()?;
     let mut start = Vec::new();
-    if file.take(512).read_to_end(&mut start).is_err() {
-        return Ok(());
-    }
-    let Some(Foreign { name, compressed }) = sniff(&start) else {
-        return Ok(());
+    file.take(512).read_to_end(&mut start).ok()?;
+    sniff(&start)
+}
+
+/// The error for what is plainly no raw image: to take it for one would make a disk of rubbish. `path`: the file, if it is not standard input.
+pub fn not_raw(path: Option<&Path>, foreign: Foreign) -> Error {
+    let Foreign { name, compressed } = foreign;
+    let shown = path.map(|path| path.display().to_string());
+    let (what, file) = match &shown {
+        Some(shown) => (&**shown, &**shown),
+        None => ("standard input", "FILE"),
     };
-    let shown = path.display();
     let error = Error::new(
         Kind::Unsupported,
-        format!("{shown} is a {name} file, not a raw image"),
+        format!("{what} is a {name} file, not a raw image"),
     );
-    Err(error.hint(if compressed {
-        let tool = if name == "gzip" { "zcat" } else { name };
-        let tool = if tool == "zcat" {
-            tool.to_string()
-        } else {
-            format!("{tool} -dc")
-        };
-        format!("unpack it on the way: `{tool} {shown} | forkdisk import - NAME`")
-    } else {
-        format!(
-            "convert it first: `qemu-img convert -O raw {shown} FILE.img`; if it is a raw image that begins like one, `--format raw`"
-        )
-    }))
+    error.hint(match (compressed, name) {
+        (true, "gzip") => format!("unpack it on the way: `zcat {file} | forkdisk import - NAME`"),
+        (true, _) => format!("unpack it on the way: `{name} -dc {file} | forkdisk import - NAME`"),
+        (false, "qcow2") => match path {
+            None => "a qcow2 image is read from a file, as its tables may be anywhere; `--format raw` takes the bytes as they are".into(),
+            Some(_) => format!(
+                "`forkdisk import --format qcow2 {file}` takes the disk that it describes; if it is a raw image that begins like one, `--format raw`"
+            ),
+        },
+        (false, _) => format!(
+            "convert it first: `qemu-img convert -O raw {file} FILE.img`; if it is a raw image that begins like one, `--format raw`"
+        ),
+    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! A disk as a qcow2 image (version 3, clusters of 64 KiB, no backing file), as QEMU and others read it: a file, or a stream.
+//! A disk as a qcow2 image (version 3, clusters of 64 KiB, no backing file), as QEMU and others read it: a file, or a stream. Images of others are read by [`image`].
 //!
 //! Always true:
 //! - the target appears under its name whole, synced, or not at all ([`raw`](super::raw));
@@ -6,6 +6,8 @@
 //! - a cluster of which nothing is known but zeros has no place. In a file, one that turns out to be zeros leaves a hole where it would be.
 //!
 //! The format: "QCOW2 Image Format Specification", `docs/interop/qcow2.rst` of QEMU.
+
+pub mod image;
 
 use super::raw::{NewFile, WINDOW, check_target, is_zero, to_pipe};
 use crate::{
@@ -20,7 +22,7 @@ use std::{
     path::Path,
 };
 use zerocopy::{
-    FromZeros, Immutable, IntoBytes,
+    FromBytes, FromZeros, Immutable, IntoBytes,
     big_endian::{U32, U64},
 };
 
@@ -35,7 +37,7 @@ const COPIED: u64 = 1 << 63;
 /// Clusters read and written at once.
 const PIECE: u64 = 16;
 
-#[derive(IntoBytes, FromZeros, Immutable)]
+#[derive(IntoBytes, FromBytes, Immutable)]
 #[repr(C)]
 struct Header {
     magic: U32,

@@ -1,7 +1,7 @@
 //! Bases: bringing an image in, and opening one (FORMAT.md, section 2).
 
 use super::names::{self, Extra, NameRecord, TEMPORARY, check_part, read_record};
-use super::{Below, ImportMode, ImportSource, Object, ObjectKind, Progress, Store};
+use super::{Below, Content, ImportMode, ImportSource, Object, ObjectKind, Progress, Store};
 use crate::base::{Base, data_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::format::text::Record;
@@ -196,7 +196,15 @@ impl Store {
                 Err(Error::new(Kind::Invalid, "a stream can only be copied")
                     .hint("leave --link and --reflink out"))
             }
+            ImportSource::Content(_) if matches!(mode, ImportMode::Link | ImportMode::Reflink) => {
+                Err(Error::new(
+                    Kind::Invalid,
+                    "an image of another format can only be copied",
+                )
+                .hint("leave --link and --reflink out"))
+            }
             ImportSource::Reader(reader) => copy_stream(dir, id, reader, progress),
+            ImportSource::Content(content) => copy_content(dir, id, content, progress),
             ImportSource::Path(path) => import_file(dir, id, path, mode, progress),
         })
     }
@@ -672,6 +680,39 @@ fn copy_file(
         }
     }
     sink.finish(id, len)
+}
+
+fn copy_content(
+    dir: &dyn Dir,
+    id: Id,
+    content: &dyn Content,
+    progress: &dyn Progress,
+) -> Result<BaseMeta> {
+    let len = content.len();
+    let mut sink = Sink::new(dir, len, len <= DIGEST_MAX, progress)?;
+    let mut buf = vec![0; PIECE];
+    while let Some(data) = content.data(sink.at)? {
+        // Whole blocks, whatever the grain of the other format.
+        sink.hole(data.start / BLOCK * BLOCK)?;
+        let end = data.end.next_multiple_of(BLOCK).min(len);
+        while sink.at < end {
+            let piece = &mut buf[..(end - sink.at).min(PIECE as u64) as usize];
+            content.read(piece, sink.at)?;
+            sink.data(piece)?;
+        }
+    }
+    let digest = sink.finish(id, len)?;
+    content.unchanged()?;
+    Ok(BaseMeta {
+        id,
+        len,
+        name: String::new(),
+        mode: "copy".to_string(),
+        digest,
+        link: None,
+        data: None,
+        counts_as: Vec::new(),
+    })
 }
 
 fn copy_stream(

@@ -1,6 +1,9 @@
 //! What the store tells about itself: plain data, for the command line, the daemon and tests.
 
-use crate::{error::Error, units::Id};
+use crate::{
+    error::{Error, Result},
+    units::Id,
+};
 
 /// What a name stands for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -174,6 +177,21 @@ pub enum ImportSource<'a> {
     Path(&'a std::path::Path),
     /// A stream of raw bytes.
     Reader(&'a mut dyn std::io::Read),
+    /// What another format holds.
+    Content(&'a dyn Content),
+}
+
+/// The bytes of a disk that are kept in another format.
+#[expect(clippy::len_without_is_empty, reason = "none is empty")]
+pub trait Content {
+    /// How many there are, at least one and at most [`MAX_DISK`](crate::units::MAX_DISK).
+    fn len(&self) -> u64;
+    /// The next of them, not before `from`, that may be something else than zeros; `None` if there are no more.
+    fn data(&self, from: u64) -> Result<Option<std::ops::Range<u64>>>;
+    /// Reads the bytes from `at` on, within the length.
+    fn read(&self, buf: &mut [u8], at: u64) -> Result<()>;
+    /// Fails if they may not be those of the beginning any more.
+    fn unchanged(&self) -> Result<()>;
 }
 
 /// A layer file.

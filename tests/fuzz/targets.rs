@@ -5,6 +5,7 @@
 //!
 //! Used by the fuzzer (`tools/fuzz`) and, with the corpus, by the test suite.
 
+use forkdisk::convert::qcow2::image::Image;
 use forkdisk::daemon::protocol;
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Kind, Result};
@@ -21,11 +22,11 @@ use forkdisk::map::{Item, Memtable, merge};
 use forkdisk::serve::files::Files;
 use forkdisk::serve::fuse::{Init, Negotiated, Options, Session, abi};
 use forkdisk::store::names::{self, NameRecord};
-use forkdisk::store::{Effort, Env, ImportMode, ImportSource, Quiet, Store};
+use forkdisk::store::{Content, Effort, Env, ImportMode, ImportSource, Quiet, Store};
 use forkdisk::units::{Id, Lba, Region, Slot};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -49,6 +50,7 @@ pub const ALL: &[(&str, Target)] = &[
     ("layer", layer),
     ("store", store),
     ("stream", stream),
+    ("qcow2", qcow2),
 ];
 
 /// Runs one of them.
@@ -825,5 +827,34 @@ fn stream(data: &[u8]) {
             let len = all.len().min(object.size as usize);
             store.open_disk(&object, false)?.read(&mut all[..len], 0)
         });
+    }
+}
+
+/// A qcow2 image: the file as it is. What it says of itself may be anything; no more than the beginning of the disk is read.
+fn qcow2(data: &[u8]) {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = rustix::fs::memfd_create("image", flags).expect("a file");
+    let mut written = 0;
+    while written < data.len() {
+        written += rustix::io::write(&file, &data[written..]).expect("written");
+    }
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let Ok(image) = Image::open(Path::new(&path)) else {
+        return;
+    };
+    let len = image.len();
+    assert!(len > 0 && len <= forkdisk::units::MAX_DISK);
+    let mut buf = vec![0; 1 << 16];
+    let mut at = 0;
+    for _ in 0..64 {
+        let Ok(Some(found)) = image.data(at) else {
+            return;
+        };
+        assert!(at <= found.start && found.start < found.end && found.end <= len);
+        let n = (found.end - found.start).min(buf.len() as u64) as usize;
+        if image.read(&mut buf[..n], found.start).is_err() {
+            return;
+        }
+        at = found.end;
     }
 }
