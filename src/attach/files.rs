@@ -11,10 +11,11 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, statat};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CString, OsStr};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::{ffi::OsStrExt, fs::FileExt};
 use std::path::{Path, PathBuf};
 
 /// What became of a path.
@@ -94,6 +95,13 @@ pub fn changed_files(
         None => None,
     };
     without_journal |= below.as_ref().is_some_and(|(_, without)| *without);
+    let unit = block_size(&top, upper)?;
+    let narrow = match unit < GRAIN {
+        // Blocks of several files may share one of the device's.
+        true => Some(narrowed(upper, lower, ranges, unit, cancelled)?),
+        false => None,
+    };
+    let ranges = narrow.as_deref().unwrap_or(ranges);
     let mut walk = Walk {
         ranges,
         left: ranges.iter().map(|r| (r.start, r.end)).collect(),
@@ -106,6 +114,65 @@ pub fn changed_files(
         metadata: walk.left.iter().map(|(start, end)| end - start).sum(),
         without_journal,
     })
+}
+
+/// What the ranges in which two devices differ are multiples of.
+const GRAIN: u64 = 4096;
+
+/// Bytes read of each device at once.
+const PIECE: u64 = 1 << 20;
+
+/// Bytes of a block of the filesystem.
+fn block_size(top: &OwnedFd, device: &Path) -> Result<u64> {
+    let stat = rustix::fs::fstatfs(top).map_err(|e| Error::io("look at", device, &e.into()))?;
+    let size = u64::try_from(stat.f_bsize).unwrap_or(GRAIN);
+    Ok(if size.is_power_of_two() { size } else { GRAIN })
+}
+
+/// The blocks of `unit` bytes in which two devices differ, within `ranges`.
+fn narrowed(
+    upper: &Path,
+    lower: &Path,
+    ranges: &[Range<u64>],
+    unit: u64,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Vec<Range<u64>>> {
+    let open = |path: &Path| File::open(path).map_err(|e| Error::io("open", path, &e));
+    let devices = [(open(upper)?, upper), (open(lower)?, lower)];
+    let mut pieces = [vec![0; PIECE as usize], vec![0; PIECE as usize]];
+    let mut found: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        for at in (range.start..range.end).step_by(PIECE as usize) {
+            if cancelled() {
+                return Err(Error::new(Kind::Interrupted, "interrupted"));
+            }
+            let n = PIECE.min(range.end - at) as usize;
+            for ((device, path), piece) in devices.iter().zip(&mut pieces) {
+                // Past the end of the shorter one there are zeros.
+                piece.fill(0);
+                let mut done = 0;
+                while done < n {
+                    match device.read_at(&mut piece[done..n], at + done as u64) {
+                        Ok(0) => break,
+                        Ok(more) => done += more,
+                        Err(e) => return Err(Error::io("read", path, &e)),
+                    }
+                }
+            }
+            let [one, two] = pieces
+                .each_ref()
+                .map(|piece| piece[..n].chunks(unit as usize));
+            for (start, (one, two)) in (at..).step_by(unit as usize).zip(one.zip(two)) {
+                let end = start + one.len() as u64;
+                match found.last_mut() {
+                    _ if one == two => {}
+                    Some(last) if last.end == start => last.end = end,
+                    _ => found.push(start..end),
+                }
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// The driver of a filesystem whose files can be found.

@@ -130,47 +130,63 @@ impl Diff {
             false => Box::new(Silent),
         };
         let mut printer = Printer::new(&self, context, &lower_name, &upper_name);
-        let (sizes, mut totals) = if lower.live() || upper.live() {
-            let (sizes, kept) = look(&mut [&mut lower, &mut upper], |both| {
-                let (lower, upper) = (both[0].state(), both[1].state());
-                Ok((
-                    [lower.size(), upper.size()],
-                    all_of(lower, upper, &*progress)?,
-                ))
-            })?;
-            printer.begin(sizes)?;
-            let mut totals = Totals::default();
-            for change in &kept {
-                totals.add(change);
-                printer.change(change)?;
-            }
-            (sizes, totals)
-        } else {
-            let (lower, upper) = (lower.state(), upper.state());
-            let sizes = [lower.size(), upper.size()];
-            printer.begin(sizes)?;
-            let mut totals = Totals::default();
-            each(lower, upper, &*progress, |change| {
-                totals.add(&change);
-                printer.change(&change)
-            })?;
-            (sizes, totals)
-        };
-        drop(progress);
-        let [was, is] = sizes;
-        if let Some(len) = was.checked_sub(is).filter(|len| *len > 0) {
-            totals.changed += len;
-            totals.gone += len;
-            totals.count += 1;
-            printer.range(is, len, "gone")?;
+        let shown = show(&mut printer, &mut lower, &mut upper, progress);
+        if shown.is_err() && context.ui.json {
+            // An error has a document of its own.
+            let _ = printer.out.into_parts();
         }
-        let differ = totals.count > 0 || sizes[0] != sizes[1];
-        printer.end(sizes, &totals, differ)?;
+        let differ = shown?;
         match differ && self.exit_code {
             true => Err(Stop::Code(DIFFER)),
             false => Ok(()),
         }
     }
+}
+
+/// Prints what differs. Is there a difference?
+fn show<'a>(
+    printer: &mut Printer<'_>,
+    lower: &mut Looked<'a>,
+    upper: &mut Looked<'a>,
+    progress: Box<dyn Progress>,
+) -> Result<bool, Stop> {
+    let (sizes, mut totals) = if lower.live() || upper.live() {
+        let (sizes, kept) = look(&mut [lower, upper], |both| {
+            let (lower, upper) = (both[0].state(), both[1].state());
+            Ok((
+                [lower.size(), upper.size()],
+                all_of(lower, upper, &*progress)?,
+            ))
+        })?;
+        printer.begin(sizes)?;
+        let mut totals = Totals::default();
+        for change in &kept {
+            totals.add(change);
+            printer.change(change)?;
+        }
+        (sizes, totals)
+    } else {
+        let (lower, upper) = (lower.state(), upper.state());
+        let sizes = [lower.size(), upper.size()];
+        printer.begin(sizes)?;
+        let mut totals = Totals::default();
+        each(lower, upper, &*progress, |change| {
+            totals.add(&change);
+            printer.change(&change)
+        })?;
+        (sizes, totals)
+    };
+    drop(progress);
+    let [was, is] = sizes;
+    if let Some(len) = was.checked_sub(is).filter(|len| *len > 0) {
+        totals.changed += len;
+        totals.gone += len;
+        totals.count += 1;
+        printer.range(is, len, "gone")?;
+    }
+    let differ = totals.count > 0 || sizes[0] != sizes[1];
+    printer.end(sizes, &totals, differ)?;
+    Ok(differ)
 }
 
 /// The nearest below an object that has a name of its own, or else what it stands on directly.
@@ -271,7 +287,7 @@ impl<'a> Printer<'a> {
             diff,
             context,
             names: [lower, upper],
-            out: BufWriter::new(io::stdout()),
+            out: BufWriter::with_capacity(super::look::HELD, io::stdout()),
             first: true,
         }
     }

@@ -444,6 +444,9 @@ struct ExtentDoc<'a> {
     offset: Option<u64>,
 }
 
+/// Bytes of a listing that are written when it is whole, or there are more: then no error can take them back.
+pub(super) const HELD: usize = 1 << 20;
+
 impl Map {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
@@ -457,7 +460,7 @@ impl Map {
         let object = details.object.clone();
         let (chain, names) = (details.chain, Names::from_ids(&details.names));
         // There may be millions: they are written as they come.
-        let mut out = BufWriter::new(io::stdout().lock());
+        let mut out = BufWriter::with_capacity(HELD, io::stdout().lock());
         let written = |result: io::Result<()>| result.map_err(|e| Stop::output(&e));
         let mut first = true;
         if ui.json {
@@ -477,7 +480,7 @@ impl Map {
                 looked[0].state().disk().extents(at, len)
             })
         };
-        each_extent(size, extents, |extent| {
+        let listed = each_extent(size, extents, |extent| {
             let document = describe(extent, &chain, &names);
             if !ui.json {
                 let length = match self.parsable {
@@ -506,7 +509,14 @@ impl Map {
             let text = text.unwrap_or_else(|e| unreachable!("plain fields: {e}"));
             let comma = if std::mem::take(&mut first) { "" } else { "," };
             written(write!(out, "{comma}\n{text}"))
-        })?;
+        });
+        if let Err(stop) = listed {
+            if ui.json {
+                // An error has a document of its own.
+                let _ = out.into_parts();
+            }
+            return Err(stop);
+        }
         if ui.json {
             written(writeln!(out, "\n]}}"))?;
         }

@@ -9,6 +9,40 @@ use crate::io::{Access, EntryKind};
 use crate::units::Id;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+/// Names that a message lists.
+const LISTED: usize = 8;
+
+fn listed<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String {
+    let more = names.len() > LISTED;
+    let mut list: Vec<&str> = names.take(LISTED).collect();
+    list.extend(more.then_some("..."));
+    list.join(", ")
+}
+
+/// Why nothing goes: all that is attached of what was to go, and what that was.
+fn all_busy(busy: Vec<(&Object, Error)>, going: &BTreeMap<String, Object>) -> Option<Error> {
+    let disks: Vec<&str> = busy
+        .iter()
+        .filter(|(object, _)| object.kind == ObjectKind::Disk)
+        .map(|(object, _)| object.name.as_str())
+        .collect();
+    // A snapshot or image is in use by what stands on it, if that is attached.
+    if disks.is_empty() || going.len() == 1 {
+        return busy.into_iter().next().map(|(_, e)| e);
+    }
+    let are = if disks.len() == 1 { "is" } else { "are" };
+    let e = Error::new(
+        Kind::Busy,
+        format!("{} {are} attached", listed(disks.iter().copied())),
+    );
+    Some(e.hint(format!(
+        "`forkdisk detach {}` first; {} names would go: {}",
+        disks.join(" "),
+        going.len(),
+        listed(going.keys().map(String::as_str))
+    )))
+}
+
 impl Store {
     /// What removing `refs` would take away. `InUse` if others need them and it is not `recursive`.
     pub fn plan_removal(&self, refs: &[String], recursive: bool) -> Result<RemovePlan> {
@@ -36,22 +70,17 @@ impl Store {
                 break;
             };
             if !recursive {
-                let mut list: Vec<&str> = first.iter().take(8).map(|o| o.name.as_str()).collect();
-                if first.len() > list.len() {
-                    list.push("...");
-                }
-                return Err(Error::new(
-                    Kind::Busy,
-                    format!("{needed} is in use by {}", list.join(", ")),
-                )
-                .hint(format!(
-                    "{}`forkdisk rm -r {needed} -n` shows all that would go",
-                    // Of a disk its snapshots are in the way.
-                    match first.iter().any(|o| o.kind == ObjectKind::Disk) {
-                        true => "`forkdisk flatten DISK` makes a disk independent; ",
-                        false => "",
-                    }
-                )));
+                let users = listed(first.iter().map(|o| o.name.as_str()));
+                return Err(
+                    Error::new(Kind::Busy, format!("{needed} is in use by {users}")).hint(format!(
+                        "{}`forkdisk rm -r {needed} -n` shows all that would go",
+                        // Of a disk its snapshots are in the way.
+                        match first.iter().any(|o| o.kind == ObjectKind::Disk) {
+                            true => "`forkdisk flatten DISK` makes a disk independent; ",
+                            false => "",
+                        }
+                    )),
+                );
             }
             let more: Vec<Object> = users.into_values().flatten().cloned().collect();
             going.extend(more.into_iter().map(|o| (o.name.clone(), o)));
@@ -66,6 +95,7 @@ impl Store {
             .into_iter()
             .collect();
         let mut left = HashSet::new();
+        let mut busy: Vec<(&Object, Error)> = Vec::new();
         for object in going.values() {
             let target = object_target(object);
             // What keeps another name may stay open by it, and so may what others stand on.
@@ -75,8 +105,14 @@ impl Store {
             }
             match stays {
                 true => drop(left.insert(target)),
-                false => self.check_idle(object)?,
+                false => match self.check_idle(object) {
+                    Err(e) if e.kind() == Kind::Busy => busy.push((object, e)),
+                    other => other?,
+                },
             }
+        }
+        if let Some(e) = all_busy(busy, &going) {
+            return Err(e);
         }
         let mut list: Vec<Object> = going.into_values().collect();
         list.sort_by_key(|o| {

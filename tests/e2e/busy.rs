@@ -149,6 +149,16 @@ fn what_others_stand_on_is_not_removed() {
         assert!(listed.contains(name), "{listed}");
     }
     assert!(before == w.fingerprint());
+    // What is in the way is told whole, with what would go.
+    w.ok(["attach", "a", "--via", "file"]);
+    w.ok(["attach", "b", "--via", "file"]);
+    let told = w.fails_here(11, &["rm", "-r", "base", "-n"]);
+    assert!(told.contains("a, b are attached"), "{told}");
+    assert!(
+        told.contains("4 names would go: a, a@one, b, base"),
+        "{told}"
+    );
+    w.ok(["detach", "a", "b"]);
     w.ok(["rm", "b"]);
     let removed = w.json(["rm", "-r", "--yes", "base"]);
     assert_eq!(removed["removed"].as_array().unwrap().len(), 3);

@@ -210,3 +210,48 @@ fn files_of_two_kinds_of_filesystems_are_not_compared() {
     assert!(said.contains("an ext4 filesystem"), "{said}");
     w.finish();
 }
+
+/// Files whose small blocks share one block of the disk are told from each other.
+#[test]
+fn files_in_blocks_of_a_kilobyte() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    let image = w.sparse("image", 64 << 20);
+    tool("mkfs.ext4", ["-qF", "-b", "1024", s(&image)]);
+    w.ok(["import", s(&image), "base"]);
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    for i in 0..16 {
+        fs::write(m.join(format!("f{i}")), noise(i, 1000)).unwrap();
+    }
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["snapshot", "d@a", "--freeze"]);
+    let file = File::options().write(true).open(m.join("f5")).unwrap();
+    file.write_all_at(b"changed", 0).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    fs::rename(m.join("f9"), m.join("g9")).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    w.ok(["snapshot", "d@b", "--freeze"]);
+    let doc = w.json(["diff", "d@a", "d@b", "--files"]);
+    let files: Vec<_> = doc["files"].as_array().unwrap().iter().collect();
+    let all: Vec<_> = files
+        .iter()
+        .filter(|f| f["kind"] == "f")
+        .map(|f| format!("{} {} {}", f["change"], f["path"], f["bytes"]))
+        .collect();
+    assert_eq!(
+        all,
+        [
+            "\"changed\" \"f5\" 1024",
+            "\"deleted\" \"f9\" 0",
+            "\"added\" \"g9\" 0"
+        ]
+    );
+    assert!(doc["metadata"].as_u64().unwrap() > 0, "{doc}");
+    w.ok(["detach", "d"]);
+    w.finish();
+}
