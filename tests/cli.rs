@@ -187,13 +187,23 @@ fn a_missing_store_exits_with_10() {
 #[test]
 fn what_is_no_raw_image_is_not_imported() {
     let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("a.qcow2");
-    std::fs::write(&file, b"QFI\xfb\0\0\0\x03").expect("written");
-    let output = forkdisk(&["--json", "import", file.to_str().expect("UTF-8")]);
-    let error = json_error(&output);
-    assert_eq!(error["code"], "unsupported");
-    let hint = error["hint"].as_str().expect("a hint");
-    assert!(hint.contains("qemu-img convert"), "{hint}");
+    for (name, start, way) in [
+        (
+            "a.qcow2",
+            &b"QFI\xfb\0\0\0\x03"[..],
+            "import --format qcow2",
+        ),
+        ("a.vmdk", b"KDMV\0\0\0\x03", "qemu-img convert"),
+        ("a.gz", b"\x1f\x8b\x08\0\0\0\0\0", "zcat"),
+    ] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, start).expect("written");
+        let output = forkdisk(&["--json", "import", file.to_str().expect("UTF-8")]);
+        let error = json_error(&output);
+        assert_eq!(error["code"], "unsupported");
+        let hint = error["hint"].as_str().expect("a hint");
+        assert!(hint.contains(way), "{hint}");
+    }
 }
 
 #[test]

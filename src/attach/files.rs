@@ -155,6 +155,7 @@ fn narrowed(
                     match device.read_at(&mut piece[done..n], at + done as u64) {
                         Ok(0) => break,
                         Ok(more) => done += more,
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                         Err(e) => return Err(Error::io("read", path, &e)),
                     }
                 }

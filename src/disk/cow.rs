@@ -746,7 +746,7 @@ impl CowDisk {
         let mut places = [At::OwnZero; REGION_BLOCKS];
         let mut block = first;
         // How many regions in a row no layer below says anything of, and from where up to where that is known without a look at each.
-        let (mut row, mut clear) = (0, 0..0);
+        let (mut row, mut clear, mut many) = (0, 0..0, MANY_CLEAR);
         while block < last {
             let lba = Lba(block as u32);
             let n = ((REGION_BLOCKS - lba.index()) as u64).min(last - block) as usize;
@@ -758,9 +758,17 @@ impl CowDisk {
             if nothing && (clear.contains(&region.0) || top.chain.is_base(region)?) {
                 // Most of a large disk: no need to look at each block.
                 row += 1;
-                if row >= MANY_CLEAR && !clear.contains(&region.0) {
-                    let next = top.chain.next_touched(region)?;
-                    clear = region.0..next.map_or(u32::MAX, |next| next.0);
+                if row >= many && !clear.contains(&region.0) {
+                    // What is damaged is met by whoever reads it.
+                    clear = match top.chain.next_touched(region) {
+                        Ok(next) => region.0..next.map_or(u32::MAX, |next| next.0),
+                        Err(_) => 0..0,
+                    };
+                    // Where little is gained it is asked less often.
+                    if clear.len() < 64 {
+                        many = u32::saturating_mul(many, 2);
+                    }
+                    row = 0;
                 }
                 let start = block * BLOCK;
                 let end = (block + n as u64) * BLOCK;

@@ -59,6 +59,8 @@ impl Effort {
 struct Known {
     digests: HashMap<Below, Digest>,
     names: HashMap<Below, Vec<String>>,
+    /// A name could not be read: what it is of may seem to have none.
+    partial: bool,
 }
 
 /// A part of some work as the whole sees it.
@@ -189,7 +191,7 @@ impl Store {
                     Below::Base(_) => None,
                 };
             }
-            if now != chain {
+            if now != chain || known.partial {
                 return Ok(());
             }
             for (below, digest) in computed {
@@ -280,7 +282,10 @@ impl Store {
             let record = match record {
                 Ok(record) if record.kind != ObjectKind::Disk => record,
                 Ok(_) => continue,
-                Err(e) if e.kind() == Kind::Corrupt => continue,
+                Err(e) if e.kind() == Kind::Corrupt => {
+                    known.partial = true;
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             if let Some(digest) = self.digest_in(&record) {

@@ -690,13 +690,15 @@ fn copy_content(
 ) -> Result<BaseMeta> {
     let len = content.len();
     let mut sink = Sink::new(dir, len, len <= DIGEST_MAX, progress)?;
-    let mut buf = vec![0; PIECE];
+    // As large as the largest unit of the other formats, so that none has to be unpacked twice.
+    let mut buf = vec![0; 2 * PIECE];
     while let Some(data) = content.data(sink.at)? {
         // Whole blocks, whatever the grain of the other format.
         sink.hole(data.start / BLOCK * BLOCK)?;
+        sink.tell()?;
         let end = data.end.next_multiple_of(BLOCK).min(len);
         while sink.at < end {
-            let piece = &mut buf[..(end - sink.at).min(PIECE as u64) as usize];
+            let piece = &mut buf[..(end - sink.at).min(2 * PIECE as u64) as usize];
             content.read(piece, sink.at)?;
             sink.data(piece)?;
         }

@@ -186,7 +186,8 @@ pub enum ImportSource<'a> {
 pub trait Content {
     /// How many there are, at least one and at most [`MAX_DISK`](crate::units::MAX_DISK).
     fn len(&self) -> u64;
-    /// The next of them, not before `from`, that may be something else than zeros; `None` if there are no more.
+    /// The next of them, not before `from`, that may be something else than zeros; `None` if there are no more. Where it takes long, none of them: an empty
+    /// range, at the place up to which there is nothing.
     fn data(&self, from: u64) -> Result<Option<std::ops::Range<u64>>>;
     /// Reads the bytes from `at` on, within the length.
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()>;

@@ -292,6 +292,31 @@ fn qcow2_images_that_cannot_come_in_are_told_why() {
         4,
         "shorter",
     );
+    refused(&with("short", 36, &[0; 4]), 4, "too short for its disk");
+    refused(&with("none", 40, &[0; 8]), 4, "too short for its disk");
+    let packed = made(
+        &w,
+        &w.file("text", &b"some text ".repeat(1 << 17)),
+        "packed",
+        &["-c"],
+    );
+    let packed = fs::read(&packed).unwrap();
+    refused(
+        &w.file("unpacked", &packed[..packed.len() - 4096]),
+        4,
+        "shorter",
+    );
+    // In clusters smaller than a block of ours, behind one that is zeros.
+    let small = w.sparse("small.img", 1 << 20);
+    let open = fs::File::options().write(true).open(&small).unwrap();
+    open.write_all_at(&noise(4, 512), 0).unwrap();
+    open.write_all_at(&noise(5, 512), 1024).unwrap();
+    let small = fs::read(made(&w, &small, "small", &["-o", "cluster_size=512"])).unwrap();
+    let entry = |at: usize| u64::from_be_bytes(small[at..at + 8].try_into().unwrap()) & !(1 << 63);
+    let third = entry(entry(40) as usize) as usize + 16;
+    let mut moved = small.clone();
+    moved[third..third + 8].copy_from_slice(&((1u64 << 63) | (1 << 30)).to_be_bytes());
+    refused(&w.file("third", &moved), 4, "shorter");
     // Without the table that says where the data is, all would be zeros.
     let moved = (bytes.len() as u64).to_be_bytes();
     refused(&with("lost", l1, &moved), 4, "shorter");
