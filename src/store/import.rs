@@ -65,6 +65,19 @@ fn stamp(meta: &std::fs::Metadata) -> [u64; 4] {
 }
 
 impl BaseMeta {
+    /// That of an image whose bytes were copied; the name it gets later.
+    pub(super) fn copied(id: Id, len: u64, digest: Option<String>) -> BaseMeta {
+        BaseMeta {
+            id,
+            len,
+            name: String::new(),
+            mode: "copy".to_string(),
+            digest,
+            link: None,
+            data: None,
+            counts_as: Vec::new(),
+        }
+    }
     pub(super) fn encode(&self, created: u64) -> Vec<u8> {
         let others: Vec<String> = self.counts_as.iter().map(Id::to_string).collect();
         let counts_as = (!others.is_empty()).then(|| others.join(" "));
@@ -705,16 +718,7 @@ fn copy_content(
     }
     let digest = sink.finish(id, len)?;
     content.unchanged()?;
-    Ok(BaseMeta {
-        id,
-        len,
-        name: String::new(),
-        mode: "copy".to_string(),
-        digest,
-        link: None,
-        data: None,
-        counts_as: Vec::new(),
-    })
+    Ok(BaseMeta::copied(id, len, digest))
 }
 
 fn copy_stream(
@@ -758,14 +762,5 @@ fn copy_stream(
         );
     }
     let digest = sink.finish(id, len)?;
-    Ok(BaseMeta {
-        id,
-        len,
-        name: String::new(),
-        mode: "copy".to_string(),
-        digest,
-        link: None,
-        data: None,
-        counts_as: Vec::new(),
-    })
+    Ok(BaseMeta::copied(id, len, digest))
 }

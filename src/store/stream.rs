@@ -419,14 +419,5 @@ fn copy_full(
         sink.data(data)?;
     }
     let digest = sink.finish(id, len)?;
-    Ok(BaseMeta {
-        id,
-        len,
-        name: String::new(),
-        mode: "copy".to_string(),
-        digest,
-        link: None,
-        data: None,
-        counts_as: Vec::new(),
-    })
+    Ok(BaseMeta::copied(id, len, digest))
 }
