@@ -5,7 +5,7 @@
 mod common;
 use common::{Rng, audit, base_image, read_all};
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::error::{Error, Kind, Result};
+use forkdisk::error::{Kind, Result};
 use forkdisk::io::count::Counting;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::layer::history::Hold;
@@ -31,6 +31,7 @@ struct World {
     clock: Arc<AtomicU64>,
     seed: u64,
     lives: u64,
+    snapshots: u64,
     size: u64,
     disk: Option<Arc<CowDisk>>,
     memory: Arc<SharedMemory>,
@@ -74,6 +75,7 @@ impl World {
             clock,
             seed,
             lives: 0,
+            snapshots: 0,
             size,
             disk: None,
             memory: volatile::private().expect("memory"),
@@ -121,6 +123,27 @@ impl World {
         let number = disk.point().expect("writable").1;
         self.points.insert(number, self.now.clone());
         number
+    }
+    fn next_snapshot(&mut self) -> String {
+        self.snapshots += 1;
+        format!("s{}", self.snapshots)
+    }
+    /// A snapshot of the disk in use is a flush, and the disk goes on in another layer.
+    fn snapshot(&mut self) {
+        let (disk, name) = (self.open(), self.next_snapshot());
+        let taken = self.store.snapshot_running(&disk, "d", &name, None);
+        taken.expect("a snapshot");
+        self.flushed = self.now.clone();
+        let (_, number) = disk.point().expect("writable");
+        self.points.insert(number, self.now.clone());
+    }
+    /// The name of a snapshot goes, and what only that needed.
+    fn forget_snapshot(&mut self, rng: &mut Rng) {
+        let name = format!("d@s{}", 1 + rng.below(self.snapshots.max(1)));
+        if let Ok(plan) = self.store.plan_removal(&[name], false) {
+            self.store.remove(&plan).expect("removed");
+            self.store.gc(false).expect("gc");
+        }
     }
     /// The store on what is left of the disk.
     fn again(&mut self, sim: SimDisk) {
@@ -197,7 +220,7 @@ impl World {
     }
     fn step(&mut self, rng: &mut Rng) {
         let at = rng.below(self.size);
-        match rng.below(64) {
+        match rng.below(70) {
             0..=25 => {
                 let at = if rng.below(3) == 0 {
                     at
@@ -224,6 +247,13 @@ impl World {
             }
             60..=61 => self.death(),
             62 => drop(self.look_back(rng)),
+            63..=65 => self.snapshot(),
+            66 => {
+                self.close();
+                let name = self.next_snapshot();
+                self.store.snapshot("d", &name, None).expect("a snapshot");
+            }
+            67 => self.forget_snapshot(rng),
             _ => {
                 self.close();
                 let kept = self.number();
@@ -640,11 +670,8 @@ impl Owner for Writer {
         self.hold = Some(self.disk.hold_point(layer, point)?);
         Ok(())
     }
-    fn let_go(&mut self) -> Result<()> {
-        match self.hold.take().is_some_and(|hold| hold.is_whole()) {
-            true => Ok(()),
-            false => Err(Error::new(Kind::Busy, "it went")),
-        }
+    fn let_go(&mut self) {
+        self.hold = None;
     }
 }
 
@@ -727,10 +754,10 @@ fn a_busy_disk_is_forked_as_it_was() {
     audit::layers(&world.sim, "a busy disk");
 }
 
-/// What ends the history while it is read ends that: there is no fork, and nothing is left of it.
+/// What ends the history while it is read ends that: there is no fork, and nothing is left of it. A snapshot and a rewind do not end it.
 #[test]
 fn a_history_that_ends_while_it_is_read_makes_no_fork() {
-    for how in 0..3 {
+    for how in 0..4 {
         let mut world = World::new(16 + how, 1000, limits(Some(1_000_000), None));
         world.write(0, &noise(1, 600 * B));
         let first = world.flush();
@@ -738,46 +765,65 @@ fn a_history_that_ends_while_it_is_read_makes_no_fork() {
         let second = world.flush();
         let disk = world.open();
         let store = &world.store;
-        let mut done = false;
-        let meanwhile = Meanwhile(Mutex::new(|_: u64| {
-            if std::mem::replace(&mut done, true) {
-                return;
+        store
+            .snapshot_running(&disk, "d", "before", None)
+            .expect("taken");
+        disk.write(&noise(3, 600 * B), 0).expect("write");
+        disk.flush().expect("flush");
+        let (_, third) = disk.point().expect("writable");
+        disk.write(&noise(4, 600 * B), 0).expect("write");
+        disk.flush().expect("flush");
+        for point in [first, third] {
+            let mut done = false;
+            let meanwhile = Meanwhile(Mutex::new(|_: u64| {
+                if std::mem::replace(&mut done, true) {
+                    return;
+                }
+                let name = format!("s{point}");
+                let off = || store.set_history_running(&disk, "d", None);
+                match how {
+                    0 => drop(
+                        store
+                            .snapshot_running(&disk, "d", &name, None)
+                            .expect("taken"),
+                    ),
+                    1 => off().expect("off"),
+                    2 => drop(store.rollback_running(&disk, "d", "before").expect("back")),
+                    _ => drop(
+                        store
+                            .rewind_running(&disk, "d", At::Number(second))
+                            .expect("back"),
+                    ),
+                }
+            }));
+            let settings = Extra::default();
+            let mut writer = Writer {
+                disk: disk.clone(),
+                hold: None,
+            };
+            let fork = fork_of("f", point, &settings);
+            let made = store.create_at_with(&fork, Some(&mut writer), &meanwhile);
+            if how == 0 || how == 3 {
+                let found = read_all(&*store.open_disk(&made.expect("a fork"), false).expect("f"));
+                let was = if point == first { 1 } else { 3 };
+                assert!(found.expect("read")[..600 * B as usize] == noise(was, 600 * B));
+                let plan = store.plan_removal(&["f".to_string()], false);
+                store.remove(&plan.expect("a plan")).expect("removed");
+                continue;
             }
-            match how {
-                0 => drop(
-                    store
-                        .snapshot_running(&disk, "d", "s", None)
-                        .expect("taken"),
-                ),
-                1 => disk.set_keep(None).expect("off"),
-                _ => drop(
-                    store
-                        .rewind_running(&disk, "d", At::Number(second))
-                        .expect("back"),
-                ),
-            }
-        }));
-        let settings = Extra::default();
-        let mut writer = Writer {
-            disk: disk.clone(),
-            hold: None,
-        };
-        let made = store.create_at_with(
-            &fork_of("f", first, &settings),
-            Some(&mut writer),
-            &meanwhile,
-        );
-        assert_eq!(made.expect_err("it ended").kind(), Kind::Busy, "{how}");
-        assert_eq!(store.resolve("f").expect_err("none").kind(), Kind::NotFound);
-        // What is gone cannot be held.
-        if how < 2 {
+            assert_eq!(made.expect_err("it ended").kind(), Kind::Busy, "{how}");
+            assert_eq!(store.resolve("f").expect_err("none").kind(), Kind::NotFound);
+            // What is gone cannot be held.
             let (own, _) = disk.point().expect("writable");
-            let held = disk.hold_point(own, first);
+            let held = disk.hold_point(own, point);
             assert!(held.is_err_and(|e| e.kind() == Kind::NotFound));
+            break;
         }
-        drop((disk, writer));
-        world.close();
-        assert!(world.store.gc(true).expect("gc").layers.is_empty());
+        disk.close().expect("close");
+        drop(disk);
+        world.disk = None;
+        let left = world.store.gc(true).expect("gc");
+        assert!(left.layers.is_empty() && left.bytes == 0, "{left:?}");
         audit::layers(&world.sim, "ended");
     }
 }
@@ -813,25 +859,51 @@ fn an_attached_disk_goes_back() {
     world.look_back(&mut Rng(19));
 }
 
-/// A snapshot ends the history, and its space is free; the disk goes on with a new one. Without the setting nothing is kept.
+/// The history goes on over snapshots, also of a disk at rest, and over their removal: the points of a sealed layer can be shown, forked, and gone back
+/// to. Without the setting nothing is kept of any of them.
 #[test]
-fn a_snapshot_begins_anew() {
+fn a_history_goes_on_over_snapshots() {
     let mut world = World::new(6, 40, limits(Some(1000), None));
-    for i in 0..10u64 {
-        world.write(0, &noise(i, B));
-        world.flush();
+    let mut numbers = vec![0];
+    for i in 0..24u64 {
+        world.write(i % 5 * B, &noise(i, 2 * B));
+        world.discard((i * 3 + 1) % 40 * B, B);
+        numbers.push(world.flush());
+        match i % 6 {
+            1 => world.snapshot(),
+            4 => {
+                world.close();
+                let name = world.next_snapshot();
+                world.store.snapshot("d", &name, None).expect("a snapshot");
+            }
+            _ => {}
+        }
     }
-    let running = world.open();
-    world
-        .store
-        .snapshot_running(&running, "d", "s", None)
-        .expect("a snapshot");
-    drop(running);
-    world.points.clear();
-    world.points.insert(0, world.now.clone());
-    world.write(B, &[9; 4096]);
-    world.flush();
-    assert_eq!(world.look_back(&mut Rng(6)), [0, 1]);
+    assert_eq!(numbers, (0..25).collect::<Vec<_>>());
+    assert_eq!(world.look_back(&mut Rng(6)), numbers);
+    // There and back again, over several layers, at rest and attached.
+    for (number, undone) in [(3, 25), (24, 26), (11, 27), (26, 28)] {
+        assert!(world.rewind(number));
+        world.points.insert(undone, world.now.clone());
+    }
+    for (number, undone) in [(2, 29), (28, 30), (29, 31)] {
+        let disk = world.open();
+        let back = world.store.rewind_running(&disk, "d", At::Number(number));
+        assert!(back.expect("back").undoable);
+        world.now = world.points[&number].clone();
+        world.points.insert(undone, world.now.clone());
+        same(&read_all(&*disk).expect("read"), &world.now, number);
+        drop(disk);
+        world.close();
+    }
+    for name in ["d@s2", "d@s3", "d@s4"] {
+        let plan = world.store.plan_removal(&[name.to_string()], false);
+        world.store.remove(&plan.expect("a plan")).expect("removed");
+    }
+    assert_eq!(world.store.gc(false).expect("gc").bytes, 0);
+    assert_eq!(world.look_back(&mut Rng(7)), (0..32).collect::<Vec<_>>());
+    let held = world.store.history("d").expect("a history").bytes;
+    assert!(held > 30 * B, "{held}");
     let name = ["d".to_string()];
     world.store.set_history(&name, None).expect("none");
     world.open();
@@ -842,7 +914,57 @@ fn a_snapshot_begins_anew() {
         .rewind("d", At::Number(0), &Quiet)
         .expect_err("no history");
     assert_eq!(error.kind(), Kind::NotFound);
+    assert_eq!(world.store.gc(true).expect("gc").layers, []);
     audit::layers(&world.sim, "snapshot");
+}
+
+/// What is too old or too much goes from sealed layers, too, by the housekeeping; the host's full disk takes it first.
+#[test]
+fn what_sealed_layers_keep_expires() {
+    // A window.
+    let mut world = World::new(31, 40, limits(Some(100), None));
+    let start = world.clock.load(Ordering::SeqCst);
+    for i in 0..30u64 {
+        world.clock.store(start + 10 * i, Ordering::SeqCst);
+        world.write(i % 3 * B, &noise(i, B));
+        world.flush();
+        if i % 4 == 3 {
+            world.snapshot();
+        }
+        world.open().maintain().expect("maintain");
+    }
+    let points = world.store.history("d").expect("a history").points;
+    // A segment of this window spans more than a second, so that each of these is one.
+    assert_eq!(points[0].time, (start + 190) * 1000);
+    assert_eq!(points.len(), 11);
+    let kept = world.look_back(&mut Rng(31));
+    assert_eq!(kept, (20..31).collect::<Vec<_>>());
+    // A budget, over many snapshots.
+    let mut world = World::new(32, 40, limits(None, Some(20 * B)));
+    for i in 0..200u64 {
+        world.write(i % 5 * B, &noise(i, B));
+        world.flush();
+        if i % 7 == 6 {
+            world.snapshot();
+        }
+        world.open().maintain().expect("maintain");
+        let held = world.open().history_bytes();
+        assert!(held <= 22 * B, "{held} bytes are held");
+    }
+    let kept = world.look_back(&mut Rng(32));
+    // What a layer replaces of those below it takes no room.
+    assert!((20..=60).contains(&kept.len()), "{kept:?}");
+    assert_eq!(world.store.gc(true).expect("gc").bytes, 0);
+    // Layers without end.
+    let mut world = World::new(33, 40, limits(Some(1_000_000), None));
+    for i in 0..300u64 {
+        world.write(i % 5 * B, &noise(i, B));
+        world.snapshot();
+        world.open().maintain().expect("maintain");
+    }
+    let kept = world.number();
+    assert!((100..=140).contains(&kept.len()), "{}", kept.len());
+    assert_eq!(kept.last(), Some(&300));
 }
 
 /// Switched on and off while the disk is in use.

@@ -4,9 +4,9 @@
 //! - some thread waits for the next conversation, unless there are as many as there may be: no command waits until another one's work is done;
 //! - whoever was refused at its first word is asked nothing more, and nothing more of what it says is done.
 
-use super::past::Held;
 use super::protocol::{failure, receive, send};
 use super::server::Server;
+use crate::layer::history::Hold;
 use crate::layer::unsettled::Unsettled;
 use crate::sys::private;
 use serde_json::Value;
@@ -36,7 +36,7 @@ pub(super) struct Conversation {
     pub begun: Vec<String>,
     /// What an answer promised to make durable: done when the answer is on its way. It holds nothing of the disk, which may be detached meanwhile.
     pub unsettled: Option<Arc<Unsettled>>,
-    held: Option<Held>,
+    held: Option<Arc<Hold>>,
 }
 
 /// Lets a thread wait for conversations.

@@ -220,12 +220,8 @@ impl CowDisk {
         name: Option<&str>,
         next: impl FnOnce(Arc<dyn File>, Arc<SharedMemory>) -> Result<(Layer, Arc<Chain>)>,
     ) -> Result<()> {
-        // Most of the dirty data goes out while requests still run; and the history, which ends here.
-        self.flush()?;
-        if let Some(layer) = &self.top.read().layer {
-            layer.forget_history()?;
-            layer.checkpoint_ahead()?;
-        }
+        // Most of the dirty data goes out while requests still run.
+        self.flush_ahead()?;
         let mut top = self.top.write();
         let Some(layer) = &top.layer else {
             return Err(read_only());

@@ -11,7 +11,6 @@ use crate::format::{JOURNAL_SLOTS, MAX_SEGMENTS, Pointer, SegmentHeader, Step, S
 use crate::io::File;
 use crate::map::RegionMap;
 use crate::map::undo::Undo;
-use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
@@ -25,6 +24,20 @@ pub struct Keep {
     pub bytes: Option<u64>,
     /// The time now, in milliseconds since 1970. It labels points and orders nothing.
     pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Where the history goes on from that of a sealed layer below: the last commit of that. A layer that was never opened begins with the next number.
+    pub after: u64,
+    /// What sealed layers below keep of the same history.
+    pub lower: Option<Arc<dyn Lower>>,
+}
+
+/// The older part of a history, which sealed layers hold.
+pub trait Lower: Send + Sync {
+    /// Host bytes that it occupies.
+    fn bytes(&self) -> u64;
+    /// Lets go of what was made at `since` or before, and of the oldest that is more than `room` bytes. What cannot be done now is done the next time.
+    fn expire(&self, since: Option<u64>, room: u64) -> Result<()>;
+    /// The host disk is full: the older half goes, or the little that is left; says whether there was any.
+    fn yield_oldest(&self) -> Result<bool>;
 }
 
 /// As long as somebody has it, a point of a layer that is open for writing stays: also where it is too old, or too much. It goes all the same
@@ -33,49 +46,24 @@ pub struct Keep {
 pub struct Hold {
     /// Number of the point.
     pub number: u64,
-    gone: AtomicBool,
 }
 
-impl Hold {
-    /// Was the point there all the time, so that what it showed could be read?
-    pub fn is_whole(&self) -> bool {
-        !self.gone.load(SeqCst)
-    }
-}
-
-/// The points that somebody holds. When this goes, nobody keeps them any more.
+/// The points that somebody holds.
 #[derive(Default)]
 pub(super) struct Holds(Vec<Weak<Hold>>);
 
 impl Holds {
     /// Holds point `number`.
     pub fn add(&mut self, number: u64) -> Arc<Hold> {
-        let hold = Arc::new(Hold {
-            number,
-            gone: AtomicBool::new(false),
-        });
+        let hold = Arc::new(Hold { number });
         self.0.retain(|held| held.strong_count() > 0);
         self.0.push(Arc::downgrade(&hold));
         hold
     }
-    fn all(&self) -> impl Iterator<Item = Arc<Hold>> + '_ {
-        self.0.iter().filter_map(Weak::upgrade)
-    }
     /// The oldest that must stay.
     pub fn oldest(&self) -> Option<u64> {
-        self.all().map(|hold| hold.number).min()
-    }
-    /// What is before point `oldest` can be shown no more.
-    pub fn begin_at(&self, oldest: u64) {
-        for hold in self.all().filter(|hold| hold.number < oldest) {
-            hold.gone.store(true, SeqCst);
-        }
-    }
-}
-
-impl Drop for Holds {
-    fn drop(&mut self) {
-        self.begin_at(u64::MAX);
+        let held = self.0.iter().filter_map(Weak::upgrade);
+        held.map(|hold| hold.number).min()
     }
 }
 
@@ -196,6 +184,20 @@ impl ReadLayer {
     pub fn is_current(&self) -> Result<bool> {
         let now = recover::superblock(&**self.file(), self.header())?.superblock;
         Ok(now.sequence == self.superblock().sequence)
+    }
+    /// Fails if point `number` is none that can be shown any more.
+    pub fn must_have(&self, number: u64) -> Result<()> {
+        let cut = self.cut.map_or(0, |(sequence, _)| sequence);
+        let oldest = self.superblock().history_oldest.get().max(cut);
+        match self.has_history() && number >= oldest {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::NotFound,
+                format!("there is no point #{number} any more"),
+            )
+            .layer(self.id())
+            .hint("`forkdisk ls --history` lists the points")),
+        }
     }
     /// Does it keep its history?
     pub fn has_history(&self) -> bool {

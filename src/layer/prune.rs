@@ -1,18 +1,20 @@
 //! Blocks of a sealed layer that nobody can see any more are given back to the host (FORMAT.md, section 4, "Reclaim").
 //!
-//! The only change that a sealed layer's file ever sees in place, but for the label in its superblock. Always true:
+//! So is what it keeps of a history, when that is too old or too much. Nothing else of a sealed layer's file is ever changed in place, but for the
+//! labels in its superblock. Always true:
 //! - the slots that the superblock on the disk names are not written to, and are given back only when both copies of the next one are
 //!   durable;
-//! - whoever calls this has the file's lock for himself: nobody has a map of it in memory, or this process alone ([`Users::Here`]), opened once:
+//! - whoever prunes has the file's lock for himself: nobody has a map of it in memory, or this process alone ([`Users::Here`]), opened once:
 //!   then what that map lies in stays, until it is opened anew.
 
+use super::history::{Segment, read_segment, segments};
 use super::recover;
 use super::writable::read_free_list;
 use super::{ReadLayer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
     self, FreeExtent, Header, INLINE_FREE, JOURNAL_START, MAX_RUNS, Pointer, RunRef, SLOT_ZERO,
-    Superblock,
+    Step, Superblock,
 };
 use crate::io::File;
 use crate::layer::space::FreeSet;
@@ -99,6 +101,73 @@ pub fn forget_refer(file: &dyn File, header: &Header) -> Result<()> {
     }
     superblock.set_refer(None);
     put(file, &mut superblock)
+}
+
+/// Lets go of what a sealed layer keeps of its history before point `number`; of all of it, if that is the last one. Returns the host bytes. Nobody else
+/// changes the layer meanwhile. Its readers need not care, but for those of its history.
+pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u64> {
+    let superblock = settled(file, header)?;
+    if State::of(&superblock) != State::Sealed || !superblock.has_history() {
+        return Ok(0);
+    }
+    let all = number + 1 >= superblock.next_commit.get();
+    let segments = segments(file, &superblock)?.segments;
+    let (gone, stay): (Vec<Segment>, Vec<Segment>) =
+        segments.into_iter().partition(|s| all || s.commits.1 <= number);
+    if gone.is_empty() && !all {
+        return Ok(0);
+    }
+    // What a predecessor wrote that no superblock ever named.
+    let end = superblock.high_water.get().saturating_mul(BLOCK);
+    if file.len()? > end {
+        file.set_len(end)?;
+    }
+    let mut slots = FreeSet::default();
+    for segment in &gone {
+        slots.insert(segment.slot, segment.slots);
+        match read_segment(file, &Id(header.layer), segment) {
+            Ok(steps) => {
+                let held = steps.iter().flat_map(Step::slots);
+                held.for_each(|slot| slots.insert(slot, 1));
+            }
+            // Nobody can say any more what it held.
+            Err(e) if e.kind() == Kind::Corrupt => tracing::warn!("{e}"),
+            Err(e) => return Err(e),
+        }
+    }
+    let kept = stay.iter().map(|s| s.blocks + u64::from(s.slots)).sum();
+    let freed = slots.total();
+    let lost = superblock.history_blocks.get().saturating_sub(kept + freed);
+    let mut work = Work::of(file, &superblock)?;
+    work.data = slots;
+    let listed = work.write_free_list(file).and_then(|()| file.sync());
+    match listed {
+        Ok(()) => {
+            work.next.forgotten = U64::new(work.next.forgotten.get() + lost);
+            work.next.high_water = U64::new(work.high);
+        }
+        // Then nobody knows of these slots, which matters little where nobody writes.
+        Err(e) if e.kind() == Kind::NoSpace => {
+            work.next = superblock;
+            work.next.forgotten = U64::new(superblock.forgotten.get() + freed + lost);
+            work.maps = FreeSet::default();
+            file.set_len(end)?;
+        }
+        Err(e) => return Err(e),
+    }
+    let oldest = gone.last().map_or((0, 0), |s| (s.commits.1, s.last_time));
+    let (oldest, blocks) = if all { ((0, 0), 0) } else { (oldest, kept) };
+    let newest = stay.last().map_or((0, 0), |s| (s.slot, s.slots));
+    work.next.set_history(!all);
+    work.next.history_slot = U32::new(newest.0);
+    work.next.history_slots = U32::new(newest.1);
+    work.next.history_oldest = U64::new(oldest.0);
+    work.next.history_time = U64::new(oldest.1);
+    work.next.history_blocks = U64::new(blocks);
+    put(file, &mut work.next)?;
+    punch(file, work.data.iter())?;
+    punch(file, work.maps.iter())?;
+    Ok(freed * BLOCK)
 }
 
 /// How many data blocks of a layer nobody sees.
@@ -194,17 +263,23 @@ struct Work {
 }
 
 impl Work {
+    /// All maps of the layer will be others.
     fn new(layer: &ReadLayer, superblock: &Superblock) -> Result<Work> {
-        let mut maps = FreeSet::default();
+        let mut work = Work::of(&**layer.file(), superblock)?;
         for run in superblock.run_refs() {
-            maps.insert(run.slot.get(), run.slots.get());
+            work.maps.insert(run.slot.get(), run.slots.get());
         }
+        Ok(work)
+    }
+    /// Only the free list will be another.
+    fn of(file: &dyn File, superblock: &Superblock) -> Result<Work> {
+        let mut maps = FreeSet::default();
         if superblock.free_slot.get() != 0 {
             maps.insert(superblock.free_slot.get(), superblock.free_slots.get());
         }
         Ok(Work {
             next: *superblock,
-            free: read_free_list(&**layer.file(), superblock)?,
+            free: read_free_list(file, superblock)?,
             high: superblock.high_water.get(),
             data: FreeSet::default(),
             maps,
@@ -348,11 +423,12 @@ impl Work {
     }
 }
 
-/// Is this a layer that may be pruned: sealed, without a label?
+/// Is this a layer that may be pruned: sealed, without a label, and without a history in which blocks can be seen that are hidden now?
 pub fn may_prune(file: &dyn File, header: &Header) -> Result<bool> {
     let found = recover::superblock(file, header)?;
     let superblock = &found.superblock;
     Ok(Id(superblock.layer) == Id(header.layer)
         && State::of(superblock) == State::Sealed
-        && superblock.name().is_none())
+        && superblock.name().is_none()
+        && !superblock.has_history())
 }

@@ -25,7 +25,7 @@ pub(super) use commit::read_free_list;
 pub use stats::LayerStats;
 
 use super::early::{Early, Errand};
-use super::history::Keep;
+use super::history::{Keep, Lower};
 use super::quiesce::{Guard, Quiesce};
 use super::recover::{self, Change};
 use super::refer::Below;
@@ -223,6 +223,8 @@ pub struct Layer {
     keeps: AtomicBool,
     /// Slots of the history.
     past: AtomicU64,
+    /// What of it is in layers below.
+    lower: Mutex<Option<Arc<dyn Lower>>>,
     /// The last commit left the history much larger than it may be.
     over: AtomicBool,
     /// The journal changes so many regions that it should be emptied.
@@ -291,7 +293,10 @@ impl Layer {
         volatile::clear(&memory);
         recover::settle_unless_clean(&*file, &header)?;
         let found = recover::superblock(&*file, &header)?;
-        let superblock = found.superblock;
+        let mut superblock = found.superblock;
+        if let Some(keep) = keep.as_ref().filter(|_| found.fresh) {
+            superblock.next_commit = U64::new(keep.after + 1);
+        }
         let state = State::of(&superblock);
         if state == State::Sealed {
             return Err(Error::new(Kind::ReadOnly, "the layer is sealed")
@@ -366,6 +371,7 @@ impl Layer {
     fn assemble(file: Arc<dyn File>, header: Header, b: Beginning) -> Layer {
         let host = Arc::new(Written::new(file, &b.superblock));
         let (keeps, past) = (b.history.keep.is_some(), b.history.slots());
+        let lower = b.history.keep.as_ref().and_then(|keep| keep.lower.clone());
         Layer {
             id: Id(header.layer),
             header,
@@ -429,6 +435,7 @@ impl Layer {
             can_punch: AtomicBool::new(true),
             keeps: AtomicBool::new(keeps),
             past: AtomicU64::new(past),
+            lower: Mutex::new(lower),
             over: AtomicBool::new(false),
             scattered: AtomicBool::new(false),
             below: Mutex::new(None),
@@ -922,13 +929,8 @@ impl Layer {
         let c = &mut *commit;
         self.check_poison()?;
         self.finish_first(c)?;
-        let ended = c.history.keep.take_if(|_| state == State::Sealed);
-        if (c.head > 0 || state == State::Sealed && c.superblock.has_history())
-            && let Err(e) = self.checkpoint(c, State::Writable)
-        {
-            // The disk may go on with the layer as it is.
-            c.history.keep = c.history.keep.take().or(ended);
-            return Err(e);
+        if c.head > 0 {
+            self.checkpoint(c, State::Writable)?;
         }
         // Copy 2 of that checkpoint, before anything it could be needed for is destroyed.
         if c.second_pending {
@@ -947,7 +949,7 @@ impl Layer {
                 std::mem::take(&mut space.journal_reserved),
             )
         };
-        // For a seal this is tidying only, and no reason to stop half-way: the history has ended with the checkpoint.
+        // For a seal this is tidying only, and no reason to stop half-way.
         let tidied = |done: Result<()>| match done {
             Err(e) if e.kind() == Kind::NoSpace && state == State::Sealed => Ok(()),
             other => other,

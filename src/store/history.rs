@@ -2,24 +2,25 @@
 //!
 //! Always true: a disk that goes back is all that it was at that point, or all that it was before.
 
+use super::earlier::Place;
 use super::graph::TRIES;
 use super::names::{self, NameRecord, stage};
 use super::objects::must_be;
-use super::past::{Past, step};
+use super::past::step;
 use super::{Below, Object, ObjectKind, Progress, Quiet, Store, in_use, layer_file, parent_of};
 use crate::chain::Chain;
-use crate::disk::cow::MAX_REWIND;
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
 use crate::layer::history::Keep;
 pub use crate::layer::history::Point;
 use crate::layer::{Layer, ReadLayer, volatile};
-use crate::units::BLOCK;
+use crate::map::undo::Undo;
+use crate::units::{BLOCK, Id};
 use std::sync::Arc;
 
 /// The setting of a disk in the record of its name.
-const KEY: &str = "history";
+pub(super) const LIMITS: &str = "history";
 /// Longest window: 100 years. A longer one is a mistake.
 const MAX_WINDOW: u64 = 100 * 366 * 86_400;
 
@@ -99,7 +100,7 @@ pub struct Rewound {
 impl Store {
     /// How much of its history the record of a disk asks for.
     fn limits_of(&self, record: &NameRecord) -> Result<Option<Limits>> {
-        let Some(text) = record.extra.get(KEY) else {
+        let Some(text) = record.extra.get(LIMITS) else {
             return Ok(None);
         };
         let limits = Limits::parse(text).ok_or_else(|| {
@@ -113,21 +114,47 @@ impl Store {
             window: limits.window.map(|s| s * 1000),
             bytes: limits.bytes,
             clock: self.clock.clone(),
+            after: 0,
+            lower: None,
         }
     }
-    /// What the layer of a disk is to keep of its past.
+    /// What the layer of a disk is to keep of its past, of which earlier layers may keep a part.
     pub(super) fn keep_of(&self, name: &str) -> Result<Option<Keep>> {
         let record = names::read_name(&*self.names, name)?;
         let limits = self
             .limits_of(&record)
             .map_err(|e| e.context(format!("the record of `{name}`")))?;
-        Ok(limits.map(|limits| self.keep(limits)))
+        let Some(limits) = limits else {
+            return Ok(None);
+        };
+        let (after, lower) = self.goes_on(&record);
+        Ok(Some(Keep {
+            after,
+            lower,
+            ..self.keep(limits)
+        }))
+    }
+    /// Keeps all of its past, however old it is and however much: until the disk is opened the next time. Its numbers go on as they do otherwise.
+    pub(super) fn keep_all(&self, name: &str) -> Result<Keep> {
+        let record = names::read_name(&*self.names, name)?;
+        Ok(Keep {
+            after: self.goes_on(&record).0,
+            ..self.keep(Limits::default())
+        })
     }
     /// Notes how much of its history each of these disks keeps from its next opening on; `None`: nothing. One round of syncs.
     pub fn set_history(&self, disks: &[String], limits: Option<Limits>) -> Result<()> {
         limits.iter().try_for_each(Limits::check)?;
         let _lock = self.lock(true)?;
-        self.note_history(disks, limits)
+        let earlier = self.note_history(disks, limits)?;
+        for (target, layers) in &earlier {
+            // Whoever has it open may be reading its past. Then they are left to `gc`.
+            let file = self.layers.open(&layer_file(*target), Access::Read)?;
+            if file.lock(true).is_ok() {
+                self.forget_earlier(layers);
+            }
+        }
+        Ok(())
     }
     /// The same for an attached disk that `running` is: it counts at once.
     pub fn set_history_running(
@@ -139,17 +166,38 @@ impl Store {
         limits.iter().try_for_each(Limits::check)?;
         let _lock = self.lock(true)?;
         // First where it takes effect: whoever dies in between leaves a setting that is merely not noted.
-        running.set_keep(limits.map(|l| self.keep(l)))?;
-        self.note_history(&[disk.to_string()], limits)
+        let keep = match (limits, self.keep_of(disk)?) {
+            (None, _) => None,
+            (Some(limits), Some(before)) => Some(Keep {
+                lower: before.lower,
+                ..self.keep(limits)
+            }),
+            (Some(limits), None) => Some(self.keep(limits)),
+        };
+        running.set_keep(keep)?;
+        for (_, layers) in self.note_history(&[disk.to_string()], limits)? {
+            self.forget_earlier(&layers);
+        }
+        Ok(())
     }
-    fn note_history(&self, disks: &[String], limits: Option<Limits>) -> Result<()> {
+    /// Returns the layers of these disks, and what they keep in earlier ones and shall keep no more.
+    fn note_history(
+        &self,
+        disks: &[String],
+        limits: Option<Limits>,
+    ) -> Result<Vec<(Id, Vec<Id>)>> {
         let mut staged = Vec::with_capacity(disks.len());
+        let mut earlier = Vec::new();
         for name in disks {
             let mut record = names::read_name(&*self.names, name)?;
             if record.kind != ObjectKind::Disk {
                 return Err(no_disk(name, record.kind));
             }
-            record.extra.set(KEY, limits.map(|l| l.text()));
+            if limits.is_none() {
+                let layers = self.leave_earlier(&mut record);
+                earlier.extend((!layers.is_empty()).then_some((record.target.id(), layers)));
+            }
+            record.extra.set(LIMITS, limits.map(|l| l.text()));
             let (temporary, file) = stage(&*self.names, name, &record.encode(name))?;
             file.sync()?;
             staged.push((temporary, name));
@@ -157,20 +205,23 @@ impl Store {
         for (temporary, name) in staged {
             self.names.rename(&temporary, name)?;
         }
-        self.names.sync()
+        self.names.sync()?;
+        Ok(earlier)
     }
     /// The history of a disk, attached or not.
     pub fn history(&self, disk: &str) -> Result<HistoryReport> {
         let object = self.disk_named(disk)?;
-        let record = names::read_name(&*self.names, &object.name)?;
-        let limits = self.limits_of(&record)?;
         let look = || -> Result<(HistoryReport, bool)> {
-            let file = self.layers.open(&layer_file(object.id), Access::Read)?;
+            // Each time: a snapshot may have given it another layer.
+            let record = names::read_name(&*self.names, &object.name)?;
+            let file = self.layers.open(&layer_file(record.target.id()), Access::Read)?;
             let layer = ReadLayer::open(file)?;
+            let places = self.places(&record, &layer)?;
+            let earlier = self.earlier_bytes(&self.earlier(&record));
             let report = HistoryReport {
-                limits,
-                points: layer.points()?,
-                bytes: layer.history_slots() * BLOCK,
+                limits: self.limits_of(&record)?,
+                points: places.iter().map(|place| place.point).collect(),
+                bytes: earlier + layer.history_slots() * BLOCK,
             };
             Ok((report, layer.is_current()?))
         };
@@ -195,8 +246,9 @@ impl Store {
         match self.limits_of(&record)? {
             None => Ok((None, 0)),
             limits => {
-                let bytes = self.layer_now(object.id)?.history_slots() * BLOCK;
-                Ok((limits, bytes))
+                let own = self.layer_now(object.id)?.history_slots() * BLOCK;
+                let earlier = self.earlier_bytes(&self.earlier(&record));
+                Ok((limits, own + earlier))
             }
         }
     }
@@ -207,35 +259,70 @@ impl Store {
             kind => Err(no_disk(&object.name, kind)),
         }
     }
+    /// A point of the disk whose own layer is in `file`, that layer, and what has changed since.
+    pub(super) fn past_of(
+        &self,
+        object: &Object,
+        file: Arc<dyn File>,
+        at: At,
+    ) -> Result<(ReadLayer, Place)> {
+        let own = ReadLayer::open(file)?;
+        let record = names::read_name(&*self.names, &object.name)?;
+        let places = self.places(&record, &own)?;
+        let points: Vec<Point> = places.iter().map(|place| place.point).collect();
+        let point = choose(&points, at).map_err(|e| match points.is_empty() {
+            false => e.context(format!("the history of `{}`", object.name)),
+            true => Error::new(
+                Kind::NotFound,
+                format!("`{}` has no history", object.name),
+            )
+            .hint(format!(
+                "`forkdisk ls --history {0}` tells whether it is to keep one, which begins when it is attached next; \
+                 `forkdisk resize {0} --history 10m` keeps one from now on",
+                object.name
+            )),
+        })?;
+        let place = places.iter().find(|p| p.point.number == point.number);
+        let place = place.copied().ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no point #{}", point.number))
+        })?;
+        Ok((own, place))
+    }
+    /// What has changed since a point, and how that can be taken back.
+    fn since_point(
+        &self,
+        object: &Object,
+        own: &ReadLayer,
+        place: &Place,
+    ) -> Result<(Rewound, Option<Undo>)> {
+        let record = names::read_name(&*self.names, &object.name)?;
+        let since = self.since(&record, own, place)?;
+        let rewound = Rewound {
+            point: place.point,
+            blocks: since.blocks,
+            undoable: since.undo.is_some(),
+        };
+        Ok((rewound, since.undo))
+    }
     /// The point that `at` means in the history of a disk at rest, and how many blocks changed since.
     pub fn look_back(&self, disk: &str, at: At) -> Result<Rewound> {
         let object = self.disk_named(disk)?;
         let file = self.layers.open(&layer_file(object.id), Access::Read)?;
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
-        let (layer, point) = past_of(&object, file, at)?;
-        let blocks = layer.undone_to(point.number)?.blocks();
-        Ok(Rewound {
-            point,
-            blocks,
-            undoable: blocks <= MAX_REWIND,
-        })
+        let (own, place) = self.past_of(&object, file, at)?;
+        Ok(self.since_point(&object, &own, &place)?.0)
     }
     /// The same of a disk that is attached, as far as can be told: it may be written to.
     pub fn look_back_busy(&self, disk: &str, at: At) -> Result<Rewound> {
-        let object = self.disk_named(disk)?;
         let mut tries = 0;
         loop {
-            let file = self.layers.open(&layer_file(object.id), Access::Read)?;
             let look = || -> Result<(Rewound, bool)> {
-                let (layer, point) = past_of(&object, file, at)?;
-                let blocks = layer.undone_to(point.number)?.blocks();
-                let rewound = Rewound {
-                    point,
-                    blocks,
-                    undoable: blocks <= MAX_REWIND,
-                };
-                Ok((rewound, layer.is_current()?))
+                let object = self.disk_named(disk)?;
+                let file = self.layers.open(&layer_file(object.id), Access::Read)?;
+                let (own, place) = self.past_of(&object, file, at)?;
+                let rewound = self.since_point(&object, &own, &place)?.0;
+                Ok((rewound, own.is_current()?))
             };
             tries += 1;
             match look() {
@@ -251,9 +338,17 @@ impl Store {
         let file = self.layers.open(&layer_file(object.id), Access::Read)?;
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
-        let (layer, point) = past_of(&object, file, at)?;
-        let below = self.chain(parent_of(layer.header()))?;
-        let mut layers = vec![Arc::new(layer.at_point(point.number)?)];
+        let (own, place) = self.past_of(&object, file, at)?;
+        let then = match place.layer == own.id() {
+            true => own,
+            false => {
+                let file = self.layers.open(&layer_file(place.layer), Access::Read)?;
+                file.lock(false)?;
+                ReadLayer::open(file)?
+            }
+        };
+        let below = self.chain(parent_of(then.header()))?;
+        let mut layers = vec![Arc::new(then.at_point(place.point.number)?)];
         layers.extend(below.layers().iter().cloned());
         let chain = Chain::new(layers, below.base().clone(), self.budget.clone());
         Ok(Arc::new(CowDisk::read_only(Arc::new(chain))))
@@ -265,22 +360,19 @@ impl Store {
         if object.kind != ObjectKind::Disk {
             return Err(no_disk(&object.name, object.kind));
         }
-        let file = self.open_exclusive(&object)?;
-        let (layer, point) = past_of(&object, file.clone(), at)?;
-        let tag = |e: Error| e.context(format!("point #{} of `{}`", point.number, object.name));
-        let mut past = Past::at_rest(object.clone(), file, layer, point).map_err(tag)?;
-        let rewound = Rewound {
-            point,
-            blocks: past.changed(),
-            undoable: past.changed() <= MAX_REWIND,
-        };
-        if rewound.undoable {
-            drop(past);
-            self.rewind_in_place(&object, point, progress)?;
+        let held = self.open_exclusive(&object)?;
+        let (own, place) = self.past_of(&object, held.clone(), at)?;
+        let tag =
+            |e: Error| e.context(format!("point #{} of `{}`", place.point.number, object.name));
+        let (rewound, undo) = self.since_point(&object, &own, &place).map_err(tag)?;
+        if undo.is_some() {
+            drop((own, held));
+            self.rewind_in_place(&object, place.point, progress)?;
             return Ok(rewound);
         }
         // Too much for one commit: in a new layer, which takes the place of the old one when it is complete. Nobody else changes the disk
         // meanwhile, as its layer is locked.
+        let mut past = self.past_at(&object, own, &place).map_err(tag)?;
         let (id, new) = self.new_layer(
             past.parent,
             past.rank,
@@ -290,11 +382,13 @@ impl Store {
         )?;
         new.lock(true)?;
         drop(lock);
+        let mut earlier = Vec::new();
         let done = self
             .copy_past(&mut past, new.clone(), progress)
             .and_then(|()| {
                 let _lock = self.lock(true)?;
                 let mut record = names::read_name(&*self.names, &object.name)?;
+                earlier = self.leave_earlier(&mut record);
                 record.target = Below::Layer(id);
                 record.opened = true;
                 let (temporary, named) =
@@ -312,8 +406,14 @@ impl Store {
             }
             return Err(e);
         }
-        drop(past);
-        let _ = self.layers.remove(&layer_file(object.id));
+        drop((past, held, new));
+        if place.layer == object.id {
+            let _ = self.layers.remove(&layer_file(object.id));
+        } else {
+            let _lock = self.lock(true)?;
+            self.forget_layers(Below::Layer(object.id), id);
+            self.forget_earlier(&earlier);
+        }
         Ok(rewound)
     }
     /// In one commit, which is a point of its own. The names lock is held.
@@ -324,7 +424,7 @@ impl Store {
         progress: &dyn Progress,
     ) -> Result<()> {
         // Whatever is too old or too much, goes when the disk is opened the next time: the point must not.
-        let keep = self.keep(Limits::default());
+        let keep = self.keep_all(&object.name)?;
         let (layer, chain) = self.open_top_keeping(object, volatile::private()?, Some(keep))?;
         self.go_back(layer, chain, (object, point), progress)
     }
@@ -335,16 +435,26 @@ impl Store {
         (object, point): (&Object, Point),
         progress: &dyn Progress,
     ) -> Result<()> {
+        let tag = |e: Error| e.context(format!("point #{} of `{}`", point.number, object.name));
         // If the host disk is full, the history may have gone when the layer was opened.
-        let (past, point) = past_of(object, layer.file().clone(), At::Number(point.number))?;
-        let undo = past.undone_to(point.number)?;
+        let at = At::Number(point.number);
+        let (own, place) = self.past_of(object, layer.file().clone(), at)?;
+        let undo = self.since_point(object, &own, &place).map_err(tag)?.1;
+        let undo = undo.ok_or_else(|| too_many(&object.name))?;
+        let (past, below) = match place.layer == own.id() {
+            true => (own, chain.clone()),
+            false => {
+                let past = self.layer_now(place.layer)?;
+                let below = self.chain(parent_of(past.header()))?;
+                (past, below)
+            }
+        };
         let total = undo.blocks() * BLOCK;
         let disk = CowDisk::writable(layer, chain);
-        disk.rewind(&undo, &past, |blocks| step(progress, blocks * BLOCK, total))
-            .map_err(|e| {
-                e.context(format!("point #{} of `{}`", point.number, object.name))
-                    .or_hint("the disk is what it was before")
-            })?;
+        disk.rewind(&undo, (&past, below), |blocks| {
+            step(progress, blocks * BLOCK, total)
+        })
+        .map_err(|e| tag(e).or_hint("the disk is what it was before"))?;
         disk.close()
     }
     /// [`Store::rewind`] of an attached disk that `running` is, where all fits into one commit. Nobody uses it meanwhile: what is in others' caches does
@@ -359,29 +469,19 @@ impl Store {
         // A successor of this process must find nothing in the volatile log: neither of what is undone, nor of half of the way back.
         halted.flush()?;
         let file = halted.file()?;
-        let (layer, point) = past_of(&object, file.clone(), at)?;
-        let rewound = Rewound {
-            point,
-            blocks: layer.undone_to(point.number)?.blocks(),
-            undoable: true,
-        };
-        if rewound.blocks > MAX_REWIND {
-            return Err(Error::new(
-                Kind::Busy,
-                format!(
-                    "{} blocks have changed since, too many to take back in one step",
-                    rewound.blocks
-                ),
-            )
-            .hint(format!(
-                "`forkdisk detach {disk}` first: at rest it can go back all the same"
-            )));
+        let (own, place) = self.past_of(&object, file.clone(), at)?;
+        let (rewound, _) = self.since_point(&object, &own, &place)?;
+        if !rewound.undoable {
+            return Err(too_many(disk));
         }
-        drop(layer);
+        let point = place.point;
+        // What a layer below keeps does not go by that.
+        let held = (place.layer == own.id()).then_some(point.number);
+        drop(own);
         let chain = halted.chain();
-        let memory = halted.rest(point.number)?;
+        let memory = halted.rest(held)?;
         // As at rest: if that fails, it is dropped without a flush, and was never there.
-        let limits = Some(self.keep(Limits::default()));
+        let limits = Some(self.keep_all(disk)?);
         let below = || Some(chain.clone() as Arc<dyn crate::layer::refer::Below>);
         let done = Layer::open_over(file.clone(), private, limits, below())
             .and_then(|layer| self.go_back(layer, chain.clone(), (&object, point), &Quiet));
@@ -398,22 +498,14 @@ impl Store {
     }
 }
 
-/// The layer of a disk for reading, and the point of its history that is meant.
-pub(super) fn past_of(object: &Object, file: Arc<dyn File>, at: At) -> Result<(ReadLayer, Point)> {
-    let layer = ReadLayer::open(file)?;
-    let point = choose(&layer.points()?, at).map_err(|e| match layer.has_history() {
-        true => e.context(format!("the history of `{}`", object.name)),
-        false => Error::new(
-            Kind::NotFound,
-            format!("`{}` has no history", object.name),
-        )
-        .hint(format!(
-            "`forkdisk ls --history {0}` tells whether it is to keep one, which begins anew with each snapshot and when it is attached next; \
-             `forkdisk resize {0} --history 10m` keeps one from now on",
-            object.name
-        )),
-    })?;
-    Ok((layer, point))
+fn too_many(disk: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        "too many blocks have changed since to take them back in one step",
+    )
+    .hint(format!(
+        "`forkdisk detach {disk}` first: at rest it can go back all the same"
+    ))
 }
 
 /// The point that `at` means. Times are labels: the last point that is not later, by its number, is meant.

@@ -70,6 +70,9 @@ impl Store {
         }
         // As they would be sorted by rank, and by name: these need not know their ranks, as none stands on another.
         plan.names.sort_by(|a, b| a.name.cmp(&b.name));
+        if above_layers {
+            plan.frees += self.earlier_bytes(&self.earlier_of(&plan));
+        }
         Ok(Some(plan))
     }
     /// All names, not sorted; `None` if something stands among them that is no name.
@@ -262,6 +265,7 @@ impl Store {
     }
     /// Removes disks of which only their own layers go. The names lock is held.
     pub(super) fn remove_leaves(&self, plan: &RemovePlan) -> Result<()> {
+        let earlier = self.earlier_of(plan);
         for disk in &plan.names {
             match self.names.remove(&disk.name) {
                 Err(e) if e.kind() == Kind::NotFound => {}
@@ -272,6 +276,7 @@ impl Store {
         for disk in &plan.names {
             self.remove_layer(disk.id)?;
         }
+        self.forget_earlier(&earlier);
         Ok(())
     }
 }

@@ -11,6 +11,7 @@
 mod changes;
 mod commit;
 mod digest;
+mod earlier;
 mod flatten;
 mod graph;
 pub mod history;

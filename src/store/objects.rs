@@ -305,14 +305,16 @@ impl Store {
             }
             let above = Below::Layer(next);
             // The settings are the disk's, whichever layer it writes into.
-            let settings = names::read_name(&*self.names, &source.name)?.extra;
+            let mut record = names::read_name(&*self.names, &source.name)?;
+            // What it keeps of its history stays in the layer that is sealed.
+            self.note_earlier(&mut record);
             put(
                 source.name.clone(),
                 ObjectKind::Disk,
                 above,
                 source.created,
                 source.message.clone(),
-                settings,
+                record.extra,
             )?;
             // All is written before the first sync: most of what the later ones would do is done by then.
             unsynced.iter().try_for_each(|file| file.sync())?;

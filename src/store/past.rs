@@ -3,7 +3,8 @@
 //! Always true: what is copied is one state. Of a disk that somebody writes into, a part of the map counts only if its superblock was the same before and
 //! after it was read; and the data that it names stays in its place as long as the writer holds the point.
 
-use super::history::{At, Point, choose, no_disk, past_of};
+use super::earlier::Place;
+use super::history::{At, Point, no_disk};
 use super::names::{Extra, NameRecord, check_part, stage};
 use super::objects::{disk_size, taken};
 use super::quota::settings_on;
@@ -44,8 +45,8 @@ pub struct PastFork<'a> {
 pub trait Owner {
     /// Keeps a point of the disk's own layer until [`Owner::let_go`]; [`Kind::NotFound`] if it is gone.
     fn hold(&mut self, layer: Id, point: u64) -> Result<()>;
-    /// Keeps it no longer. An error if it was not there all the time: then what was read may be anything.
-    fn let_go(&mut self) -> Result<()>;
+    /// Keeps it no longer.
+    fn let_go(&mut self);
 }
 
 /// A state of the past that is read.
@@ -58,6 +59,11 @@ pub(super) struct Past {
     pub rank: u32,
     /// Somebody writes into the disk.
     busy: bool,
+    /// Nobody does as long as this is open.
+    #[expect(dead_code, reason = "held for its lock")]
+    held: Option<Arc<dyn File>>,
+    /// Whoever writes keeps the point.
+    kept: bool,
     /// The layer as it was when it was last looked at, and what leads back from there.
     seen: (ReadLayer, Undo),
 }
@@ -66,15 +72,7 @@ pub(super) struct Past {
 type Ranges = Vec<(u64, u64, Pointer)>;
 
 impl Past {
-    /// The past of a disk at rest, which stays so as long as `file` is open.
-    pub fn at_rest(
-        object: Object,
-        file: Arc<dyn File>,
-        layer: ReadLayer,
-        point: Point,
-    ) -> Result<Past> {
-        Past::new(object, file, layer, point, false)
-    }
+    /// A past that `layer` keeps, as long as `file` is open; if it is `busy`, only as long as nobody lets go of it.
     fn new(
         object: Object,
         file: Arc<dyn File>,
@@ -96,12 +94,33 @@ impl Past {
             point,
             file,
             busy,
+            held: None,
+            kept: false,
             seen: (layer, undo),
         };
         if busy {
             past.look_again()?;
         }
         Ok(past)
+    }
+    /// Fails if the point went while it was read.
+    fn is_there(&self) -> Result<()> {
+        let mut tries = 0;
+        while self.busy {
+            let layer = ReadLayer::open(self.file.clone());
+            tries += 1;
+            match layer.and_then(|layer| Ok((layer.is_current()?, layer))) {
+                Ok((true, layer)) => {
+                    return layer
+                        .must_have(self.point.number)
+                        .map_err(|_| went(&self.object.name));
+                }
+                Ok(_) if tries >= TRIES => return Err(too_busy(&self.object.name)),
+                Err(e) if tries >= TRIES => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
     }
     /// Blocks that have changed since.
     pub fn changed(&self) -> u64 {
@@ -112,6 +131,7 @@ impl Past {
         loop {
             let look = || -> Result<Option<(ReadLayer, Undo)>> {
                 let layer = ReadLayer::open(self.file.clone())?;
+                layer.must_have(self.point.number)?;
                 let undo = layer.undone_to(self.point.number)?;
                 Ok(layer.is_current()?.then_some((layer, undo)))
             };
@@ -122,7 +142,7 @@ impl Past {
                     return Ok(());
                 }
                 Ok(None) if tries >= TRIES => return Err(too_busy(&self.object.name)),
-                Err(e) if tries >= TRIES => return Err(e),
+                Err(e) if tries >= TRIES || e.kind() == Kind::NotFound => return Err(e),
                 _ => {}
             }
         }
@@ -230,7 +250,11 @@ impl Store {
             (id, new)
         };
         let copied = self.copy_past(&mut past, new.clone(), progress);
-        let whole = owner.map_or(Ok(()), |owner| owner.let_go());
+        // A history loses nothing but its beginning: what is there now was there all the time, whoever kept it.
+        let whole = past.is_there();
+        if let Some(owner) = owner.filter(|_| past.kept) {
+            owner.let_go();
+        }
         let copied = match copied {
             // Where the point went, something else stands.
             Err(e) if e.kind() == Kind::Corrupt => whole.and(Err(e)),
@@ -273,25 +297,62 @@ impl Store {
         let file = self.layers.open(&layer_file(object.id), Access::Read)?;
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
-        let (layer, point) = past_of(&object, file.clone(), at)?;
-        Past::at_rest(object, file, layer, point)
+        let (own, place) = self.past_of(&object, file, at)?;
+        self.past_at(&object, own, &place)
     }
-    /// A point of the past of a disk that `owner` has open, and keeps.
-    fn past_held(&self, disk: &str, at: At, owner: &mut (dyn Owner + '_)) -> Result<Past> {
-        let object = self.disk_named(disk)?;
-        let file = self.layers.open(&layer_file(object.id), Access::Read)?;
-        let points = self.history(disk)?.points;
-        let point = match points.is_empty() {
-            // It says why there is none.
-            true => past_of(&object, file.clone(), at)?.1,
-            false => choose(&points, at)
-                .map_err(|e| e.context(format!("the history of `{}`", object.name)))?,
+    /// A point of the past of a disk at rest, whose own layer is `own`: as long as that is open.
+    pub(super) fn past_at(&self, object: &Object, own: ReadLayer, place: &Place) -> Result<Past> {
+        let (own_id, held) = (own.id(), own.file().clone());
+        let earlier = place.layer != own_id;
+        let layer = match earlier {
+            false => own,
+            true => {
+                let file = self.layers.open(&layer_file(place.layer), Access::Read)?;
+                file.lock(false)?;
+                ReadLayer::open(file)?
+            }
         };
-        owner
-            .hold(object.id, point.number)
-            .map_err(|e| e.context(format!("the history of `{}`", object.name)))?;
-        let layer = self.layer_now(object.id)?;
-        Past::new(object, file, layer, point, true)
+        let file = layer.file().clone();
+        // Nobody lets go of it but who has the disk open, and `gc`, if it is the disk's no longer.
+        let past = Past::new(object.clone(), file, layer, place.point, earlier)?;
+        Ok(Past {
+            held: Some(held),
+            ..past
+        })
+    }
+    /// A point of the past of a disk that `owner` has open, and keeps; or that an earlier layer keeps.
+    fn past_held(&self, disk: &str, at: At, owner: &mut (dyn Owner + '_)) -> Result<Past> {
+        let mut tries = 0;
+        loop {
+            let mut look = || -> Result<Option<Past>> {
+                let object = self.disk_named(disk)?;
+                let file = self.layers.open(&layer_file(object.id), Access::Read)?;
+                let (own, place) = self.past_of(&object, file.clone(), at)?;
+                if !own.is_current()? {
+                    return Ok(None);
+                }
+                if place.layer != object.id {
+                    let file = self.layers.open(&layer_file(place.layer), Access::Read)?;
+                    let layer = ReadLayer::open(file.clone())?;
+                    return Past::new(object, file, layer, place.point, true).map(Some);
+                }
+                match owner.hold(object.id, place.point.number) {
+                    // A snapshot came in between, or it went: then it is not found there the next time.
+                    Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+                    other => other?,
+                }
+                let layer = self.layer_now(object.id)?;
+                let past = Past::new(object, file, layer, place.point, true)?;
+                Ok(Some(Past { kept: true, ..past }))
+            };
+            tries += 1;
+            match look() {
+                Ok(Some(past)) => return Ok(past),
+                Ok(None) if tries >= TRIES => return Err(too_busy(disk)),
+                Err(e) if tries >= TRIES || e.kind() == Kind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
     }
     /// Fills a new layer with what the past was; closes it.
     pub(super) fn copy_past(
@@ -394,6 +455,14 @@ pub(super) fn step(progress: &dyn Progress, done: u64, total: u64) -> Result<()>
         true => Ok(()),
         false => Err(Error::new(Kind::Interrupted, "interrupted").hint("nothing was changed")),
     }
+}
+
+fn went(disk: &str) -> Error {
+    Error::new(
+        Kind::Busy,
+        format!("that part of the history of `{disk}` went while it was read"),
+    )
+    .hint("a rollback ends a history, and so does a full host disk; what is too old goes, too: `forkdisk ls --history` lists what is left")
 }
 
 fn too_busy(disk: &str) -> Error {

@@ -6,7 +6,6 @@
 //!   [`Store::lay_down`]: between the two nobody else can have it;
 //! - who reads sees the same disk before, between and after the two, and can write in none of them.
 
-use super::history::Limits;
 use super::quota::quota_in;
 use super::{Object, Store, in_use, layer_file, names, parent_of};
 use crate::chain::Chain;
@@ -77,7 +76,7 @@ impl Store {
             return Err(changed());
         }
         let keep = match whole && own.superblock().has_history() {
-            true => Some(self.keep(Limits::default())),
+            true => Some(self.keep_all(name)?),
             false => limited,
         };
         let file = own.file().clone();

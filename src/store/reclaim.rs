@@ -389,7 +389,7 @@ impl Store {
             return Err(Error::new(Kind::Corrupt, "the file holds another layer").layer(id));
         }
         let sure = match layer.state() {
-            State::Sealed => true,
+            State::Sealed => !layer.has_history(),
             State::Clean => {
                 layer.superblock().history_slot.get() == 0 && !self.keeps_history(graph, id)?
             }

@@ -121,11 +121,17 @@ impl Store {
                 o.name.clone(),
             )
         });
-        let mut frees = garbage.iter().map(|b| graph.nodes[b].allocated).sum();
+        let mut plan = RemovePlan {
+            names: list,
+            frees: garbage.iter().map(|b| graph.nodes[b].allocated).sum(),
+        };
+        let mut earlier = self.earlier_of(&plan);
+        earlier.retain(|id| !garbage.contains(&Below::Layer(*id)));
+        plan.frees += self.earlier_bytes(&earlier);
         if !left.is_empty() {
-            frees += self.would_reclaim(graph, &garbage, &left)?;
+            plan.frees += self.would_reclaim(graph, &garbage, &left)?;
         }
-        Ok(RemovePlan { names: list, frees })
+        Ok(plan)
     }
     /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
     fn remains(&self, name: &str, why: Error) -> Result<Object> {
@@ -266,6 +272,7 @@ impl Store {
                 );
             }
         }
+        let earlier = self.earlier_of(plan);
         for object in &plan.names {
             match self.names.remove(&object.name) {
                 Err(e) if e.kind() == Kind::NotFound => {}
@@ -280,7 +287,14 @@ impl Store {
             graph.forget(&gone);
         }
         self.collect(&graph, false)?;
+        self.forget_earlier(&earlier);
         self.left_behind(&graph, plan)
+    }
+    /// The layers with parts of the histories of the disks of a plan.
+    pub(super) fn earlier_of(&self, plan: &RemovePlan) -> Vec<Id> {
+        let disks = plan.names.iter().filter(|o| o.kind == ObjectKind::Disk);
+        let records = disks.filter_map(|o| names::read_name(&*self.names, &o.name).ok());
+        records.flat_map(|record| self.earlier(&record)).collect()
     }
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
@@ -292,7 +306,13 @@ impl Store {
         }
         let graph = self.graph()?;
         let mut report = self.collect(&graph, dry_run)?;
+        // What is left of a history keeps a layer as it is.
+        let (bytes, of_histories) = self.collect_histories(dry_run)?;
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
+        report.reclaimed += bytes;
+        report.shrunk.extend(of_histories);
+        report.shrunk.sort();
+        report.shrunk.dedup();
         report.bytes += report.reclaimed;
         Ok(report)
     }

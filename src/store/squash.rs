@@ -333,6 +333,7 @@ impl Store {
             graph.names.get(&below).is_none_or(Vec::is_empty)
                 && graph.children.get(&below).is_some_and(|c| c.len() == 1)
                 && self.label_of(layer.id()).is_none()
+                && !self.keeps_a_past(layer.id())
         };
         let mut stretch: Vec<Id> = Vec::new();
         for layer in chain.layers() {

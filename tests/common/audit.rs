@@ -41,6 +41,8 @@ fn seen(sim: &SimDisk, top: &ReadLayer, story: &str) {
     let kept = top.superblock().refer().filter(|(_, over)| counts(*over));
     // Of what only layers above it show nobody asks, and blocks that all of these hide may be gone.
     let asked = top.state() == State::Clean || top.superblock().name().is_some();
+    // What is its header alone shows what it stands on.
+    let asked = asked && top.superblock().sequence.get() > 0;
     // Where calls fail, what lies below may not have been to be looked at: then it is not known from there on.
     let failing = story.contains("failing_calls");
     assert!(

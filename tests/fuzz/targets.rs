@@ -665,6 +665,8 @@ fn layer(data: &[u8]) {
         }
     }
     let keep = (how & 8 != 0).then(|| forkdisk::layer::history::Keep {
+        after: 0,
+        lower: None,
         window: Some(1000),
         bytes: None,
         clock: Arc::new(|| 1_700_000_000_000),

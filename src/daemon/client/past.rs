@@ -4,7 +4,7 @@ use super::Client;
 use crate::attach;
 use crate::daemon::Attached;
 use crate::daemon::past::rewound;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::store::history::{Limits, Rewound};
 use crate::store::past::Owner;
 use crate::units::Id;
@@ -27,18 +27,9 @@ impl Owner for PastOwner<'_> {
         // The next server holds it as well, if nothing was read yet.
         self.daemon.ask_again(request).map(drop)
     }
-    fn let_go(&mut self) -> Result<()> {
-        match self.daemon.try_ask(&json!({"op": "let-go"}))? {
-            Some(answer) => super::success(answer).map(drop),
-            None => Err(Error::new(
-                Kind::Busy,
-                format!(
-                    "the daemon got another server while the history of `{}` was read",
-                    self.disk
-                ),
-            )
-            .hint("try again")),
-        }
+    fn let_go(&mut self) {
+        // Where the server is another one by now, nobody keeps it any more.
+        let _ = self.daemon.try_ask(&json!({"op": "let-go"}));
     }
 }
 

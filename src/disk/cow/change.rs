@@ -214,11 +214,11 @@ impl Halted<'_> {
     pub fn chain(&self) -> Arc<Chain> {
         self.top.chain.clone()
     }
-    /// Closes its layer cleanly, without letting go of point `number` of its history; returns the memory of the volatile log. Until [`Halted::go_on`]
+    /// Closes its layer cleanly, without letting go of that point of its history; returns the memory of the volatile log. Until [`Halted::go_on`]
     /// the disk accepts nothing.
-    pub fn rest(&self, number: u64) -> Result<Arc<SharedMemory>> {
+    pub fn rest(&self, held: Option<u64>) -> Result<Arc<SharedMemory>> {
         let layer = self.layer()?;
-        let hold = layer.hold(number)?;
+        let hold = held.map(|number| layer.hold(number)).transpose()?;
         layer.close(State::Clean, None)?;
         drop(hold);
         Ok(layer.volatile().clone())

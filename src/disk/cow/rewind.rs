@@ -3,10 +3,11 @@
 //! Always true: all of it becomes one commit, which can be undone as any other; until that is durable the disk is what it was.
 
 use super::{CowDisk, PIECE, Top, read_only};
+use crate::chain::Chain;
 use crate::error::{Error, Kind, Result};
 use crate::format::Pointer;
 use crate::layer::history::{Hold, Keep};
-use crate::layer::{Layer, ReadLayer};
+use crate::layer::ReadLayer;
 use crate::map::undo::Undo;
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba};
 use std::sync::Arc;
@@ -17,23 +18,20 @@ pub const MAX_REWIND: u64 = 60_000;
 const _: () = assert!(MAX_REWIND * 4 + 4 * PIECE as u64 <= crate::format::MAX_DIRTY);
 
 impl CowDisk {
-    /// Makes the blocks of `undo`, at most [`MAX_REWIND`], what it says of them, and flushes. Data is read from `past`, which is the disk's own
-    /// layer for reading. `progress` is told how many blocks are done. After an error the disk must be dropped without another flush:
+    /// Makes the blocks of `undo`, at most [`MAX_REWIND`], what it says of them, and flushes. It speaks of a layer, and of what lies below that where it says
+    /// nothing: `past`, which is the disk's own layer or was it once. `progress` is told how many blocks are done. After an error the disk must be dropped without another flush:
     /// then it is what it was.
     pub fn rewind(
         &self,
         undo: &Undo,
-        past: &ReadLayer,
+        (past, chain): (&ReadLayer, Arc<Chain>),
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let top = self.top.write();
         let Some(layer) = &top.layer else {
             return Err(read_only());
         };
-        let below = Top {
-            layer: None,
-            chain: top.chain.clone(),
-        };
+        let below = Top { layer: None, chain };
         // The journal must have room for all of it.
         layer.checkpoint_now()?;
         let mut done = 0;
@@ -87,8 +85,8 @@ impl CowDisk {
         match &top.layer {
             Some(layer) if layer.id() == own => layer.hold(number),
             _ => Err(
-                Error::new(Kind::NotFound, "the history began anew meanwhile")
-                    .hint("a snapshot, a fork or a rollback of the disk ends its history"),
+                Error::new(Kind::NotFound, "the disk goes on in another layer by now")
+                    .hint("try again"),
             ),
         }
     }
@@ -100,6 +98,12 @@ impl CowDisk {
     /// Host bytes that its history occupies.
     pub fn history_bytes(&self) -> u64 {
         let top = self.top.read();
-        top.layer.as_ref().map_or(0, Layer::history_slots) * BLOCK
+        let Some(layer) = &top.layer else {
+            return 0;
+        };
+        let (own, lower) = (layer.history_slots() * BLOCK, layer.lower());
+        // Files are looked at for that.
+        drop(top);
+        own + lower.map_or(0, |lower| lower.bytes())
     }
 }

@@ -6,7 +6,6 @@
 use super::history::{History, Part};
 use super::{Layer, limit};
 use crate::format::{MAX_SEGMENTS, Step};
-use crate::layer::history::Keep;
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::units::BLOCK;
 
@@ -50,11 +49,15 @@ impl History {
     fn may_go(&self, part: &Part) -> bool {
         self.holds.oldest().is_none_or(|held| part.number <= held)
     }
+    /// What was made then or before is too old.
+    pub fn since(&self) -> Option<u64> {
+        let keep = self.keep.as_ref()?;
+        let window = keep.window?;
+        Some((keep.clock)().saturating_sub(window))
+    }
     /// The oldest point that is to stay, and how many bytes go with what is before it.
-    pub fn expired(&self, keep: &Keep, room: u64) -> ((u64, u64), u64) {
-        let since = keep
-            .window
-            .map(|window| (keep.clock)().saturating_sub(window));
+    pub fn expired(&self, room: u64) -> ((u64, u64), u64) {
+        let since = self.since();
         let mut oldest = self.oldest;
         let mut left = self.bytes();
         // A little more than must: else small segments would go one by one, each with a checkpoint, and make room for small ones.
@@ -88,7 +91,7 @@ impl History {
         if self.slots() == 0 {
             return false;
         }
-        let (_, freed) = self.expired(keep, room);
+        let (_, freed) = self.expired(room);
         let late = |window: u64| {
             let since = (keep.clock)().saturating_sub(window + LATE * span(window));
             self.parts().next().is_some_and(|part| part.time <= since)

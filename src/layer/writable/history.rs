@@ -6,12 +6,11 @@
 //! - nobody needs the history to find what the disk shows now: where there is no room for it, it goes.
 
 use super::expiry::{WORTH, bytes_of};
-use super::host::Holes;
-use super::{Commit, HOT_SLOTS, Layer, State};
+use super::{Commit, Layer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{CommitEntry, Pointer, SegmentHeader, Step, Superblock};
 use crate::io::File;
-use crate::layer::history::{Hold, Holds, Keep, Segment, read_segment, segments};
+use crate::layer::history::{Hold, Holds, Keep, Lower, Segment, read_segment, segments};
 use crate::map::{RegionMap, WORDS, undo};
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
@@ -132,7 +131,6 @@ impl History {
     /// A commit was made that cannot be undone: the history begins with it.
     pub fn cut(&mut self, number: u64, time: u64) {
         self.oldest = (number, time);
-        self.holds.begin_at(number);
     }
     /// What goes one after the other, the oldest first.
     pub fn parts(&self) -> impl Iterator<Item = Part> + '_ {
@@ -195,6 +193,10 @@ impl Layer {
     pub fn history_slots(&self) -> u64 {
         self.past.load(SeqCst)
     }
+    /// What of its history is in layers below.
+    pub fn lower(&self) -> Option<Arc<dyn Lower>> {
+        self.lower.lock().clone()
+    }
     /// Keeps so much of its past from now on; `None`: nothing, and what was kept goes.
     pub fn set_keep(&self, keep: Option<Keep>) -> Result<()> {
         let mut commit = self.commit.lock();
@@ -204,31 +206,25 @@ impl Layer {
             let now = keep.as_ref().map_or(0, |k| (k.clock)());
             commit.history.oldest = (commit.next_commit.saturating_sub(1), now);
         }
+        let lower = keep.as_ref().and_then(|keep| keep.lower.clone());
         let before = std::mem::replace(&mut commit.history.keep, keep);
         // Before the first commit that tells what it replaced: whoever does not know such commits must not open the layer.
         if let Err(e) = self.checkpoint(&mut commit, State::Writable) {
             commit.history.keep = before;
             return Err(e);
         }
+        *self.lower.lock() = lower;
         self.keeps.store(on, SeqCst);
         Ok(())
     }
-    /// Gives up what is kept of the past: the history begins anew at the last commit.
-    pub fn forget_history(&self) -> Result<()> {
-        let mut commit = self.commit.lock();
-        self.check_poison()?;
-        let c = &mut *commit;
-        if c.history.slots() == 0 {
-            return Ok(());
-        }
-        let now = c.history.keep.as_ref().map_or(0, |k| (k.clock)());
-        c.history.oldest = (c.next_commit.saturating_sub(1), now);
-        self.checkpoint(c, State::Writable)?;
-        drop(commit);
-        self.give_to_host(HOT_SLOTS, Holes::All)
-    }
     /// The host disk is full: the older half of the history goes, or the little that is left; says whether there was any.
     pub(super) fn yield_history(&self) -> Result<bool> {
+        // What is in layers below is older.
+        if let Some(lower) = self.lower()
+            && lower.yield_oldest()?
+        {
+            return Ok(true);
+        }
         let mut commit = self.commit.lock();
         self.check_poison()?;
         let c = &mut *commit;
@@ -263,13 +259,20 @@ impl Layer {
         }
         let mut commit = self.commit.lock();
         self.check_poison()?;
-        if !commit.history.due(self.history_room(&commit.history)) {
+        let room = self.history_room(&commit.history);
+        if commit.history.due(room) {
+            match self.checkpoint(&mut commit, State::Writable) {
+                Err(e) if e.kind() == Kind::NoSpace => {}
+                other => other?,
+            }
+        }
+        let Some(lower) = self.lower() else {
             return Ok(());
-        }
-        match self.checkpoint(&mut commit, State::Writable) {
-            Err(e) if e.kind() == Kind::NoSpace => Ok(()),
-            other => other,
-        }
+        };
+        let since = commit.history.since();
+        let left = room.saturating_sub(commit.history.bytes());
+        drop(commit);
+        lower.expire(since, left)
     }
 
     /// What the next superblock will say of the history: writes what stays of the journal's as segments, which are not durable yet.
@@ -279,7 +282,7 @@ impl Layer {
         let last = c.next_commit.saturating_sub(1);
         let room = self.history_room(h);
         let (mut oldest, now) = match &h.keep {
-            Some(keep) => (h.expired(keep, room).0, (keep.clock)()),
+            Some(keep) => (h.expired(room).0, (keep.clock)()),
             None => ((last, 0), 0),
         };
         let stays = h.journal.iter().filter(|s| s.sequence > oldest.0);
@@ -379,7 +382,6 @@ impl Turn {
     }
     /// The superblock is durable: it is so.
     pub fn done(self, history: &mut History) {
-        history.holds.begin_at(self.oldest.0);
         *history = History {
             holds: std::mem::take(&mut history.holds),
             keep: history.keep.take(),

@@ -8,6 +8,7 @@ use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
 use crate::layer::Layer;
+use crate::layer::history::Keep;
 use crate::store::names::{NameRecord, check_part, read_name, stage};
 use crate::store::{Below, Object, ObjectKind, Store, layer_file};
 use crate::units::Id;
@@ -23,7 +24,8 @@ impl Store {
     /// Lets a disk at rest show what its snapshot `name` holds. What was written since is gone.
     pub fn rollback(&self, disk: &str, name: &str) -> Result<Object> {
         let _lock = self.lock(true)?;
-        let (record, snapshot) = self.rollback_source(disk, name)?;
+        let (mut record, snapshot) = self.rollback_source(disk, name)?;
+        let earlier = self.leave_earlier(&mut record);
         // Nobody may write into it while its name changes.
         let held = self.hold(disk, record.target)?;
         let prepared = self.prepare_rollback(disk, &record, &snapshot, false)?;
@@ -33,13 +35,15 @@ impl Store {
         }
         drop(held);
         self.forget_layers(record.target, snapshot.id);
+        self.forget_earlier(&earlier);
         self.object(disk)
     }
     /// [`Store::rollback`] of an attached disk that `running` is. Its size may change with it. Nobody uses it meanwhile: what is in others' caches is not
     /// rolled back.
     pub fn rollback_running(&self, running: &CowDisk, disk: &str, name: &str) -> Result<Object> {
         let _lock = self.lock(true)?;
-        let (record, snapshot) = self.rollback_source(disk, name)?;
+        let (mut record, snapshot) = self.rollback_source(disk, name)?;
+        let earlier = self.leave_earlier(&mut record);
         must_be(running, &self.object(disk)?)?;
         let chain = self.chain(Below::Layer(snapshot.id))?;
         let prepared = self.prepare_rollback(disk, &record, &snapshot, true)?;
@@ -51,7 +55,13 @@ impl Store {
                 .layers
                 .open(&layer_file(prepared.next), Access::Write)?;
             file.lock(true)?;
-            Ok((file, halted.volatile()?, self.keep_of(disk)?))
+            // It is not the one that goes on with the history of what is left.
+            let keep = self.keep_of(disk)?.map(|keep| Keep {
+                after: 0,
+                lower: None,
+                ..keep
+            });
+            Ok((file, halted.volatile()?, keep))
         })();
         let (file, memory, keep) = match ready {
             Ok(ready) => ready,
@@ -80,6 +90,7 @@ impl Store {
         }
         self.note_opened(disk);
         self.forget_layers(record.target, snapshot.id);
+        self.forget_earlier(&earlier);
         self.object(disk)
     }
     /// The disk's record, which need not refer to anything that can be read, and the snapshot.
@@ -175,7 +186,7 @@ impl Store {
     }
     /// Removes a layer that a disk wrote into, and the layers and the base below that only it needed. What cannot be removed is left to `gc`.
     /// `kept`: the layer of the snapshot, which has a name.
-    fn forget_layers(&self, from: Below, kept: Id) {
+    pub(in crate::store) fn forget_layers(&self, from: Below, kept: Id) {
         // The usual: what it wrote into stood on the snapshot, and nothing stands on that.
         if let Some(Below::Layer(parent)) = self.parent_of_leaf(from)
             && parent == kept

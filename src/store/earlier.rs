@@ -1,0 +1,519 @@
+//! The part of a disk's history that is in layers which were its own before they were sealed.
+//!
+//! Always true:
+//! - the record of the disk's name says down to which layer the history is its own. What a sealed layer keeps that no such record leads to is garbage;
+//! - numbers of commits rise from layer to layer: a layer that goes on with the history of the one below begins with the number after its last;
+//! - what a sealed layer keeps of a history is changed under the lock of the names, by whoever has the disk open for writing, or where nobody has.
+
+use super::history::{LIMITS, Point};
+use super::names::{self, NameRecord};
+use super::{Below, ObjectKind, Store, layer_file, parent_of};
+use crate::disk::cow::MAX_REWIND;
+use crate::error::{Kind, Result};
+use crate::format::{CommitEntry, MAX_DEPTH, Pointer, Superblock};
+use crate::io::{Access, Dir, File};
+use crate::layer::history::{Lower, segments};
+use crate::layer::{ReadLayer, State, prune, read_header, recover};
+use crate::map::undo::Undo;
+use crate::map::{Item, Items, merge};
+use crate::sync::Mutex;
+use crate::units::{BLOCK, Id, Lba, REGION_BLOCKS, Region};
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Line of a disk's record: the lowest layer with a part of its history.
+const PAST: &str = "past";
+/// Sealed layers that keep a part of one history at most: the oldest go first. Others are joined where there are many.
+const MAX_LAYERS: usize = 128;
+/// Behind every point.
+const ALL: u64 = u64::MAX - 1;
+/// What is given up on a full host disk at least, if there is as much.
+const WORTH: u64 = 16 << 20;
+/// How often, and how long each time, whoever needs room waits for a command that changes names.
+const TRIES: u32 = 10;
+const WAIT: Duration = Duration::from_millis(5);
+
+/// A layer with a part of a history.
+struct Earlier {
+    id: Id,
+    superblock: Superblock,
+    file: Arc<dyn File>,
+}
+
+/// A sealed layer, if it keeps a part of a history, and what it stands on.
+fn earlier(layers: &dyn Dir, id: Id) -> Result<Option<(Earlier, Below)>> {
+    let file = layers.open(&layer_file(id), Access::Read)?;
+    let header = read_header(&*file)?;
+    let superblock = recover::superblock(&*file, &header)?.superblock;
+    let is = State::of(&superblock) == State::Sealed && superblock.has_history();
+    let found = Earlier {
+        id,
+        superblock,
+        file,
+    };
+    Ok(is.then(|| (found, parent_of(&header))))
+}
+
+/// Lets go of what a sealed layer keeps of a history before point `number`; returns the host bytes. The names lock is held.
+fn forget(layers: &dyn Dir, id: Id, number: u64) -> Result<u64> {
+    let file = layers.open(&layer_file(id), Access::Write)?;
+    let header = read_header(&*file)?;
+    prune::forget_history(&*file, &header, number)
+}
+
+impl Store {
+    /// The sealed layers that keep a part of the history of the disk with this record, the newest first. What cannot be read ends them.
+    pub(super) fn earlier(&self, record: &NameRecord) -> Vec<Id> {
+        let earlier = self.earlier_layers(record).0;
+        earlier.into_iter().map(|earlier| earlier.id).collect()
+    }
+    /// And whether these are all, as far as can be told.
+    fn earlier_layers(&self, record: &NameRecord) -> (Vec<Earlier>, bool) {
+        let (mut found, mut all) = (Vec::new(), true);
+        let lowest = record.extra.get(PAST).and_then(Id::parse);
+        let (Some(lowest), Some(_)) = (lowest, record.extra.get(LIMITS)) else {
+            return (found, all);
+        };
+        let parent = |id: Id| -> Result<Below> {
+            let file = self.layers.open(&layer_file(id), Access::Read)?;
+            Ok(parent_of(&read_header(&*file)?))
+        };
+        let mut at = parent(record.target.id());
+        while found.len() < MAX_DEPTH as usize {
+            let id = match at {
+                Ok(Below::Layer(id)) => id,
+                Ok(Below::Base(_)) => break,
+                Err(e) => {
+                    tracing::debug!("a part of the history cannot be read: {e}");
+                    all = false;
+                    break;
+                }
+            };
+            at = match earlier(&*self.layers, id) {
+                Ok(None) => break,
+                Ok(Some((layer, parent))) => {
+                    found.push(layer);
+                    Ok(parent)
+                }
+                Err(e) => Err(e),
+            };
+            if id == lowest {
+                break;
+            }
+        }
+        (found, all)
+    }
+    /// Does a sealed layer keep a part of a history, as far as can be told?
+    pub(super) fn keeps_a_past(&self, id: Id) -> bool {
+        !matches!(earlier(&*self.layers, id), Ok(None))
+    }
+    /// The last commit of the layer below, if the history goes on from there; and what is to be done about what sealed layers keep of it.
+    pub(super) fn goes_on(&self, record: &NameRecord) -> (u64, Option<Arc<dyn Lower>>) {
+        let mut layers = self.earlier_layers(record).0;
+        let Some(upper) = layers.first() else {
+            return (0, None);
+        };
+        let after = upper.superblock.next_commit.get().saturating_sub(1);
+        layers.reverse();
+        let known = layers.iter().map(Known::of).collect();
+        let lower = Earliest {
+            root: self.root.clone(),
+            layers: self.layers.clone(),
+            known: Mutex::new(known),
+        };
+        (after, Some(Arc::new(lower)))
+    }
+    /// The record of a disk whose own layer is sealed, for the layer above that.
+    pub(super) fn note_earlier(&self, record: &mut NameRecord) {
+        let past = match (record.extra.get(LIMITS), self.earlier_layers(record)) {
+            (None, _) => None,
+            (Some(_), (_, false)) => return,
+            (Some(_), (layers, true)) => {
+                let lowest = layers.last().map_or(record.target.id(), |layer| layer.id);
+                Some(lowest.to_string())
+            }
+        };
+        record.extra.set(PAST, past);
+    }
+    /// Takes from a record what it says of earlier layers; returns these. They are to be given to [`Store::forget_earlier`] when that is durable.
+    pub(super) fn leave_earlier(&self, record: &mut NameRecord) -> Vec<Id> {
+        let earlier = self.earlier(record);
+        record.extra.set(PAST, None);
+        earlier
+    }
+    /// Lets go of what these layers keep of a history that is nobody's any more; returns the host bytes. What cannot be done is left to `gc`. The names lock
+    /// is held.
+    pub(super) fn forget_earlier(&self, layers: &[Id]) -> u64 {
+        let mut bytes = 0;
+        // The oldest first.
+        for id in layers.iter().rev() {
+            match forget(&*self.layers, *id, ALL) {
+                Ok(more) => bytes += more,
+                // It went with the rest.
+                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) => tracing::warn!(layer = %id, "its history is left to `forkdisk gc`: {e}"),
+            }
+        }
+        bytes
+    }
+    /// Host bytes that the history in these layers occupies.
+    pub(super) fn earlier_bytes(&self, layers: &[Id]) -> u64 {
+        bytes_of(&*self.layers, layers.iter())
+    }
+    /// Lets go of, or counts, what sealed layers keep of histories that are nobody's any more. The names lock is held, and the names are synced.
+    pub(super) fn collect_histories(&self, dry_run: bool) -> Result<(u64, Vec<Id>)> {
+        let mut claimed: HashSet<Id> = HashSet::new();
+        for name in self.all_names()? {
+            let record = match names::read_name(&*self.names, &name) {
+                Ok(record) => record,
+                // It may be anybody's.
+                Err(e) if e.kind() == Kind::Corrupt => return Ok((0, Vec::new())),
+                Err(e) => return Err(e),
+            };
+            if record.kind == ObjectKind::Disk {
+                // Also that of a disk whose snapshot was interrupted.
+                claimed.insert(record.target.id());
+                let (layers, all) = self.earlier_layers(&record);
+                if !all {
+                    return Ok((0, Vec::new()));
+                }
+                claimed.extend(layers.iter().map(|layer| layer.id));
+            }
+        }
+        let (mut bytes, mut shrunk) = (0, Vec::new());
+        for (file, _) in self.layers.list()? {
+            let Some(id) = file.strip_suffix(".layer").and_then(Id::parse) else {
+                continue;
+            };
+            if claimed.contains(&id) {
+                continue;
+            }
+            let Ok(Some((found, _))) = earlier(&*self.layers, id) else {
+                continue;
+            };
+            let held = found.superblock.history_blocks.get() * BLOCK;
+            let freed = match dry_run {
+                true => held,
+                false => match forget(&*self.layers, id, ALL) {
+                    Err(e) if !e.of_resources() && e.kind() == Kind::Corrupt => 0,
+                    other => other?,
+                },
+            };
+            if held > 0 {
+                bytes += freed;
+                shrunk.push(id);
+            }
+        }
+        Ok((bytes, shrunk))
+    }
+}
+
+// ---- points -------------------------------------------------------------------------------------------------------
+
+/// A point, and the layer that shows it.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub layer: Id,
+    pub point: Point,
+}
+
+/// What has changed since a point.
+pub(super) struct Since {
+    /// So many blocks.
+    pub blocks: u64,
+    /// What the layer that keeps the point said of each of these then; `None` where there are too many to go back in one step.
+    pub undo: Option<Undo>,
+}
+
+impl Store {
+    /// The points of the disk with this record, whose own layer is `own`, the oldest first.
+    pub(super) fn places(&self, record: &NameRecord, own: &ReadLayer) -> Result<Vec<Place>> {
+        let mut places: Vec<Place> = Vec::new();
+        let mut add = |layer: Id, points: Vec<Point>| {
+            for point in points {
+                match places.last_mut() {
+                    // Each layer begins with what the one below ended with.
+                    Some(last) if last.point.number == point.number => last.layer = layer,
+                    Some(last) if last.point.number > point.number => {}
+                    _ => places.push(Place { layer, point }),
+                }
+            }
+        };
+        for id in self.earlier(record).into_iter().rev() {
+            add(id, self.layer_now(id)?.points()?);
+        }
+        add(own.id(), own.points()?);
+        // What was never written shows what the layer below ended with.
+        if !own.has_history()
+            && own.counts() == (0, 0)
+            && let Some(last) = places.last_mut()
+        {
+            last.layer = own.id();
+        }
+        Ok(places)
+    }
+    /// What has changed since a point of the disk whose own layer is `own`, and the layer that keeps the point.
+    pub(super) fn since(
+        &self,
+        record: &NameRecord,
+        own: &ReadLayer,
+        place: &Place,
+    ) -> Result<Since> {
+        let number = place.point.number;
+        let few = |undo: Undo| Since {
+            blocks: undo.blocks(),
+            undo: Some(undo).filter(|undo| undo.blocks() <= MAX_REWIND),
+        };
+        if place.layer == own.id() {
+            return own.undone_to(number).map(few);
+        }
+        let then = self.layer_now(place.layer)?;
+        then.must_have(number)?;
+        let between: Vec<Id> = self.earlier(record);
+        let between = between.into_iter().take_while(|id| *id != place.layer);
+        let between = between
+            .map(|id| self.layer_now(id))
+            .collect::<Result<Vec<_>>>()?;
+        let mut undo = then.undone_to(number)?;
+        // As it was said of the layer then, so it stays of what has not changed in it since.
+        let above: Vec<&ReadLayer> = std::iter::once(own).chain(&between).collect();
+        let mut blocks = undo.blocks();
+        each_range(&above, |start, end| {
+            let gaps = undo.gaps(start, end);
+            blocks += gaps.iter().map(|(from, to)| to - from).sum::<u64>();
+            Ok(())
+        })?;
+        if blocks > MAX_REWIND {
+            return Ok(Since { blocks, undo: None });
+        }
+        each_range(&above, |start, end| {
+            add_said(&then, start, end, &mut undo)
+        })?;
+        Ok(Since {
+            blocks,
+            undo: Some(undo),
+        })
+    }
+}
+
+/// Calls `f` with ranges of blocks of which any of these layers says something, in order.
+fn each_range(
+    layers: &[&ReadLayer],
+    mut f: impl FnMut(u64, u64) -> Result<()>,
+) -> Result<()> {
+    let mut held: Option<(u64, u64)> = None;
+    let mut add = |start: u64, end: u64| match &mut held {
+        Some(last) if last.1 == start => {
+            last.1 = end;
+            Ok(())
+        }
+        _ => held
+            .replace((start, end))
+            .map_or(Ok(()), |(start, end)| f(start, end)),
+    };
+    let sources = layers
+        .iter()
+        .map(|l| Box::new(l.items(Region(0))) as Items<'_>);
+    for item in merge(sources.collect()) {
+        match item? {
+            Item::Zeros(region, n) => add(first(region.0), first(region.0 + n))?,
+            Item::Region(region, map) if map.fill() => {
+                add(first(region.0), first(region.0 + 1))?;
+            }
+            Item::Region(region, map) => {
+                for (index, _) in map.iter() {
+                    let block = first(region.0) + index as u64;
+                    add(block, block + 1)?;
+                }
+            }
+        }
+    }
+    held.map_or(Ok(()), |(start, end)| f(start, end))
+}
+
+fn first(region: u32) -> u64 {
+    u64::from(region) * REGION_BLOCKS as u64
+}
+
+/// Adds what a layer says of blocks `start` to before `end`. Past its end the disk has grown since: there it showed nothing.
+fn add_said(layer: &ReadLayer, start: u64, end: u64, undo: &mut Undo) -> Result<()> {
+    let size = layer.size() / BLOCK;
+    let mut add = |from: u64, to: u64, pointer: Pointer| {
+        let mut at = from;
+        while at < to {
+            let n = (to - at).min(1 << 31);
+            undo.add(&CommitEntry::new(Lba(at as u32), n as u32, pointer));
+            at += n;
+        }
+    };
+    add(start.max(size), end, Pointer::Zero);
+    let end = end.min(size);
+    let mut at = start;
+    for item in layer.items(Region((start / REGION_BLOCKS as u64) as u32)) {
+        let item = item?;
+        let (from, to) = (first(item.start()), first(item.end()));
+        if from >= end {
+            break;
+        }
+        add(at, from.min(end), Pointer::Absent);
+        let (from, to) = (from.max(start), to.min(end));
+        match item {
+            Item::Zeros(..) => add(from, to, Pointer::Zero),
+            Item::Region(region, map) => {
+                for block in from..to {
+                    add(block, block + 1, map.get((block - first(region.0)) as usize));
+                }
+            }
+        }
+        at = at.max(to);
+    }
+    add(at, end, Pointer::Absent);
+    Ok(())
+}
+
+fn bytes_of<'a>(layers: &dyn Dir, ids: impl Iterator<Item = &'a Id>) -> u64 {
+    let held = |id: &Id| match earlier(layers, *id) {
+        Ok(Some((found, _))) => found.superblock.history_blocks.get() * BLOCK,
+        _ => 0,
+    };
+    ids.map(held).sum()
+}
+
+// ---- what goes ----------------------------------------------------------------------------------------------------
+
+/// What is known of a part of a history without looking at it again.
+struct Known {
+    id: Id,
+    /// The last commit of what goes as a whole, when that was made, and host bytes; the oldest first.
+    parts: VecDeque<(u64, u64, u64)>,
+    /// When its last point was made, as far as is known.
+    last: u64,
+}
+
+impl Known {
+    fn of(layer: &Earlier) -> Known {
+        let chain = segments(&*layer.file, &layer.superblock);
+        let found = chain.map(|chain| chain.segments).unwrap_or_default();
+        let bytes = |s: &crate::layer::history::Segment| (s.blocks + u64::from(s.slots)) * BLOCK;
+        let last = found.back().map(|s| s.last_time);
+        Known {
+            id: layer.id,
+            parts: found
+                .iter()
+                .map(|s| (s.commits.1, s.last_time, bytes(s)))
+                .collect(),
+            last: last.unwrap_or(layer.superblock.history_time.get()),
+        }
+    }
+    fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.2).sum()
+    }
+}
+
+/// What sealed layers keep of the history of a disk that is open for writing.
+struct Earliest {
+    root: Arc<dyn Dir>,
+    layers: Arc<dyn Dir>,
+    /// The oldest layer first.
+    known: Mutex<VecDeque<Known>>,
+}
+
+impl Earliest {
+    /// The names lock, if nobody has it. Who calls this may hold up whoever does.
+    fn names_lock(&self) -> Result<Option<Arc<dyn File>>> {
+        let lock = self.root.open("lock", Access::Read)?;
+        match lock.lock(true) {
+            Err(e) if e.kind() == Kind::Busy => Ok(None),
+            Err(e) => Err(e),
+            Ok(()) => Ok(Some(lock)),
+        }
+    }
+    /// Lets go of the oldest, as long as `goes` says so of the time of a part and the bytes of all, or there are too many layers. The names lock is
+    /// held. Returns the bytes.
+    fn let_go(&self, goes: impl Fn(u64, u64) -> bool) -> Result<u64> {
+        let mut known = self.known.lock();
+        let mut left: u64 = known.iter().map(Known::bytes).sum();
+        let mut freed = 0;
+        loop {
+            let many = known.len() > MAX_LAYERS;
+            let Some(layer) = known.front_mut() else {
+                break;
+            };
+            let mut upto = None;
+            while let Some((number, _, bytes)) = layer
+                .parts
+                .pop_front_if(|(_, time, _)| many || goes(*time, left))
+            {
+                left = left.saturating_sub(bytes);
+                upto = Some(number);
+            }
+            let whole =
+                layer.parts.is_empty() && (many || upto.is_some() || goes(layer.last, left));
+            if whole {
+                upto = Some(ALL);
+            }
+            if let Some(number) = upto {
+                match forget(&*self.layers, layer.id, number) {
+                    Err(e) if e.kind() == Kind::NotFound => {}
+                    other => freed += other?,
+                }
+            }
+            if !whole {
+                break;
+            }
+            known.pop_front();
+        }
+        Ok(freed)
+    }
+    /// Are there more layers than there may be, or does anything go?
+    fn due(&self, goes: impl Fn(u64, u64) -> bool) -> bool {
+        let known = self.known.lock();
+        let left = known.iter().map(Known::bytes).sum();
+        known.len() > MAX_LAYERS
+            || known.front().is_some_and(|layer| {
+                let first = layer.parts.front();
+                goes(first.map_or(layer.last, |part| part.1), left)
+            })
+    }
+}
+
+impl Lower for Earliest {
+    fn bytes(&self) -> u64 {
+        let ids: Vec<Id> = self.known.lock().iter().map(|layer| layer.id).collect();
+        bytes_of(&*self.layers, ids.iter())
+    }
+    fn expire(&self, since: Option<u64>, room: u64) -> Result<()> {
+        let goes = |time: u64, left: u64| since.is_some_and(|since| time <= since) || left > room;
+        if !self.due(goes) {
+            return Ok(());
+        }
+        let Some(_lock) = self.names_lock()? else {
+            return Ok(());
+        };
+        self.let_go(goes).map(drop)
+    }
+    fn yield_oldest(&self) -> Result<bool> {
+        let held: u64 = self.known.lock().iter().map(Known::bytes).sum();
+        if held == 0 {
+            return Ok(false);
+        }
+        let mut tries = 0;
+        let lock = loop {
+            match self.names_lock()? {
+                Some(lock) => break lock,
+                None if tries >= TRIES => return Ok(false),
+                None => tries += 1,
+            }
+            std::thread::sleep(WAIT);
+        };
+        let stays = match held / 2 {
+            half if half < WORTH => 0,
+            half => half,
+        };
+        let freed = self.let_go(|_, left| left > stays)?;
+        drop(lock);
+        tracing::warn!("the host disk is full: {freed} bytes of a history in earlier layers go");
+        Ok(freed > 0)
+    }
+}
