@@ -735,6 +735,13 @@ impl Store {
                 "a snapshot was interrupted; the disk goes on in a new layer"
             );
             let fresh = self.put_layer_on_top(object)?;
+            // Its history goes on from what is sealed.
+            let (after, lower) = self.goes_on(&fresh);
+            let keep = keep.map(|keep| Keep {
+                after,
+                lower: lower.or(keep.lower.clone()),
+                ..keep
+            });
             let object = self.object_of(&object.name, fresh)?;
             return self.open_top_keeping(&object, memory, keep);
         }

@@ -56,6 +56,8 @@ impl World {
         let snap = &snaps[to % snaps.len()];
         let contents = self.frozen[snap].clone();
         let name = &snap[prefix.len()..];
+        // Its history ends, and the numbers of its points begin anew.
+        self.points.clear();
         // Some that are open are closed for it.
         let read = to % 4 == 1 && self.open.contains_key(disk);
         if read {

@@ -277,11 +277,18 @@ impl World {
             let history = self.store.history(name);
             let history =
                 history.unwrap_or_else(|e| panic!("{story}: the history of {name}: {e:?}"));
+            // The layers that were its own before it was snapshotted keep theirs.
+            let details = self.store.details(&object);
+            let details = details.unwrap_or_else(|e| panic!("{story}: {name}: {e:?}"));
+            let kept = |number: u64| {
+                let mut chain = details.chain.iter();
+                chain.find_map(|layer| self.points.get(&(layer.id(), number)))
+            };
             // A few of them, the last among them: each is all of a disk.
             let few = history.points.len() / 5 + 1;
             for point in history.points.iter().rev().step_by(few) {
                 let number = point.number;
-                let Some(contents) = self.points.get(&(object.id, number)) else {
+                let Some(contents) = kept(number) else {
                     continue;
                 };
                 let story = format!("{story}: point {number}");
@@ -602,6 +609,8 @@ impl World {
         if plan.layers < 2 {
             return Ok(());
         }
+        // What the layers keep of a history ends.
+        self.points.clear();
         let former = self.store.squash(plan, &Quiet)?.former;
         self.replaced(&former)?;
         self.reached.note("squash");
@@ -627,6 +636,7 @@ impl World {
             (ObjectKind::Disk, None) => drop(self.store.seal(&name)?),
             _ => {}
         }
+        self.points.clear();
         let flat = self.store.flatten(&name, &Quiet)?;
         self.replaced(&flat.former)?;
         if flat.base.is_some() {
