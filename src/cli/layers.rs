@@ -85,9 +85,12 @@ impl Squash {
         ));
         signals::catch();
         let progress = ui.progress(&format!("squashing {name}"));
+        let object = store.resolve(&name)?;
+        let before = points(&store, &object);
         let done = store.squash(plan, &*progress)?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;
+        tell_of_history(context, &store, &object, before);
         (document.copied, document.freed) = (Some(done.copied), Some(freed));
         if ui.json {
             return ui.document(document);
@@ -155,17 +158,17 @@ impl Flatten {
         signals::catch();
         let depth = store.details(&object)?.depth;
         if object.kind == ObjectKind::Disk {
-            let points = points(&store, &object);
             match context.daemon_of(&store, &name)? {
                 Some((mut daemon, _)) => daemon.seal(&name)?,
                 None => store.seal(&name)?,
             };
-            tell_of_history(context, &store, &object, points);
         }
         let progress = ui.progress(&format!("flattening {name}"));
+        let before = points(&store, &object);
         let done = store.flatten(&name, &*progress)?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;
+        tell_of_history(context, &store, &object, before);
         document.bytes = done.bytes;
         document.base_id = done.base.map(|id| id.to_string());
         document.digest = done.digest;

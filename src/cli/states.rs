@@ -60,12 +60,7 @@ fn state_for_readers(store: &Store, name: &str) -> Result<State> {
 /// is sealed for it, if it has changed since it was sealed last.
 pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Result<State> {
     match owner(context, store, object)? {
-        Owner::Writer(mut daemon) => {
-            let points = points(store, object);
-            let state = store.state_of(daemon.settle(&object.name)?)?.of_a_disk();
-            tell_of_history(context, store, object, points);
-            Ok(state)
-        }
+        Owner::Writer(mut daemon) => Ok(store.state_of(daemon.settle(&object.name)?)?.of_a_disk()),
         Owner::Reader => state_for_readers(store, &object.name),
         Owner::None => store.state(object),
     }
@@ -79,7 +74,7 @@ pub(crate) fn points(store: &Store, object: &Object) -> usize {
     }
 }
 
-/// After something that may have sealed a disk's layer: says so if its history of so many points ended with that.
+/// After something that put other layers below a disk: says so if its history of so many points ended with that.
 pub(crate) fn tell_of_history(context: &Context, store: &Store, object: &Object, before: usize) {
     if before > 1 && points(store, object) < before {
         context.ui.warn(format_args!(

@@ -112,8 +112,9 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
     }
     let all = number + 1 >= superblock.next_commit.get();
     let segments = segments(file, &superblock)?.segments;
-    let (gone, stay): (Vec<Segment>, Vec<Segment>) =
-        segments.into_iter().partition(|s| all || s.commits.1 <= number);
+    let (gone, stay): (Vec<Segment>, Vec<Segment>) = segments
+        .into_iter()
+        .partition(|s| all || s.commits.1 <= number);
     if gone.is_empty() && !all {
         return Ok(0);
     }

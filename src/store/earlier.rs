@@ -161,8 +161,12 @@ impl Store {
     pub(super) fn earlier_bytes(&self, layers: &[Id]) -> u64 {
         bytes_of(&*self.layers, layers.iter())
     }
-    /// Lets go of, or counts, what sealed layers keep of histories that are nobody's any more. The names lock is held, and the names are synced.
-    pub(super) fn collect_histories(&self, dry_run: bool) -> Result<(u64, Vec<Id>)> {
+    /// Lets go of, or counts, what sealed layers `among` others keep of histories that are nobody's any more. The names lock is held, and the names are synced.
+    pub(super) fn collect_histories(
+        &self,
+        among: impl Fn(Id) -> bool,
+        dry_run: bool,
+    ) -> Result<(u64, Vec<Id>)> {
         let mut claimed: HashSet<Id> = HashSet::new();
         for name in self.all_names()? {
             let record = match names::read_name(&*self.names, &name) {
@@ -183,12 +187,10 @@ impl Store {
         }
         let (mut bytes, mut shrunk) = (0, Vec::new());
         for (file, _) in self.layers.list()? {
-            let Some(id) = file.strip_suffix(".layer").and_then(Id::parse) else {
+            let id = file.strip_suffix(".layer").and_then(Id::parse);
+            let Some(id) = id.filter(|id| !claimed.contains(id) && among(*id)) else {
                 continue;
             };
-            if claimed.contains(&id) {
-                continue;
-            }
             let Ok(Some((found, _))) = earlier(&*self.layers, id) else {
                 continue;
             };
@@ -287,9 +289,7 @@ impl Store {
         if blocks > MAX_REWIND {
             return Ok(Since { blocks, undo: None });
         }
-        each_range(&above, |start, end| {
-            add_said(&then, start, end, &mut undo)
-        })?;
+        each_range(&above, |start, end| add_said(&then, start, end, &mut undo))?;
         Ok(Since {
             blocks,
             undo: Some(undo),
@@ -298,10 +298,7 @@ impl Store {
 }
 
 /// Calls `f` with ranges of blocks of which any of these layers says something, in order.
-fn each_range(
-    layers: &[&ReadLayer],
-    mut f: impl FnMut(u64, u64) -> Result<()>,
-) -> Result<()> {
+fn each_range(layers: &[&ReadLayer], mut f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
     let mut held: Option<(u64, u64)> = None;
     let mut add = |start: u64, end: u64| match &mut held {
         Some(last) if last.1 == start => {
@@ -362,7 +359,11 @@ fn add_said(layer: &ReadLayer, start: u64, end: u64, undo: &mut Undo) -> Result<
             Item::Zeros(..) => add(from, to, Pointer::Zero),
             Item::Region(region, map) => {
                 for block in from..to {
-                    add(block, block + 1, map.get((block - first(region.0)) as usize));
+                    add(
+                        block,
+                        block + 1,
+                        map.get((block - first(region.0)) as usize),
+                    );
                 }
             }
         }

@@ -181,11 +181,7 @@ impl Store {
         Ok(())
     }
     /// Returns the layers of these disks, and what they keep in earlier ones and shall keep no more.
-    fn note_history(
-        &self,
-        disks: &[String],
-        limits: Option<Limits>,
-    ) -> Result<Vec<(Id, Vec<Id>)>> {
+    fn note_history(&self, disks: &[String], limits: Option<Limits>) -> Result<Vec<(Id, Vec<Id>)>> {
         let mut staged = Vec::with_capacity(disks.len());
         let mut earlier = Vec::new();
         for name in disks {
@@ -214,7 +210,9 @@ impl Store {
         let look = || -> Result<(HistoryReport, bool)> {
             // Each time: a snapshot may have given it another layer.
             let record = names::read_name(&*self.names, &object.name)?;
-            let file = self.layers.open(&layer_file(record.target.id()), Access::Read)?;
+            let file = self
+                .layers
+                .open(&layer_file(record.target.id()), Access::Read)?;
             let layer = ReadLayer::open(file)?;
             let places = self.places(&record, &layer)?;
             let earlier = self.earlier_bytes(&self.earlier(&record));
@@ -284,7 +282,10 @@ impl Store {
         })?;
         let place = places.iter().find(|p| p.point.number == point.number);
         let place = place.copied().ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("there is no point #{}", point.number))
+            Error::new(
+                Kind::NotFound,
+                format!("there is no point #{}", point.number),
+            )
         })?;
         Ok((own, place))
     }
@@ -362,8 +363,12 @@ impl Store {
         }
         let held = self.open_exclusive(&object)?;
         let (own, place) = self.past_of(&object, held.clone(), at)?;
-        let tag =
-            |e: Error| e.context(format!("point #{} of `{}`", place.point.number, object.name));
+        let tag = |e: Error| {
+            e.context(format!(
+                "point #{} of `{}`",
+                place.point.number, object.name
+            ))
+        };
         let (rewound, undo) = self.since_point(&object, &own, &place).map_err(tag)?;
         if undo.is_some() {
             drop((own, held));

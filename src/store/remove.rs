@@ -307,7 +307,7 @@ impl Store {
         let graph = self.graph()?;
         let mut report = self.collect(&graph, dry_run)?;
         // What is left of a history keeps a layer as it is.
-        let (bytes, of_histories) = self.collect_histories(dry_run)?;
+        let (bytes, of_histories) = self.collect_histories(|_| true, dry_run)?;
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
         report.reclaimed += bytes;
         report.shrunk.extend(of_histories);

@@ -219,7 +219,9 @@ impl Store {
                 freed += graph.nodes[&below].allocated;
             }
         }
-        Ok(freed)
+        // The histories of those that stay end with the layer that took their place.
+        let among = |id: Id| former.contains(&Below::Layer(id));
+        Ok(freed + self.collect_histories(among, false)?.0)
     }
     /// Free bytes of the host filesystem for this user, where that can be known.
     pub(super) fn host_free(&self) -> Option<u64> {

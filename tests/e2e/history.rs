@@ -93,10 +93,59 @@ fn a_deleted_file_comes_back() {
     w.fails(12, &["rewind", "web", "--at", "-2h"]);
     w.fails(12, &["rewind", "web", "--at", "#99999999"]);
     w.fails(2, &["rewind", "base", "--at", "-1s"]);
-    // A snapshot is a point of its own, and the history begins anew.
+    // A snapshot is a point of its own, and the history goes on; that of the disk, whatever becomes of the snapshot.
+    let before = points(&w, "web");
     w.ok(["snapshot", "web@s"]);
-    assert_eq!(w.json(["info", "web"])["history_bytes"], 0);
+    assert_eq!(w.json(["info", "web"])["history_bytes"], held);
+    assert_eq!(points(&w, "web"), before);
+    let device = w.ok(["attach", "web", "--mount", s(&m)]);
+    fs::remove_file(m.join("other")).unwrap();
+    w.ok(["detach", &device]);
+    assert!(points(&w, "web") > before);
+    w.ok(["rm", "web@s"]);
+    w.ok(["gc"]);
+    let there = |name: &str| {
+        let device = w.ok(["attach", name, "--mount", s(&m)]);
+        let there = (m.join("report").exists(), m.join("other").exists());
+        w.ok(["detach", &device]);
+        there
+    };
+    assert_eq!(there("web"), (false, false));
+    let gone = format!("#{}", last(&w, "web"));
+    w.ok(["rewind", "web", "--at", &format!("#{undone}")]);
+    assert_eq!(there("web"), (false, true));
+    w.ok(["rewind", "web", "--at", &gone]);
+    assert_eq!(there("web"), (false, false));
+    w.ok([
+        "create",
+        "again",
+        "--from",
+        "web",
+        "--at",
+        &format!("#{undone}"),
+    ]);
+    assert_eq!(there("again"), (false, true));
+    assert!(points(&w, "again") <= 1, "a fork has no part in it");
+    // What goes with the disk is told before.
+    w.ok(["snapshot", "web@s2"]);
+    w.ok(["fork", "other", "--from", "web@s2"]);
+    let held = w.json(["info", "web"])["history_bytes"].as_u64().unwrap();
+    let told = w.json(["rm", "-n", "web", "web@s2"])["frees"].as_u64();
+    let used = w.stored();
+    w.ok(["rm", "web", "web@s2"]);
+    let freed = used - w.stored();
+    assert!(told.unwrap().abs_diff(freed) <= 8192, "{told:?}, {freed}");
+    assert!(freed >= held, "{freed}");
+    w.ok(["gc"]);
+    assert_eq!(w.json(["gc", "-n"])["bytes"], 0);
+    assert_eq!(there("other"), (false, false));
     w.finish();
+}
+
+/// How many points are listed.
+fn points(w: &World, disk: &str) -> usize {
+    let listed = w.json(["ls", "--history", disk]);
+    listed["points"].as_array().unwrap().len()
 }
 
 /// A filesystem that is written to is forked as it was, and its history goes on; when nobody uses the disk any more it goes back while it is attached.
@@ -166,20 +215,28 @@ fn an_attached_disk_shows_its_past() {
     tool("umount", [s(&m)]);
     tool("e2fsck", ["-fn", device.as_str()]);
 
-    // Whatever needs a sealed layer ends it, and says so.
+    // What needs a sealed layer does not end it: what puts others in the place of those that keep it does, and says so.
     let out = w.path("out");
-    for command in [&["export", "-f", "web", s(&out)][..], &["flatten", "web"]] {
-        assert!(
-            w.json(["ls", "--history", "web"])["points"]
-                .as_array()
-                .unwrap()
-                .len()
-                > 1
-        );
+    for command in [
+        &["export", "-f", "web", s(&out)][..],
+        &["flatten", "web"],
+        &["squash", "web"],
+    ] {
+        w.ok(["snapshot", "web@old"]);
+        let before = points(&w, "web");
+        assert!(before > 1);
         let told = w.run(command).stderr;
-        assert!(told.contains("the history of web begins anew"), "{told}");
+        let ends = command[0] != "export";
+        assert_eq!(
+            told.contains("the history of web begins anew"),
+            ends,
+            "{told}"
+        );
+        assert_eq!(points(&w, "web") < before, ends);
         let told = w.run(command).stderr;
         assert!(!told.contains("begins anew"), "{told}");
+        w.ok(["rm", "web@old"]);
+        assert_eq!(w.json(["gc", "-n"])["shrunk"], serde_json::json!([]));
         good_point(&w, &device, &m, &content);
     }
 
