@@ -105,8 +105,11 @@ impl Past {
     }
     /// Fails if the point went while it was read.
     fn is_there(&self) -> Result<()> {
+        if !self.busy {
+            return Ok(());
+        }
         let mut tries = 0;
-        while self.busy {
+        loop {
             let layer = ReadLayer::open(self.file.clone());
             tries += 1;
             match layer.and_then(|layer| Ok((layer.is_current()?, layer))) {
@@ -120,7 +123,6 @@ impl Past {
                 _ => {}
             }
         }
-        Ok(())
     }
     /// Blocks that have changed since.
     pub fn changed(&self) -> u64 {
