@@ -967,6 +967,106 @@ fn what_sealed_layers_keep_expires() {
     assert_eq!(kept.last(), Some(&300));
 }
 
+/// A disk that was smaller, or larger, shows its past as it was, in the size that it has now.
+#[test]
+fn a_past_of_another_size_shows_no_more_than_there_was() {
+    let mut world = World::new(34, 40, limits(Some(1000), None));
+    world.write(2 * B, &noise(1, B));
+    world.close();
+    world.store.resize("d", 20 * B).expect("smaller");
+    let mut small = world.now[..20 * B as usize].to_vec();
+    let disk = world.open();
+    disk.write(&noise(2, B), 3 * B).expect("write");
+    small[3 * B as usize..4 * B as usize].copy_from_slice(&noise(2, B));
+    disk.flush().expect("flush");
+    let (_, number) = disk.point().expect("writable");
+    world.snapshot();
+    let done = world.store.resize_running(&disk, "d", 60 * B);
+    assert_eq!(done.expect("larger").size, 60 * B);
+    for block in [2, 30, 31, 50] {
+        disk.write(&noise(block, B), block * B).expect("write");
+    }
+    disk.discard(5 * B, B).expect("discard");
+    disk.flush().expect("flush");
+    let (_, late) = disk.point().expect("writable");
+    let large = read_all(&*disk).expect("read");
+    small.resize(60 * B as usize, 0);
+    for (number, expected) in [(number, &small), (late, &large)] {
+        let back = world.store.rewind_running(&disk, "d", At::Number(number));
+        back.expect("back");
+        same(&read_all(&*disk).expect("read"), expected, number);
+    }
+    // A fork has the size that the disk has now.
+    let settings = Extra::default();
+    let mut writer = Writer {
+        disk: disk.clone(),
+        hold: None,
+    };
+    let made = fork_of("f", number, &settings);
+    let made = world
+        .store
+        .create_at_with(&made, Some(&mut writer), &Quiet)
+        .expect("a fork");
+    let fork = world.store.open_disk(&made, false).expect("open");
+    same(&read_all(&*fork).expect("read"), &small, number);
+    disk.close().expect("close");
+    audit::layers(&world.sim, "sizes");
+}
+
+/// Layers with a part of a history are not joined by themselves, those without are.
+#[test]
+fn layers_with_a_history_are_not_joined_by_themselves() {
+    let mut world = World::new(35, 40, limits(Some(1000), None));
+    let disk = world.open();
+    let seal = |world: &mut World, rounds: std::ops::Range<u64>| {
+        for i in rounds {
+            world.write(i % 5 * B, &noise(i, B));
+            world.flush();
+            world.store.seal_open(&disk, "d").expect("sealed");
+        }
+    };
+    seal(&mut world, 0..6);
+    let idle = |world: &World| {
+        let found = world.store.idle_stretch("d", &disk, 3).expect("looked");
+        found.map_or(0, |found| found.layers)
+    };
+    assert_eq!(idle(&world), 0);
+    assert!(world.number().len() >= 6);
+    // What is too old goes, and then they are as any others.
+    world.clock.fetch_add(10_000, Ordering::SeqCst);
+    disk.maintain().expect("maintain");
+    assert_eq!(idle(&world), 6);
+    assert_eq!(world.number().len(), 1);
+}
+
+/// On a full host disk the oldest goes first, which sealed layers keep, and no write fails.
+#[test]
+fn a_full_disk_takes_what_sealed_layers_keep() {
+    let mut world = World::new(36, 40, limits(Some(1_000_000), None));
+    for i in 0..300u64 {
+        world.write(i % 20 * B, &noise(i, B));
+        world.flush();
+        if i % 50 == 49 {
+            world.snapshot();
+        }
+    }
+    let before = world.number();
+    assert!(before.len() > 300, "{before:?}");
+    // The snapshots themselves stay; what was replaced before they were taken is room.
+    world.sim.set_capacity(Some(world.sim.used() + 2 * B));
+    for i in 0..40u64 {
+        world.write(i % 20 * B, &noise(i + 1000, B));
+        if i % 5 == 0 {
+            world.flush();
+        }
+    }
+    assert_eq!(read_all(&*world.open()).expect("read"), world.now);
+    world.sim.set_capacity(None);
+    let kept = world.look_back(&mut Rng(36));
+    assert!(kept[0] > before[0], "the oldest went");
+    assert!(kept.contains(&300), "and not what is newer: {kept:?}");
+}
+
 /// Switched on and off while the disk is in use.
 #[test]
 fn a_setting_counts_at_once() {

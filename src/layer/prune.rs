@@ -141,7 +141,8 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
     let lost = superblock.history_blocks.get().saturating_sub(kept + freed);
     let mut work = Work::of(file, &superblock)?;
     work.data = slots;
-    let listed = work.write_free_list(file).and_then(|()| file.sync());
+    let listed = work.write_free_list(file);
+    let listed = listed.and_then(|()| file.sync().map_err(|e| e.layer(Id(header.layer))));
     match listed {
         Ok(()) => {
             work.next.forgotten = U64::new(work.next.forgotten.get() + lost);
