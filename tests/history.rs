@@ -1067,6 +1067,50 @@ fn a_full_disk_takes_what_sealed_layers_keep() {
     assert!(kept.contains(&300), "and not what is newer: {kept:?}");
 }
 
+/// What a point shows of layers below stays: what has been written over since hides it for the present only. And what the layer of a point says nothing of
+/// comes back from below.
+#[test]
+fn a_past_is_seen_through_to_what_is_hidden_now() {
+    let mut world = World::new(37, 2000, limits(Some(1000), None));
+    let name = ["d".to_string()];
+    // Below, without a history.
+    world.store.set_history(&name, None).expect("none");
+    world.close();
+    world.write(0, &noise(1, 300 * B));
+    world.write(700 * B, &noise(2, 300 * B));
+    world.snapshot();
+    world.close();
+    world
+        .store
+        .set_history(&name, Some(limits(Some(1000), None)))
+        .expect("a history");
+    world.points.clear();
+    world.write(1700 * B, &noise(3, B));
+    let before = world.flush();
+    world.write(0, &noise(4, 1300 * B));
+    world.flush();
+    world.snapshot();
+    world.write(0, &noise(5, 20 * B));
+    world.write(1300 * B, &noise(6, 300 * B));
+    world.discard(1800 * B, 20 * B);
+    let last = world.flush();
+    world.close();
+    let plan = world.store.plan_removal(&["d@s1".to_string()], false);
+    world.store.remove(&plan.expect("a plan")).expect("removed");
+    assert_eq!(world.store.gc(false).expect("gc").bytes, 0);
+    assert!(world.rewind(before));
+    assert!(world.rewind(last));
+    world.look_back(&mut Rng(37));
+    // Nobody wants to see it any more: then it goes.
+    world.store.set_history(&name, None).expect("none");
+    world.open();
+    world.close();
+    assert_eq!(world.store.gc(false).expect("gc").bytes, 600 * B);
+    same(&read_all(&*world.open()).expect("read"), &world.now, last);
+    world.close();
+    audit::layers(&world.sim, "hidden");
+}
+
 /// Switched on and off while the disk is in use.
 #[test]
 fn a_setting_counts_at_once() {
