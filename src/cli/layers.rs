@@ -4,7 +4,7 @@ use crate::{
     cli::{
         Outcome,
         context::Context,
-        states::{points, tell_of_history},
+        states::{histories_in, tell_of_histories},
         store::counted,
     },
     daemon::Client,
@@ -85,12 +85,11 @@ impl Squash {
         ));
         signals::catch();
         let progress = ui.progress(&format!("squashing {name}"));
-        let object = store.resolve(&name)?;
-        let before = points(&store, &object);
+        let histories = histories_in(&store, &plan.members())?;
         let done = store.squash(plan, &*progress)?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;
-        tell_of_history(context, &store, &object, before);
+        tell_of_histories(context, &store, &histories);
         (document.copied, document.freed) = (Some(done.copied), Some(freed));
         if ui.json {
             return ui.document(document);
@@ -164,11 +163,16 @@ impl Flatten {
             };
         }
         let progress = ui.progress(&format!("flattening {name}"));
-        let before = points(&store, &object);
+        let object = store.resolve(&name)?;
+        let replaced = match object.parent {
+            Some(below) if object.kind == ObjectKind::Disk => below,
+            _ => Below::Layer(object.id),
+        };
+        let histories = histories_in(&store, &[replaced])?;
         let done = store.flatten(&name, &*progress)?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;
-        tell_of_history(context, &store, &object, before);
+        tell_of_histories(context, &store, &histories);
         document.bytes = done.bytes;
         document.base_id = done.base.map(|id| id.to_string());
         document.digest = done.digest;

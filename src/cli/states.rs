@@ -66,21 +66,29 @@ pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Resu
     }
 }
 
-/// How many flush points the history of a disk has, as far as can be told.
-pub(crate) fn points(store: &Store, object: &Object) -> usize {
-    match object.kind {
-        ObjectKind::Disk => store.history(&object.name).map_or(0, |h| h.points.len()),
-        _ => 0,
-    }
+/// The disks that have a part of their history in these layers, and how many points they have.
+pub(crate) fn histories_in(store: &Store, layers: &[Below]) -> Result<Vec<(Object, usize)>> {
+    let disks = store.histories_in(layers)?;
+    let with_points = disks.into_iter().map(|disk| {
+        let points = points(store, &disk);
+        (disk, points)
+    });
+    Ok(with_points.collect())
 }
 
-/// After something that put other layers below a disk: says so if its history of so many points ended with that.
-pub(crate) fn tell_of_history(context: &Context, store: &Store, object: &Object, before: usize) {
-    if before > 1 && points(store, object) < before {
-        context.ui.warn(format_args!(
-            "the history of {0} begins anew: what it was at earlier flushes is gone",
-            object.name
-        ));
+fn points(store: &Store, disk: &Object) -> usize {
+    store.history(&disk.name).map_or(0, |h| h.points.len())
+}
+
+/// After something that put other layers in the place of those in which these disks had a part of their history: says whose ended with that.
+pub(crate) fn tell_of_histories(context: &Context, store: &Store, before: &[(Object, usize)]) {
+    for (disk, before) in before {
+        if *before > 1 && points(store, disk) < *before {
+            context.ui.warn(format_args!(
+                "the history of {0} begins anew: what it was before its last snapshot is gone",
+                disk.name
+            ));
+        }
     }
 }
 

@@ -174,6 +174,9 @@ impl CowDisk {
                 // What counts below it may have become less.
                 self.limit(layer, &chain);
                 layer.lies_over(chain.clone());
+                if let Some(lower) = layer.lower() {
+                    lower.look_again();
+                }
             }
             std::mem::replace(&mut top.chain, chain)
         };
@@ -189,11 +192,18 @@ impl CowDisk {
     }
     /// Gives freed space back to the host; for a housekeeping thread.
     pub fn maintain(&self) -> Result<()> {
-        self.top
-            .read()
-            .layer
-            .as_ref()
-            .map_or(Ok(()), Layer::maintain)
+        let top = self.top.read();
+        let Some(layer) = &top.layer else {
+            return Ok(());
+        };
+        layer.maintain()?;
+        let lower = layer.lower_part();
+        // Not under the lock: whoever waits for it holds up all requests.
+        drop(top);
+        if let Some((lower, stays)) = lower {
+            lower.expire(stays);
+        }
+        Ok(())
     }
     /// What was said of its layer in the store when it was opened and is not durable yet: the first flush would wait for that.
     pub fn unsettled(&self) -> Option<Arc<Unsettled>> {

@@ -24,20 +24,36 @@ pub struct Keep {
     pub bytes: Option<u64>,
     /// The time now, in milliseconds since 1970. It labels points and orders nothing.
     pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
-    /// Where the history goes on from that of a sealed layer below: the last commit of that. A layer that was never opened begins with the next number.
-    pub after: u64,
+    /// Where the history goes on from that of a sealed layer below: number and time of the last commit of that. A layer that was never opened begins with
+    /// the next number.
+    pub after: (u64, u64),
     /// What sealed layers below keep of the same history.
     pub lower: Option<Arc<dyn Lower>>,
+}
+
+/// What of the older part of a history may stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stays {
+    /// What was made then or before is too old.
+    pub since: Option<u64>,
+    /// What was made then or before is so old that it is worth work of its own.
+    pub late: Option<u64>,
+    /// So many bytes may stay.
+    pub room: u64,
+    /// If they are more, so many.
+    pub left: u64,
 }
 
 /// The older part of a history, which sealed layers hold.
 pub trait Lower: Send + Sync {
     /// Host bytes that it occupies.
     fn bytes(&self) -> u64;
-    /// Lets go of what was made at `since` or before, and of the oldest that is more than `room` bytes. What cannot be done now is done the next time.
-    fn expire(&self, since: Option<u64>, room: u64) -> Result<()>;
-    /// The host disk is full: the older half goes, or the little that is left; says whether there was any.
-    fn yield_oldest(&self) -> Result<bool>;
+    /// Lets go of what may not stay, the oldest first. What cannot be done now is done another time.
+    fn expire(&self, stays: Stays);
+    /// The host disk is full: the older half goes, or the little that is left; says whether anything did.
+    fn yield_oldest(&self) -> bool;
+    /// Layers may have been replaced by others.
+    fn look_again(&self);
 }
 
 /// As long as somebody has it, a point of a layer that is open for writing stays: also where it is too old, or too much. It goes all the same

@@ -295,7 +295,7 @@ impl Layer {
         let found = recover::superblock(&*file, &header)?;
         let mut superblock = found.superblock;
         if let Some(keep) = keep.as_ref().filter(|_| found.fresh) {
-            superblock.next_commit = U64::new(keep.after + 1);
+            superblock.next_commit = U64::new(keep.after.0 + 1);
         }
         let state = State::of(&superblock);
         if state == State::Sealed {

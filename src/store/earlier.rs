@@ -7,17 +7,17 @@
 
 use super::history::{LIMITS, Point};
 use super::names::{self, NameRecord};
-use super::{Below, ObjectKind, Store, layer_file, parent_of};
+use super::{Below, Object, ObjectKind, Store, layer_file, many, parent_of};
 use crate::disk::cow::MAX_REWIND;
 use crate::error::{Kind, Result};
-use crate::format::{CommitEntry, MAX_DEPTH, Pointer, Superblock};
+use crate::format::{CommitEntry, MAX_DEPTH, Pointer, SegmentHeader, Superblock};
 use crate::io::{Access, Dir, File};
-use crate::layer::history::{Lower, segments};
+use crate::layer::history::{Lower, Segment, Stays, segments};
 use crate::layer::{ReadLayer, State, prune, read_header, recover};
 use crate::map::undo::Undo;
 use crate::map::{Item, Items, merge};
 use crate::sync::Mutex;
-use crate::units::{BLOCK, Id, Lba, REGION_BLOCKS, Region};
+use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,8 @@ const PAST: &str = "past";
 const MAX_LAYERS: usize = 128;
 /// Behind every point.
 const ALL: u64 = u64::MAX - 1;
+/// Layers of which something goes in one go of the housekeeping: other commands wait for that.
+const AT_ONCE: usize = 8;
 /// What is given up on a full host disk at least, if there is as much.
 const WORTH: u64 = 16 << 20;
 /// How often, and how long each time, whoever needs room waits for a command that changes names.
@@ -39,6 +41,23 @@ struct Earlier {
     id: Id,
     superblock: Superblock,
     file: Arc<dyn File>,
+}
+
+impl Earlier {
+    fn segments(&self) -> VecDeque<Segment> {
+        let chain = segments(&*self.file, &self.superblock);
+        chain.map(|chain| chain.segments).unwrap_or_default()
+    }
+    /// When its last point was made, as far as is known.
+    fn last_time(&self) -> u64 {
+        let slot = Slot(self.superblock.history_slot.get());
+        let slots = self.superblock.history_slots.get();
+        let mut head = vec![0; BLOCK_SIZE];
+        let found = (slots > 0 && self.file.read_at(&mut head, slot.at()).is_ok())
+            .then(|| SegmentHeader::decode(&head, &self.id, slots));
+        let found = found.flatten().map(|head| head.last_time.get());
+        found.unwrap_or(self.superblock.history_time.get())
+    }
 }
 
 /// A sealed layer, if it keeps a part of a history, and what it stands on.
@@ -53,6 +72,45 @@ fn earlier(layers: &dyn Dir, id: Id) -> Result<Option<(Earlier, Below)>> {
         file,
     };
     Ok(is.then(|| (found, parent_of(&header))))
+}
+
+/// What the layer `own` stands on, if that is a sealed layer that keeps a part of a history.
+fn below(layers: &dyn Dir, own: Id) -> Result<Option<(Earlier, Below)>> {
+    let file = layers.open(&layer_file(own), Access::Read)?;
+    match parent_of(&read_header(&*file)?) {
+        Below::Layer(id) => earlier(layers, id),
+        Below::Base(_) => Ok(None),
+    }
+}
+
+/// Of a disk whose history is also in sealed layers: its own layer, and the lowest of these.
+fn leads(record: &NameRecord) -> Option<(Id, Id)> {
+    record.extra.get(LIMITS)?;
+    let lowest = record.extra.get(PAST).and_then(Id::parse)?;
+    Some((record.target.id(), lowest))
+}
+
+/// The sealed layers below `own` that keep parts of a history, down to `lowest`, the newest first; and whether they could all be read.
+fn walk(layers: &dyn Dir, own: Id, lowest: Id) -> (Vec<Earlier>, bool) {
+    let mut found: Vec<Earlier> = Vec::new();
+    let mut next = below(layers, own);
+    while found.len() < MAX_DEPTH as usize {
+        match next {
+            Ok(Some((layer, parent))) => {
+                next = match parent {
+                    Below::Layer(id) if layer.id != lowest => earlier(layers, id),
+                    _ => Ok(None),
+                };
+                found.push(layer);
+            }
+            Ok(None) => break,
+            Err(e) => {
+                tracing::debug!("a part of the history cannot be read: {e}");
+                return (found, false);
+            }
+        }
+    }
+    (found, true)
 }
 
 /// Lets go of what a sealed layer keeps of a history before point `number`; returns the host bytes. The names lock is held.
@@ -70,77 +128,91 @@ impl Store {
     }
     /// And whether these are all, as far as can be told.
     fn earlier_layers(&self, record: &NameRecord) -> (Vec<Earlier>, bool) {
-        let (mut found, mut all) = (Vec::new(), true);
-        let lowest = record.extra.get(PAST).and_then(Id::parse);
-        let (Some(lowest), Some(_)) = (lowest, record.extra.get(LIMITS)) else {
-            return (found, all);
-        };
-        let parent = |id: Id| -> Result<Below> {
-            let file = self.layers.open(&layer_file(id), Access::Read)?;
-            Ok(parent_of(&read_header(&*file)?))
-        };
-        let mut at = parent(record.target.id());
-        while found.len() < MAX_DEPTH as usize {
-            let id = match at {
-                Ok(Below::Layer(id)) => id,
-                Ok(Below::Base(_)) => break,
-                Err(e) => {
-                    tracing::debug!("a part of the history cannot be read: {e}");
-                    all = false;
-                    break;
-                }
-            };
-            at = match earlier(&*self.layers, id) {
-                Ok(None) => break,
-                Ok(Some((layer, parent))) => {
-                    found.push(layer);
-                    Ok(parent)
-                }
-                Err(e) => Err(e),
-            };
-            if id == lowest {
-                break;
-            }
+        match leads(record) {
+            Some((own, lowest)) => walk(&*self.layers, own, lowest),
+            None => (Vec::new(), true),
         }
-        (found, all)
     }
-    /// Does a sealed layer keep a part of a history, as far as can be told?
-    pub(super) fn keeps_a_past(&self, id: Id) -> bool {
-        !matches!(earlier(&*self.layers, id), Ok(None))
+    /// Does a sealed layer keep a part of a history?
+    pub(super) fn keeps_a_past(&self, id: Id) -> Result<bool> {
+        Ok(earlier(&*self.layers, id)?.is_some())
     }
     /// The last commit of the layer below, if the history goes on from there; and what is to be done about what sealed layers keep of it.
-    pub(super) fn goes_on(&self, record: &NameRecord) -> (u64, Option<Arc<dyn Lower>>) {
-        let mut layers = self.earlier_layers(record).0;
-        let Some(upper) = layers.first() else {
-            return (0, None);
+    pub(super) fn goes_on(&self, record: &NameRecord) -> ((u64, u64), Option<Arc<dyn Lower>>) {
+        let none = ((0, 0), None);
+        let Some((own, lowest)) = leads(record) else {
+            return none;
         };
-        let after = upper.superblock.next_commit.get().saturating_sub(1);
-        layers.reverse();
-        let known = layers.iter().map(Known::of).collect();
+        // Whoever asks may hold up the users of the disk: the others are looked at later.
+        let Ok(Some((upper, _))) = below(&*self.layers, own) else {
+            return none;
+        };
+        let number = upper.superblock.next_commit.get().saturating_sub(1);
         let lower = Earliest {
             root: self.root.clone(),
             layers: self.layers.clone(),
-            known: Mutex::new(known),
+            own,
+            lowest,
+            known: Mutex::new(None),
         };
-        (after, Some(Arc::new(lower)))
+        ((number, upper.last_time()), Some(Arc::new(lower)))
     }
-    /// The record of a disk whose own layer is sealed, for the layer above that.
+    /// The record of a disk whose own layer is to be sealed, for the layer above that.
     pub(super) fn note_earlier(&self, record: &mut NameRecord) {
-        let past = match (record.extra.get(LIMITS), self.earlier_layers(record)) {
+        let past = match (record.extra.get(LIMITS), leads(record)) {
             (None, _) => None,
-            (Some(_), (_, false)) => return,
-            (Some(_), (layers, true)) => {
-                let lowest = layers.last().map_or(record.target.id(), |layer| layer.id);
-                Some(lowest.to_string())
+            // As far as there are any: how far down is known.
+            (Some(_), Some((own, lowest))) if !matches!(below(&*self.layers, own), Ok(None)) => {
+                Some(lowest)
             }
+            (Some(_), _) => Some(record.target.id()),
         };
-        record.extra.set(PAST, past);
+        record.extra.set(PAST, past.map(|id| id.to_string()));
     }
     /// Takes from a record what it says of earlier layers; returns these. They are to be given to [`Store::forget_earlier`] when that is durable.
     pub(super) fn leave_earlier(&self, record: &mut NameRecord) -> Vec<Id> {
-        let earlier = self.earlier(record);
+        let earlier = self.all_earlier(record);
         record.extra.set(PAST, None);
         earlier
+    }
+    /// The sealed layers that keep a part of a disk's history, also its own if a snapshot was interrupted; the newest first.
+    pub(super) fn all_earlier(&self, record: &NameRecord) -> Vec<Id> {
+        let own = record.target.id();
+        let sealed = matches!(self.keeps_a_past(own), Ok(true));
+        let mut all: Vec<Id> = sealed.then_some(own).into_iter().collect();
+        all.extend(self.earlier(record));
+        all
+    }
+    /// Which disks have a part of their history in these layers.
+    pub fn histories_in(&self, among: &[Below]) -> Result<Vec<Object>> {
+        let _lock = self.lock(false)?;
+        let mut found = Vec::new();
+        for (name, record) in self.with_a_past()? {
+            let mut earlier = self.earlier(&record).into_iter();
+            if earlier.any(|id| among.contains(&Below::Layer(id))) {
+                found.push(self.object(&name)?);
+            }
+        }
+        Ok(found)
+    }
+    /// All disks whose history is also in sealed layers, with their records. What cannot be read is left out.
+    fn with_a_past(&self) -> Result<Vec<(String, NameRecord)>> {
+        let all = self.all_names()?;
+        let records = many::each(&all, |name| names::read_name(&*self.names, name));
+        let records = all.into_iter().zip(records);
+        let found = records.filter_map(|(name, record)| Some((name, record.ok()?)));
+        Ok(found
+            .filter(|(_, record)| leads(record).is_some())
+            .collect())
+    }
+    /// The layers that keep parts of the histories of other disks than that called `name`.
+    pub(super) fn of_other_histories(&self, name: &str) -> Result<HashSet<Id>> {
+        let mut others = self.with_a_past()?;
+        others.retain(|(other, _)| other != name);
+        Ok(others
+            .iter()
+            .flat_map(|(_, record)| self.earlier(record))
+            .collect())
     }
     /// Lets go of what these layers keep of a history that is nobody's any more; returns the host bytes. What cannot be done is left to `gc`. The names lock
     /// is held.
@@ -180,6 +252,10 @@ impl Store {
                 claimed.insert(record.target.id());
                 let (layers, all) = self.earlier_layers(&record);
                 if !all {
+                    tracing::warn!(
+                        disk = name,
+                        "what the disk stands on cannot be read: nothing is done about what is left of histories"
+                    );
                     return Ok((0, Vec::new()));
                 }
                 claimed.extend(layers.iter().map(|layer| layer.id));
@@ -394,17 +470,14 @@ struct Known {
 
 impl Known {
     fn of(layer: &Earlier) -> Known {
-        let chain = segments(&*layer.file, &layer.superblock);
-        let found = chain.map(|chain| chain.segments).unwrap_or_default();
-        let bytes = |s: &crate::layer::history::Segment| (s.blocks + u64::from(s.slots)) * BLOCK;
-        let last = found.back().map(|s| s.last_time);
+        let part = |s: &Segment| {
+            let bytes = (s.blocks + u64::from(s.slots)) * BLOCK;
+            (s.commits.1, s.last_time, bytes)
+        };
         Known {
             id: layer.id,
-            parts: found
-                .iter()
-                .map(|s| (s.commits.1, s.last_time, bytes(s)))
-                .collect(),
-            last: last.unwrap_or(layer.superblock.history_time.get()),
+            parts: layer.segments().iter().map(part).collect(),
+            last: layer.last_time(),
         }
     }
     fn bytes(&self) -> u64 {
@@ -416,11 +489,23 @@ impl Known {
 struct Earliest {
     root: Arc<dyn Dir>,
     layers: Arc<dyn Dir>,
-    /// The oldest layer first.
-    known: Mutex<VecDeque<Known>>,
+    /// The layer that the disk writes into, and the lowest of those that keep a part of its history.
+    own: Id,
+    lowest: Id,
+    /// The oldest layer first; `None`: nobody has looked yet.
+    known: Mutex<Option<VecDeque<Known>>>,
 }
 
 impl Earliest {
+    /// What is known, looked up if nobody has yet.
+    fn with<R>(&self, f: impl FnOnce(&mut VecDeque<Known>) -> R) -> R {
+        let mut known = self.known.lock();
+        f(known.get_or_insert_with(|| {
+            let (mut layers, _) = walk(&*self.layers, self.own, self.lowest);
+            layers.reverse();
+            layers.iter().map(Known::of).collect()
+        }))
+    }
     /// The names lock, if nobody has it. Who calls this may hold up whoever does.
     fn names_lock(&self) -> Result<Option<Arc<dyn File>>> {
         let lock = self.root.open("lock", Access::Read)?;
@@ -430,91 +515,126 @@ impl Earliest {
             Ok(()) => Ok(Some(lock)),
         }
     }
-    /// Lets go of the oldest, as long as `goes` says so of the time of a part and the bytes of all, or there are too many layers. The names lock is
+    /// Lets go of the oldest part, in at most so many layers, as long as `goes` says so of its time and of the bytes of all; or if there are too many layers. The names lock is
     /// held. Returns the bytes.
-    fn let_go(&self, goes: impl Fn(u64, u64) -> bool) -> Result<u64> {
-        let mut known = self.known.lock();
-        let mut left: u64 = known.iter().map(Known::bytes).sum();
+    fn let_go(&self, most: usize, goes: impl Fn(u64, u64) -> bool) -> u64 {
         let mut freed = 0;
-        loop {
-            let many = known.len() > MAX_LAYERS;
-            let Some(layer) = known.front_mut() else {
-                break;
-            };
-            let mut upto = None;
-            while let Some((number, _, bytes)) = layer
-                .parts
-                .pop_front_if(|(_, time, _)| many || goes(*time, left))
-            {
-                left = left.saturating_sub(bytes);
-                upto = Some(number);
+        for _ in 0..most {
+            match self.with(|layers| self.let_go_of_first(layers, &goes)) {
+                Some(bytes) => freed += bytes,
+                None => break,
             }
-            let whole =
-                layer.parts.is_empty() && (many || upto.is_some() || goes(layer.last, left));
-            if whole {
-                upto = Some(ALL);
-            }
-            if let Some(number) = upto {
-                match forget(&*self.layers, layer.id, number) {
-                    Err(e) if e.kind() == Kind::NotFound => {}
-                    other => freed += other?,
-                }
-            }
-            if !whole {
-                break;
-            }
-            known.pop_front();
         }
-        Ok(freed)
+        freed
     }
-    /// Are there more layers than there may be, or does anything go?
-    fn due(&self, goes: impl Fn(u64, u64) -> bool) -> bool {
-        let known = self.known.lock();
-        let left = known.iter().map(Known::bytes).sum();
-        known.len() > MAX_LAYERS
-            || known.front().is_some_and(|layer| {
-                let first = layer.parts.front();
-                goes(first.map_or(layer.last, |part| part.1), left)
-            })
+    /// The same in the lowest layer; `None` if there is nothing more to be done.
+    fn let_go_of_first(
+        &self,
+        layers: &mut VecDeque<Known>,
+        goes: impl Fn(u64, u64) -> bool,
+    ) -> Option<u64> {
+        let mut left: u64 = layers.iter().map(Known::bytes).sum();
+        let many = layers.len() > MAX_LAYERS;
+        let layer = layers.front_mut()?;
+        let (mut upto, mut parts) = (None, 0);
+        for (number, time, bytes) in &layer.parts {
+            if !(many || goes(*time, left)) {
+                break;
+            }
+            left = left.saturating_sub(*bytes);
+            upto = Some(*number);
+            parts += 1;
+        }
+        // What it ended with is what the layer above began with.
+        let empty = parts == layer.parts.len();
+        let whole = empty && (many || upto.is_some() || goes(layer.last, left));
+        let number = if whole { ALL } else { upto? };
+        let freed = match forget(&*self.layers, layer.id, number) {
+            Ok(freed) => freed,
+            // It went with the rest.
+            Err(e) if e.kind() == Kind::NotFound => 0,
+            Err(e) => {
+                tracing::warn!(layer = %layer.id, "its part of a history is not given up: {e}");
+                // `check` tells of the damage, and those above it need not wait.
+                if e.kind() != Kind::Corrupt || e.of_resources() {
+                    return None;
+                }
+                layers.pop_front();
+                return Some(0);
+            }
+        };
+        drop(layer.parts.drain(..parts));
+        if whole {
+            layers.pop_front();
+        }
+        Some(freed)
     }
 }
 
 impl Lower for Earliest {
     fn bytes(&self) -> u64 {
-        let ids: Vec<Id> = self.known.lock().iter().map(|layer| layer.id).collect();
-        bytes_of(&*self.layers, ids.iter())
+        self.with(|layers| layers.iter().map(Known::bytes).sum())
     }
-    fn expire(&self, since: Option<u64>, room: u64) -> Result<()> {
-        let goes = |time: u64, left: u64| since.is_some_and(|since| time <= since) || left > room;
-        if !self.due(goes) {
-            return Ok(());
+    fn expire(&self, stays: Stays) {
+        let old = |time: u64, limit: Option<u64>| limit.is_some_and(|limit| time <= limit);
+        let (due, over) = self.with(|layers| {
+            let held: u64 = layers.iter().map(Known::bytes).sum();
+            let late = layers.front().is_some_and(|layer| {
+                let first = layer.parts.front();
+                old(first.map_or(layer.last, |part| part.1), stays.late)
+            });
+            let parts = layers.iter().flat_map(|layer| &layer.parts);
+            let gone = parts.take_while(|part| old(part.1, stays.since));
+            let gone: u64 = gone.map(|part| part.2).sum();
+            let over = held > stays.room;
+            let much = gone > 0 && gone >= WORTH.max(held / 8);
+            (late || much || over || layers.len() > MAX_LAYERS, over)
+        });
+        if !due {
+            return;
         }
-        let Some(_lock) = self.names_lock()? else {
-            return Ok(());
-        };
-        self.let_go(goes).map(drop)
+        match self.names_lock() {
+            Ok(None) => {}
+            Ok(Some(_lock)) => {
+                let room = if over { stays.left } else { stays.room };
+                self.let_go(AT_ONCE, |time, left| old(time, stays.since) || left > room);
+            }
+            Err(e) => tracing::warn!("nothing of a history goes: {e}"),
+        }
     }
-    fn yield_oldest(&self) -> Result<bool> {
-        let held: u64 = self.known.lock().iter().map(Known::bytes).sum();
-        if held == 0 {
-            return Ok(false);
+    fn yield_oldest(&self) -> bool {
+        if self.bytes() == 0 {
+            return false;
         }
         let mut tries = 0;
-        let lock = loop {
-            match self.names_lock()? {
-                Some(lock) => break lock,
-                None if tries >= TRIES => return Ok(false),
-                None => tries += 1,
+        let _lock = loop {
+            match self.names_lock() {
+                Ok(Some(lock)) => break lock,
+                Ok(None) if tries < TRIES => tries += 1,
+                Ok(None) | Err(_) => return false,
             }
             std::thread::sleep(WAIT);
         };
-        let stays = match held / 2 {
-            half if half < WORTH => 0,
-            half => half,
-        };
-        let freed = self.let_go(|_, left| left > stays)?;
-        drop(lock);
-        tracing::warn!("the host disk is full: {freed} bytes of a history in earlier layers go");
-        Ok(freed > 0)
+        // Until there is something: what is known may have gone otherwise.
+        loop {
+            let held = self.bytes();
+            let stays = match held / 2 {
+                half if half < WORTH => 0,
+                half => half,
+            };
+            let freed = self.let_go(usize::MAX, |_, left| left > stays);
+            if freed > 0 {
+                tracing::warn!(
+                    "the host disk is full: {freed} bytes of the history before the last snapshot go"
+                );
+                return true;
+            }
+            if self.bytes() == held || held == 0 {
+                return false;
+            }
+        }
+    }
+    fn look_again(&self) {
+        *self.known.lock() = None;
     }
 }

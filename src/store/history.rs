@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
 use crate::layer::history::Keep;
 pub use crate::layer::history::Point;
-use crate::layer::{Layer, ReadLayer, volatile};
+use crate::layer::{Layer, ReadLayer, State, volatile};
 use crate::map::undo::Undo;
 use crate::units::{BLOCK, Id};
 use std::sync::Arc;
@@ -114,7 +114,7 @@ impl Store {
             window: limits.window.map(|s| s * 1000),
             bytes: limits.bytes,
             clock: self.clock.clone(),
-            after: 0,
+            after: (0, 0),
             lower: None,
         }
     }
@@ -147,13 +147,7 @@ impl Store {
         limits.iter().try_for_each(Limits::check)?;
         let _lock = self.lock(true)?;
         let earlier = self.note_history(disks, limits)?;
-        for (target, layers) in &earlier {
-            // Whoever has it open may be reading its past. Then they are left to `gc`.
-            let file = self.layers.open(&layer_file(*target), Access::Read)?;
-            if file.lock(true).is_ok() {
-                self.forget_earlier(layers);
-            }
-        }
+        self.forget_earlier(&earlier);
         Ok(())
     }
     /// The same for an attached disk that `running` is: it counts at once.
@@ -175,13 +169,12 @@ impl Store {
             (Some(limits), None) => Some(self.keep(limits)),
         };
         running.set_keep(keep)?;
-        for (_, layers) in self.note_history(&[disk.to_string()], limits)? {
-            self.forget_earlier(&layers);
-        }
+        let earlier = self.note_history(&[disk.to_string()], limits)?;
+        self.forget_earlier(&earlier);
         Ok(())
     }
-    /// Returns the layers of these disks, and what they keep in earlier ones and shall keep no more.
-    fn note_history(&self, disks: &[String], limits: Option<Limits>) -> Result<Vec<(Id, Vec<Id>)>> {
+    /// Returns the layers that keep what these disks shall keep no more.
+    fn note_history(&self, disks: &[String], limits: Option<Limits>) -> Result<Vec<Id>> {
         let mut staged = Vec::with_capacity(disks.len());
         let mut earlier = Vec::new();
         for name in disks {
@@ -190,8 +183,7 @@ impl Store {
                 return Err(no_disk(name, record.kind));
             }
             if limits.is_none() {
-                let layers = self.leave_earlier(&mut record);
-                earlier.extend((!layers.is_empty()).then_some((record.target.id(), layers)));
+                earlier.extend(self.leave_earlier(&mut record));
             }
             record.extra.set(LIMITS, limits.map(|l| l.text()));
             let (temporary, file) = stage(&*self.names, name, &record.encode(name))?;
@@ -357,11 +349,21 @@ impl Store {
     /// Makes a disk at rest what it was at a point of its history.
     pub fn rewind(&self, disk: &str, at: At, progress: &dyn Progress) -> Result<Rewound> {
         let lock = self.lock(true)?;
-        let object = self.resolve_locked(disk)?;
+        let mut object = self.resolve_locked(disk)?;
         if object.kind != ObjectKind::Disk {
             return Err(no_disk(&object.name, object.kind));
         }
-        let held = self.open_exclusive(&object)?;
+        let mut held = self.open_exclusive(&object)?;
+        if ReadLayer::open(held.clone())?.state() == State::Sealed {
+            // A snapshot was interrupted, and its name may refer to the layer.
+            drop(held);
+            let keep = Some(self.keep_all(&object.name)?);
+            let (layer, _) = self.open_top_keeping(&object, volatile::private()?, keep)?;
+            layer.close(State::Clean, None)?;
+            drop(layer);
+            object = self.object(&object.name)?;
+            held = self.open_exclusive(&object)?;
+        }
         let (own, place) = self.past_of(&object, held.clone(), at)?;
         let tag = |e: Error| {
             e.context(format!(
@@ -390,7 +392,7 @@ impl Store {
         let mut earlier = Vec::new();
         let done = self
             .copy_past(&mut past, new.clone(), progress)
-            .and_then(|()| {
+            .and_then(|_stays| {
                 let _lock = self.lock(true)?;
                 let mut record = names::read_name(&*self.names, &object.name)?;
                 earlier = self.leave_earlier(&mut record);
@@ -412,13 +414,9 @@ impl Store {
             return Err(e);
         }
         drop((past, held, new));
-        if place.layer == object.id {
-            let _ = self.layers.remove(&layer_file(object.id));
-        } else {
-            let _lock = self.lock(true)?;
-            self.forget_layers(Below::Layer(object.id), id);
-            self.forget_earlier(&earlier);
-        }
+        let _lock = self.lock(true)?;
+        self.forget_layers(Below::Layer(object.id), id);
+        self.forget_earlier(&earlier);
         Ok(rewound)
     }
     /// In one commit, which is a point of its own. The names lock is held.

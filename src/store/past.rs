@@ -9,6 +9,7 @@ use super::names::{Extra, NameRecord, check_part, stage};
 use super::objects::{disk_size, taken};
 use super::quota::settings_on;
 use super::{Below, Object, ObjectKind, Progress, Store, in_use, layer_file, parent_of};
+use crate::chain::Chain;
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::format::Pointer;
@@ -102,27 +103,6 @@ impl Past {
             past.look_again()?;
         }
         Ok(past)
-    }
-    /// Fails if the point went while it was read.
-    fn is_there(&self) -> Result<()> {
-        if !self.busy {
-            return Ok(());
-        }
-        let mut tries = 0;
-        loop {
-            let layer = ReadLayer::open(self.file.clone());
-            tries += 1;
-            match layer.and_then(|layer| Ok((layer.is_current()?, layer))) {
-                Ok((true, layer)) => {
-                    return layer
-                        .must_have(self.point.number)
-                        .map_err(|_| went(&self.object.name));
-                }
-                Ok(_) if tries >= TRIES => return Err(too_busy(&self.object.name)),
-                Err(e) if tries >= TRIES => return Err(e),
-                _ => {}
-            }
-        }
     }
     /// Blocks that have changed since.
     pub fn changed(&self) -> u64 {
@@ -252,18 +232,10 @@ impl Store {
             (id, new)
         };
         let copied = self.copy_past(&mut past, new.clone(), progress);
-        // A history loses nothing but its beginning: what is there now was there all the time, whoever kept it.
-        let whole = past.is_there();
         if let Some(owner) = owner.filter(|_| past.kept) {
             owner.let_go();
         }
-        let copied = match copied {
-            // Where the point went, something else stands.
-            Err(e) if e.kind() == Kind::Corrupt => whole.and(Err(e)),
-            Err(e) => Err(e),
-            Ok(()) => whole,
-        };
-        let done = copied.and_then(|()| {
+        let done = copied.and_then(|_stays| {
             let _lock = self.lock(true)?;
             free()?;
             let record = NameRecord {
@@ -356,16 +328,63 @@ impl Store {
             }
         }
     }
-    /// Fills a new layer with what the past was; closes it.
+    /// Fills a new layer with what the past was; closes it. What it stands on stays as long as somebody has what this returns: before it has a name, nothing
+    /// else may need that any more.
     pub(super) fn copy_past(
         &self,
         past: &mut Past,
         new: Arc<dyn File>,
         progress: &dyn Progress,
+    ) -> Result<Arc<Chain>> {
+        let chain = self.chain(past.parent)?;
+        let copied = self.copy_over(past, new, chain.clone(), progress);
+        // A history loses nothing but its beginning, and a layer that was replaced does not come back: what is there now was there all the time.
+        let whole = self.is_there(past);
+        match copied {
+            // Where the point went, something else stands.
+            Err(e) if e.kind() == Kind::Corrupt => whole.and(Err(e)),
+            Err(e) => Err(e),
+            Ok(()) => whole.map(|()| chain),
+        }
+    }
+    /// Fails if a point went while it was read.
+    fn is_there(&self, past: &Past) -> Result<()> {
+        if !past.busy {
+            return Ok(());
+        }
+        let gone = |e: Error| match e.kind() {
+            Kind::NotFound => went(&past.object.name),
+            _ => e,
+        };
+        let mut tries = 0;
+        loop {
+            let look = || -> Result<bool> {
+                let file = self.layers.open(&layer_file(past.id), Access::Read)?;
+                if file.number()? != past.file.number()? {
+                    return Err(Error::new(Kind::NotFound, "the layer was replaced"));
+                }
+                let layer = ReadLayer::open(file)?;
+                layer.must_have(past.point.number)?;
+                layer.is_current()
+            };
+            tries += 1;
+            match look() {
+                Ok(true) => return Ok(()),
+                Ok(false) if tries >= TRIES => return Err(too_busy(&past.object.name)),
+                Err(e) if tries >= TRIES || e.kind() == Kind::NotFound => return Err(gone(e)),
+                _ => {}
+            }
+        }
+    }
+    fn copy_over(
+        &self,
+        past: &mut Past,
+        new: Arc<dyn File>,
+        chain: Arc<Chain>,
+        progress: &dyn Progress,
     ) -> Result<()> {
         let (number, name) = (past.point.number, past.object.name.clone());
         let tag = |e: Error| e.context(format!("point #{number} of `{name}`"));
-        let chain = self.chain(past.parent)?;
         let memory = crate::layer::volatile::private()?;
         let filled = Layer::open_over(new, memory, None, Some(chain.clone()))?;
         let disk = CowDisk::writable(filled, chain);
@@ -464,7 +483,7 @@ fn went(disk: &str) -> Error {
         Kind::Busy,
         format!("that part of the history of `{disk}` went while it was read"),
     )
-    .hint("a rollback ends a history, and so does a full host disk; what is too old goes, too: `forkdisk ls --history` lists what is left")
+    .hint("a rollback, a squash or a flattening ends a history, and so does a full host disk; what is too old goes, too: `forkdisk ls --history` lists what is left")
 }
 
 fn too_busy(disk: &str) -> Error {

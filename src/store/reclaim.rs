@@ -350,7 +350,10 @@ impl Store {
         }
         let header = read_header(&*file)?;
         // One that is still named is labelled as well, until then.
-        let may = matches!(how, How::CountNamed) || prune::may_prune(&*file, &header)?;
+        let may = match how {
+            How::CountNamed => !ReadLayer::open(file.clone())?.has_history(),
+            How::Do | How::Count => prune::may_prune(&*file, &header)?,
+        };
         if self.scrubbing()? || !may {
             return Ok(0);
         }

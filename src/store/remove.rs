@@ -294,7 +294,9 @@ impl Store {
     pub(super) fn earlier_of(&self, plan: &RemovePlan) -> Vec<Id> {
         let disks = plan.names.iter().filter(|o| o.kind == ObjectKind::Disk);
         let records = disks.filter_map(|o| names::read_name(&*self.names, &o.name).ok());
-        records.flat_map(|record| self.earlier(&record)).collect()
+        records
+            .flat_map(|record| self.all_earlier(&record))
+            .collect()
     }
     /// Removes what nothing names or needs, and leftovers of interrupted operations.
     pub fn gc(&self, dry_run: bool) -> Result<GcReport> {
@@ -307,7 +309,8 @@ impl Store {
         let graph = self.graph()?;
         let mut report = self.collect(&graph, dry_run)?;
         // What is left of a history keeps a layer as it is.
-        let (bytes, of_histories) = self.collect_histories(|_| true, dry_run)?;
+        let stays = |id: Id| !report.layers.contains(&id);
+        let (bytes, of_histories) = self.collect_histories(stays, dry_run)?;
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
         report.reclaimed += bytes;
         report.shrunk.extend(of_histories);

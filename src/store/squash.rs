@@ -17,6 +17,7 @@ use crate::io::{Access, File};
 use crate::layer::rewrite::{self, Measure};
 use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::units::{BLOCK, Id};
+use std::collections::HashSet;
 use std::sync::{Arc, Weak};
 
 /// Layers that are to become one, open until then.
@@ -220,8 +221,19 @@ impl Store {
             }
         }
         // The histories of those that stay end with the layer that took their place.
-        let among = |id: Id| former.contains(&Below::Layer(id));
-        Ok(freed + self.collect_histories(among, false)?.0)
+        let keeps = |below: &&Below| match below {
+            Below::Layer(id) => matches!(self.keeps_a_past(*id), Ok(true)),
+            Below::Base(_) => false,
+        };
+        let left: Vec<Id> = former
+            .iter()
+            .filter(keeps)
+            .map(|below| below.id())
+            .collect();
+        if !left.is_empty() {
+            freed += self.collect_histories(|id| left.contains(&id), false)?.0;
+        }
+        Ok(freed)
     }
     /// Free bytes of the host filesystem for this user, where that can be known.
     pub(super) fn host_free(&self) -> Option<u64> {
@@ -262,10 +274,14 @@ impl Store {
         let mut at = below.ok_or_else(|| Error::new(Kind::Corrupt, "a disk stands on nothing"))?;
         let top = at;
         let mut stretch = Vec::new();
+        let others = match all {
+            true => HashSet::new(),
+            false => self.of_other_histories(&object.name)?,
+        };
         while let Below::Layer(id) = at {
-            // An image is what others stand on; but it is itself what it is asked of.
+            // An image is what others stand on, and a history is what another disk goes back to; but it is itself what it is asked of.
             let own = stretch.is_empty() && object.kind != ObjectKind::Disk;
-            if !all && !own && self.is_image(&graph, at)? {
+            if !all && !own && (others.contains(&id) || self.is_image(&graph, at)?) {
                 break;
             }
             stretch.push(id);
@@ -335,7 +351,7 @@ impl Store {
             graph.names.get(&below).is_none_or(Vec::is_empty)
                 && graph.children.get(&below).is_some_and(|c| c.len() == 1)
                 && self.label_of(layer.id()).is_none()
-                && !self.keeps_a_past(layer.id())
+                && matches!(self.keeps_a_past(layer.id()), Ok(false))
         };
         let mut stretch: Vec<Id> = Vec::new();
         for layer in chain.layers() {

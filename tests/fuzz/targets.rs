@@ -665,7 +665,7 @@ fn layer(data: &[u8]) {
         }
     }
     let keep = (how & 8 != 0).then(|| forkdisk::layer::history::Keep {
-        after: 0,
+        after: (0, 0),
         lower: None,
         window: Some(1000),
         bytes: None,

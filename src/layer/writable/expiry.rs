@@ -6,6 +6,7 @@
 use super::history::{History, Part};
 use super::{Layer, limit};
 use crate::format::{MAX_SEGMENTS, Step};
+use crate::layer::history::Stays;
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::units::BLOCK;
 
@@ -54,6 +55,18 @@ impl History {
         let keep = self.keep.as_ref()?;
         let window = keep.window?;
         Some((keep.clock)().saturating_sub(window))
+    }
+    /// What of the history may stay in layers below, where all of it may have so much `room`; `None`: nothing is kept.
+    pub fn stays_below(&self, room: u64) -> Option<Stays> {
+        let keep = self.keep.as_ref()?;
+        let late = |window| (keep.clock)().saturating_sub(window + LATE * span(window));
+        let own = self.bytes();
+        Some(Stays {
+            since: self.since(),
+            late: keep.window.map(late),
+            room: room.saturating_sub(own),
+            left: room.saturating_sub(own).saturating_sub(grain(room) / 2),
+        })
     }
     /// The oldest point that is to stay, and how many bytes go with what is before it.
     pub fn expired(&self, room: u64) -> ((u64, u64), u64) {

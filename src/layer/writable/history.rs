@@ -10,7 +10,7 @@ use super::{Commit, Layer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{CommitEntry, Pointer, SegmentHeader, Step, Superblock};
 use crate::io::File;
-use crate::layer::history::{Hold, Holds, Keep, Lower, Segment, read_segment, segments};
+use crate::layer::history::{Hold, Holds, Keep, Lower, Segment, Stays, read_segment, segments};
 use crate::map::{RegionMap, WORDS, undo};
 use crate::sync::atomic::Ordering::SeqCst;
 use crate::units::{BLOCK, BLOCK_SIZE, Id, REGION_BLOCKS, Region, Slot};
@@ -98,7 +98,12 @@ impl History {
                     .map_or((last, 0), |s| (s.commits.0 - 1, 0));
             }
         } else {
-            history.oldest = (last, keep.as_ref().map_or(0, |k| (k.clock)()));
+            let time = |k: &Keep| match k.after {
+                // What the layer below ended with.
+                (after, time) if after == last && after > 0 => time,
+                _ => (k.clock)(),
+            };
+            history.oldest = (last, keep.as_ref().map_or(0, time));
         }
         history.held = history.segments.iter().map(|s| s.blocks).sum();
         history.own = own_slots(&history.segments);
@@ -193,6 +198,13 @@ impl Layer {
     pub fn history_slots(&self) -> u64 {
         self.past.load(SeqCst)
     }
+    /// What of its history is in layers below, and how much of that may stay.
+    pub fn lower_part(&self) -> Option<(Arc<dyn Lower>, Stays)> {
+        let lower = self.lower()?;
+        let commit = self.commit.lock();
+        let room = self.history_room(&commit.history);
+        Some((lower, commit.history.stays_below(room)?))
+    }
     /// What of its history is in layers below.
     pub fn lower(&self) -> Option<Arc<dyn Lower>> {
         self.lower.lock().clone()
@@ -221,7 +233,7 @@ impl Layer {
     pub(super) fn yield_history(&self) -> Result<bool> {
         // What is in layers below is older.
         if let Some(lower) = self.lower()
-            && lower.yield_oldest()?
+            && lower.yield_oldest()
         {
             return Ok(true);
         }
@@ -266,13 +278,7 @@ impl Layer {
                 other => other?,
             }
         }
-        let Some(lower) = self.lower() else {
-            return Ok(());
-        };
-        let since = commit.history.since();
-        let left = room.saturating_sub(commit.history.bytes());
-        drop(commit);
-        lower.expire(since, left)
+        Ok(())
     }
 
     /// What the next superblock will say of the history: writes what stays of the journal's as segments, which are not durable yet.

@@ -57,7 +57,7 @@ impl Store {
             file.lock(true)?;
             // It is not the one that goes on with the history of what is left.
             let keep = self.keep_of(disk)?.map(|keep| Keep {
-                after: 0,
+                after: (0, 0),
                 lower: None,
                 ..keep
             });
