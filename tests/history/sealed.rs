@@ -230,7 +230,7 @@ fn a_past_is_seen_through_to_what_is_hidden_now() {
         .set_history(&name, Some(limits(Some(1000), None)))
         .expect("a history");
     world.points.clear();
-    world.write(1700 * B, &noise(3, B));
+    world.write(1400 * B, &noise(3, B));
     let before = world.flush();
     world.write(0, &noise(4, 1300 * B));
     world.flush();
