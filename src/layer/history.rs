@@ -174,6 +174,17 @@ pub fn segments(file: &dyn File, superblock: &Superblock) -> Result<Chain> {
     Ok(found)
 }
 
+/// When the last commit of the segments was made, as far as is known.
+pub fn last_time(file: &dyn File, superblock: &Superblock) -> u64 {
+    let slots = superblock.history_slots.get();
+    let mut head = vec![0; BLOCK_SIZE];
+    let at = Slot(superblock.history_slot.get()).at();
+    let read = slots > 0 && file.read_at(&mut head, at).is_ok();
+    let found = read.then(|| SegmentHeader::decode(&head, &Id(superblock.layer), slots));
+    let time = found.flatten().map(|head| head.last_time.get());
+    time.unwrap_or(superblock.history_time.get())
+}
+
 /// Reads the commits of a segment.
 pub fn read_segment(file: &dyn File, layer: &Id, segment: &Segment) -> Result<Vec<Step>> {
     let at = Slot(segment.slot).at();
@@ -200,6 +211,11 @@ impl ReadLayer {
     pub fn is_current(&self) -> Result<bool> {
         let now = recover::superblock(&**self.file(), self.header())?.superblock;
         Ok(now.sequence == self.superblock().sequence)
+    }
+    /// Number and time of the last commit of a layer that was closed or sealed.
+    pub fn ended(&self) -> (u64, u64) {
+        let number = self.superblock().next_commit.get().saturating_sub(1);
+        (number, last_time(&**self.file(), self.superblock()))
     }
     /// Fails if point `number` is none that can be shown any more.
     pub fn must_have(&self, number: u64) -> Result<()> {

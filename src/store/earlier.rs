@@ -10,14 +10,14 @@ use super::names::{self, NameRecord};
 use super::{Below, Object, ObjectKind, Store, layer_file, many, parent_of};
 use crate::disk::cow::MAX_REWIND;
 use crate::error::{Kind, Result};
-use crate::format::{CommitEntry, MAX_DEPTH, Pointer, SegmentHeader, Superblock};
+use crate::format::{CommitEntry, MAX_DEPTH, Pointer, Superblock};
 use crate::io::{Access, Dir, File};
-use crate::layer::history::{Lower, Segment, Stays, segments};
+use crate::layer::history::{Lower, Segment, Stays, last_time, segments};
 use crate::layer::{ReadLayer, State, prune, read_header, recover};
 use crate::map::undo::Undo;
 use crate::map::{Item, Items, merge};
 use crate::sync::Mutex;
-use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
+use crate::units::{BLOCK, Id, Lba, REGION_BLOCKS, Region};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,16 +47,6 @@ impl Earlier {
     fn segments(&self) -> VecDeque<Segment> {
         let chain = segments(&*self.file, &self.superblock);
         chain.map(|chain| chain.segments).unwrap_or_default()
-    }
-    /// When its last point was made, as far as is known.
-    fn last_time(&self) -> u64 {
-        let slot = Slot(self.superblock.history_slot.get());
-        let slots = self.superblock.history_slots.get();
-        let mut head = vec![0; BLOCK_SIZE];
-        let found = (slots > 0 && self.file.read_at(&mut head, slot.at()).is_ok())
-            .then(|| SegmentHeader::decode(&head, &self.id, slots));
-        let found = found.flatten().map(|head| head.last_time.get());
-        found.unwrap_or(self.superblock.history_time.get())
     }
 }
 
@@ -137,25 +127,17 @@ impl Store {
     pub(super) fn keeps_a_past(&self, id: Id) -> Result<bool> {
         Ok(earlier(&*self.layers, id)?.is_some())
     }
-    /// The last commit of the layer below, if the history goes on from there; and what is to be done about what sealed layers keep of it.
-    pub(super) fn goes_on(&self, record: &NameRecord) -> ((u64, u64), Option<Arc<dyn Lower>>) {
-        let none = ((0, 0), None);
-        let Some((own, lowest)) = leads(record) else {
-            return none;
-        };
-        // Whoever asks may hold up the users of the disk: the others are looked at later.
-        let Ok(Some((upper, _))) = below(&*self.layers, own) else {
-            return none;
-        };
-        let number = upper.superblock.next_commit.get().saturating_sub(1);
-        let lower = Earliest {
+    /// What sealed layers keep of the history of the disk with this record, if it goes on from there. Nothing is looked at: whoever asks may hold up the
+    /// users of the disk.
+    pub(super) fn goes_on(&self, record: &NameRecord) -> Option<Arc<dyn Lower>> {
+        let (own, lowest) = leads(record)?;
+        Some(Arc::new(Earliest {
             root: self.root.clone(),
             layers: self.layers.clone(),
             own,
             lowest,
             known: Mutex::new(None),
-        };
-        ((number, upper.last_time()), Some(Arc::new(lower)))
+        }))
     }
     /// The record of a disk whose own layer is to be sealed, for the layer above that.
     pub(super) fn note_earlier(&self, record: &mut NameRecord) {
@@ -477,7 +459,7 @@ impl Known {
         Known {
             id: layer.id,
             parts: layer.segments().iter().map(part).collect(),
-            last: layer.last_time(),
+            last: last_time(&*layer.file, &layer.superblock),
         }
     }
     fn bytes(&self) -> u64 {

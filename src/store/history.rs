@@ -118,6 +118,15 @@ impl Store {
             lower: None,
         }
     }
+    /// The same for a layer over `chain`: where the history goes on from there, so do the numbers.
+    pub(super) fn keep_over(keep: Option<Keep>, chain: &Chain) -> Option<Keep> {
+        let keep = keep?;
+        let below = chain.layers().first().filter(|_| keep.lower.is_some());
+        Some(Keep {
+            after: below.map_or((0, 0), |layer| layer.ended()),
+            ..keep
+        })
+    }
     /// What the layer of a disk is to keep of its past, of which earlier layers may keep a part.
     pub(super) fn keep_of(&self, name: &str) -> Result<Option<Keep>> {
         let record = names::read_name(&*self.names, name)?;
@@ -127,10 +136,8 @@ impl Store {
         let Some(limits) = limits else {
             return Ok(None);
         };
-        let (after, lower) = self.goes_on(&record);
         Ok(Some(Keep {
-            after,
-            lower,
+            lower: self.goes_on(&record),
             ..self.keep(limits)
         }))
     }
@@ -138,7 +145,7 @@ impl Store {
     pub(super) fn keep_all(&self, name: &str) -> Result<Keep> {
         let record = names::read_name(&*self.names, name)?;
         Ok(Keep {
-            after: self.goes_on(&record).0,
+            lower: self.goes_on(&record),
             ..self.keep(Limits::default())
         })
     }

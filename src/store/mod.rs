@@ -697,12 +697,13 @@ impl Store {
             drop(file);
             return self.open_cow_on(&object, memory);
         }
-        let layer = Layer::resume(file, memory, self.keep_of(name)?)
+        let chain = self.chain(parent_of(&header))?;
+        let keep = Store::keep_over(self.keep_of(name)?, &chain);
+        let layer = Layer::resume(file, memory, keep)
             .map_err(|e| e.context(format!("cannot take over disk `{name}`")))?;
         layer.rest_on(self.names.clone());
         // The one that died may not have come to that.
         self.note_opened(name);
-        let chain = self.chain(parent_of(&header))?;
         self.with_quota(name, CowDisk::writable(layer, chain))
     }
     /// Opens a disk's own layer for writing, and the chain below. If a snapshot was interrupted after it sealed the layer, it is
@@ -736,12 +737,8 @@ impl Store {
             );
             let fresh = self.put_layer_on_top(object)?;
             // Its history goes on from what is sealed.
-            let (after, lower) = self.goes_on(&fresh);
-            let keep = keep.map(|keep| Keep {
-                after,
-                lower: lower.or(keep.lower.clone()),
-                ..keep
-            });
+            let lower = self.goes_on(&fresh);
+            let keep = keep.map(|keep| Keep { lower, ..keep });
             let object = self.object_of(&object.name, fresh)?;
             return self.open_top_keeping(&object, memory, keep);
         }
@@ -756,6 +753,7 @@ impl Store {
         keep: Option<Keep>,
     ) -> Result<(Layer, Arc<Chain>)> {
         let chain = self.chain(parent_of(&read_header(&*file)?))?;
+        let keep = Store::keep_over(keep, &chain);
         let layer = Layer::open_over(file, memory, keep, Some(chain.clone()))
             .map_err(|e| e.context(format!("cannot open disk `{}`", object.name)))?;
         // Whoever made or changed this name may have died before the directory was synced: what is acknowledged from here on must not

@@ -209,7 +209,8 @@ impl Store {
         let file = self.layers.open(&next, Access::Write)?;
         file.lock(true)?;
         let chain = self.chain(Below::Layer(sealed.id()))?;
-        let layer = Layer::open_over(file, memory, self.keep_of(disk)?, Some(chain.clone()))?;
+        let keep = Store::keep_over(self.keep_of(disk)?, &chain);
+        let layer = Layer::open_over(file, memory, keep, Some(chain.clone()))?;
         Ok((layer, chain))
     }
 }
