@@ -136,7 +136,7 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
             Err(e) => return Err(e),
         }
     }
-    let kept = stay.iter().map(|s| s.blocks + u64::from(s.slots)).sum();
+    let kept: u64 = stay.iter().map(|s| s.blocks + u64::from(s.slots)).sum();
     let freed = slots.total();
     let lost = superblock.history_blocks.get().saturating_sub(kept + freed);
     let mut work = Work::of(file, &superblock)?;
@@ -157,18 +157,29 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
         }
         Err(e) => return Err(e),
     }
-    let oldest = gone.last().map_or((0, 0), |s| (s.commits.1, s.last_time));
-    let (oldest, blocks) = if all { ((0, 0), 0) } else { (oldest, kept) };
     let newest = stay.last().map_or((0, 0), |s| (s.slot, s.slots));
-    work.next.set_history(!all);
-    work.next.history_slot = U32::new(newest.0);
-    work.next.history_slots = U32::new(newest.1);
-    work.next.history_oldest = U64::new(oldest.0);
-    work.next.history_time = U64::new(oldest.1);
-    work.next.history_blocks = U64::new(blocks);
-    put(file, &mut work.next)?;
+    if let Some(last) = gone.last() {
+        work.next.history_slot = U32::new(newest.0);
+        work.next.history_slots = U32::new(newest.1);
+        work.next.history_oldest = U64::new(last.commits.1);
+        work.next.history_time = U64::new(last.last_time);
+        work.next.history_blocks = U64::new(kept);
+        put(file, &mut work.next)?;
+    }
     punch(file, work.data.iter())?;
     punch(file, work.maps.iter())?;
+    // Also what a predecessor died before it could.
+    punch(file, work.free.iter())?;
+    if all {
+        // Now nobody needs to come back for it.
+        work.next.set_history(false);
+        work.next.history_slot = U32::new(0);
+        work.next.history_slots = U32::new(0);
+        work.next.history_oldest = U64::new(0);
+        work.next.history_time = U64::new(0);
+        work.next.history_blocks = U64::new(0);
+        put(file, &mut work.next)?;
+    }
     Ok(freed * BLOCK)
 }
 

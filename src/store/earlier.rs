@@ -12,7 +12,7 @@ use crate::disk::cow::MAX_REWIND;
 use crate::error::{Kind, Result};
 use crate::format::{CommitEntry, MAX_DEPTH, Pointer, Superblock};
 use crate::io::{Access, Dir, File};
-use crate::layer::history::{Lower, Segment, Stays, last_time, segments};
+use crate::layer::history::{Lower, Segment, Stays, segments};
 use crate::layer::{ReadLayer, State, prune, read_header, recover};
 use crate::map::undo::Undo;
 use crate::map::{Item, Items, merge};
@@ -446,8 +446,6 @@ struct Known {
     id: Id,
     /// The last commit of what goes as a whole, when that was made, and host bytes; the oldest first.
     parts: VecDeque<(u64, u64, u64)>,
-    /// When its last point was made, as far as is known.
-    last: u64,
 }
 
 impl Known {
@@ -459,7 +457,6 @@ impl Known {
         Known {
             id: layer.id,
             parts: layer.segments().iter().map(part).collect(),
-            last: last_time(&*layer.file, &layer.superblock),
         }
     }
     fn bytes(&self) -> u64 {
@@ -528,8 +525,7 @@ impl Earliest {
             parts += 1;
         }
         // What it ended with is what the layer above began with.
-        let empty = parts == layer.parts.len();
-        let whole = empty && (many || upto.is_some() || goes(layer.last, left));
+        let whole = parts == layer.parts.len();
         let number = if whole { ALL } else { upto? };
         let freed = match forget(&*self.layers, layer.id, number) {
             Ok(freed) => freed,
@@ -561,9 +557,10 @@ impl Lower for Earliest {
         let old = |time: u64, limit: Option<u64>| limit.is_some_and(|limit| time <= limit);
         let (due, over) = self.with(|layers| {
             let held: u64 = layers.iter().map(Known::bytes).sum();
+            // One without a part was let go of by somebody who died, or has only what the next one begins with.
             let late = layers.front().is_some_and(|layer| {
                 let first = layer.parts.front();
-                old(first.map_or(layer.last, |part| part.1), stays.late)
+                first.is_none_or(|part| old(part.1, stays.late))
             });
             let parts = layers.iter().flat_map(|layer| &layer.parts);
             let gone = parts.take_while(|part| old(part.1, stays.since));
