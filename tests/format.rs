@@ -263,6 +263,9 @@ fn limits_are_those_of_the_code() {
             }
             "runs in a layer" => assert_eq!(number(value), MAX_RUNS as u64),
             "history segments" => assert_eq!(number(value), MAX_SEGMENTS as u64),
+            "sealed layers that keep parts of one history" => {
+                assert_eq!(number(value), forkdisk::store::MAX_EARLIER as u64);
+            }
             "free extents kept" => assert_eq!(number(value), MAX_FREE_EXTENTS as u64),
             "name" => {
                 assert_eq!(number(value), MAX_NAME as u64);
@@ -276,7 +279,7 @@ fn limits_are_those_of_the_code() {
             other => panic!("the limit `{other}` is not checked by this test"),
         }
     }
-    assert_eq!(seen.len(), 9, "a limit is missing: {seen:?}");
+    assert_eq!(seen.len(), 10, "a limit is missing: {seen:?}");
 }
 
 /// The keys of the text records, as written by the store.
@@ -331,6 +334,9 @@ fn keys_of_the_records() {
         waits: Some(true),
     };
     store.set_quota("disk", quota, None).expect("a quota");
+    let disk = store.resolve("disk").expect("a disk");
+    drop(store.open_disk(&disk, true).expect("open"));
+    store.snapshot("disk", "u", None).expect("a snapshot");
     let disk = store.resolve("disk").expect("a disk");
     drop(store.open_disk(&disk, true).expect("open"));
     struct Stop;

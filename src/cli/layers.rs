@@ -20,13 +20,13 @@ use serde::Serialize;
 #[command(
     after_help = "Of a disk the sealed layers below its own are joined, of a snapshot or image its own and those below: down to the next \
         image, or the base. Nothing that anyone sees changes; disks can be attached and busy meanwhile. Layers that other names \
-        need stay for these. An interrupted squash goes on where it stopped when it is run again."
+        need stay for these; what the layers kept of the history of a disk ends. An interrupted squash goes on where it stopped when it is run again."
 )]
 pub(crate) struct Squash {
     /// A disk, snapshot or image
     #[arg(value_name = "REF")]
     reference: String,
-    /// Do not stop at images: down to the base
+    /// Do not stop at images, or at the histories of other disks: down to the base
     #[arg(long)]
     all: bool,
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
 /// Line of a disk's record: the lowest layer with a part of its history.
 const PAST: &str = "past";
 /// Sealed layers that keep a part of one history at most: the oldest go first. Others are joined where there are many.
-const MAX_LAYERS: usize = 128;
+pub const MAX_EARLIER: usize = 128;
 /// Behind every point.
 const ALL: u64 = u64::MAX - 1;
 /// Layers of which something goes in one go of the housekeeping: other commands wait for that.
@@ -513,7 +513,7 @@ impl Earliest {
         goes: impl Fn(u64, u64) -> bool,
     ) -> Option<u64> {
         let mut left: u64 = layers.iter().map(Known::bytes).sum();
-        let many = layers.len() > MAX_LAYERS;
+        let many = layers.len() > MAX_EARLIER;
         let layer = layers.front_mut()?;
         let (mut upto, mut parts) = (None, 0);
         for (number, time, bytes) in &layer.parts {
@@ -567,7 +567,7 @@ impl Lower for Earliest {
             let gone: u64 = gone.map(|part| part.2).sum();
             let over = held > stays.room;
             let much = gone > 0 && gone >= WORTH.max(held / 8);
-            (late || much || over || layers.len() > MAX_LAYERS, over)
+            (late || much || over || layers.len() > MAX_EARLIER, over)
         });
         if !due {
             return;

@@ -37,6 +37,7 @@ mod written;
 
 pub use changes::{Change, Changes, State, changes};
 pub use digest::Effort;
+pub use earlier::MAX_EARLIER;
 pub use flatten::Flattened;
 pub use kept::Recount;
 pub use objects::Member;
