@@ -67,7 +67,10 @@ impl Squash {
         let what = counted(layers as usize, "layer");
         if layers < 2 {
             (document.bytes, document.needs) = (0, 0);
-            let nothing = format!("{name} has nothing to squash: {what}");
+            let border = plan.border.map_or(String::new(), |disk| {
+                format!("; below is the history of {disk}, which `--all` would end")
+            });
+            let nothing = format!("{name} has nothing to squash: {what}{border}");
             if context.dry_run || ui.json {
                 return ui.answer(document, || nothing + "\n");
             }

@@ -165,6 +165,7 @@ impl CowDisk {
     /// Goes on over `chain` in the place of `now`, which shows the same: its files were replaced by others. Requests wait for a moment. Nothing is done,
     /// and that is said, if it does not stand on `now` any more.
     pub fn rechain(&self, now: &Arc<Chain>, chain: Arc<Chain>) -> bool {
+        let mut lower = None;
         let old = {
             let mut top = self.top.write();
             if !Arc::ptr_eq(&top.chain, now) {
@@ -174,14 +175,15 @@ impl CowDisk {
                 // What counts below it may have become less.
                 self.limit(layer, &chain);
                 layer.lies_over(chain.clone());
-                if let Some(lower) = layer.lower() {
-                    lower.look_again();
-                }
+                lower = layer.lower();
             }
             std::mem::replace(&mut top.chain, chain)
         };
         // Not under the lock: the last user closes the files.
         drop(old);
+        if let Some(lower) = lower {
+            lower.look_again();
+        }
         true
     }
     /// The layer that it writes into, or the topmost that it shows.

@@ -140,37 +140,44 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
     let freed = slots.total();
     let lost = superblock.history_blocks.get().saturating_sub(kept + freed);
     let mut work = Work::of(file, &superblock)?;
-    work.data = slots;
-    let listed = work.write_free_list(file);
-    let listed = listed.and_then(|()| file.sync().map_err(|e| e.layer(Id(header.layer))));
-    match listed {
-        Ok(()) => {
-            work.next.forgotten = U64::new(work.next.forgotten.get() + lost);
-            work.next.high_water = U64::new(work.high);
-        }
-        // Then nobody knows of these slots, which matters little where nobody writes.
-        Err(e) if e.kind() == Kind::NoSpace => {
-            work.next = superblock;
-            work.next.forgotten = U64::new(superblock.forgotten.get() + freed + lost);
-            work.maps = FreeSet::default();
-            file.set_len(end)?;
-        }
-        Err(e) => return Err(e),
-    }
-    let newest = stay.last().map_or((0, 0), |s| (s.slot, s.slots));
     if let Some(last) = gone.last() {
+        work.data = slots;
+        let listed = work.write_free_list(file);
+        let listed = listed.and_then(|()| file.sync().map_err(|e| e.layer(Id(header.layer))));
+        match listed {
+            Ok(()) => {
+                work.next.forgotten = U64::new(work.next.forgotten.get() + lost);
+                work.next.high_water = U64::new(work.high);
+            }
+            // Then nobody knows of these slots, which matters little where nobody writes.
+            Err(e) if e.kind() == Kind::NoSpace => {
+                let data = std::mem::take(&mut work.data);
+                work = Work::of(file, &superblock)?;
+                work.data = data;
+                work.maps = FreeSet::default();
+                work.next.forgotten = U64::new(superblock.forgotten.get() + freed + lost);
+                file.set_len(end)?;
+            }
+            Err(e) => return Err(e),
+        }
+        let newest = stay.last().map_or((0, 0), |s| (s.slot, s.slots));
         work.next.history_slot = U32::new(newest.0);
         work.next.history_slots = U32::new(newest.1);
         work.next.history_oldest = U64::new(last.commits.1);
         work.next.history_time = U64::new(last.last_time);
         work.next.history_blocks = U64::new(kept);
         put(file, &mut work.next)?;
+    } else {
+        // The free list stays where it is.
+        work.maps = FreeSet::default();
+        work.next.forgotten = U64::new(superblock.forgotten.get() + lost);
     }
     punch(file, work.data.iter())?;
     punch(file, work.maps.iter())?;
-    // Also what a predecessor died before it could.
+    // Also what a predecessor died before it could. A layer that keeps a history was never pruned: nobody reads a map in what is free.
     punch(file, work.free.iter())?;
     if all {
+        file.sync()?;
         // Now nobody needs to come back for it.
         work.next.set_history(false);
         work.next.history_slot = U32::new(0);

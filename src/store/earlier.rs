@@ -18,7 +18,7 @@ use crate::map::undo::Undo;
 use crate::map::{Item, Items, merge};
 use crate::sync::Mutex;
 use crate::units::{BLOCK, Id, Lba, REGION_BLOCKS, Region};
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ const AT_ONCE: usize = 8;
 /// What is given up on a full host disk at least, if there is as much.
 const WORTH: u64 = 16 << 20;
 /// How often, and how long each time, whoever needs room waits for a command that changes names.
-const TRIES: u32 = 10;
+const TRIES: u32 = 40;
 const WAIT: Duration = Duration::from_millis(5);
 
 /// A layer with a part of a history.
@@ -44,9 +44,9 @@ struct Earlier {
 }
 
 impl Earlier {
-    fn segments(&self) -> VecDeque<Segment> {
-        let chain = segments(&*self.file, &self.superblock);
-        chain.map(|chain| chain.segments).unwrap_or_default()
+    fn segments(&self) -> Result<VecDeque<Segment>> {
+        // Where the chain of them is broken, what lies behind is lost.
+        Ok(segments(&*self.file, &self.superblock)?.segments)
     }
 }
 
@@ -187,14 +187,27 @@ impl Store {
             .filter(|(_, record)| leads(record).is_some())
             .collect())
     }
-    /// The layers that keep parts of the histories of other disks than that called `name`.
-    pub(super) fn of_other_histories(&self, name: &str) -> Result<HashSet<Id>> {
+    /// The layers that keep parts of the histories of other disks than that called `name`, and which disks these are.
+    pub(super) fn of_other_histories(&self, name: &str) -> Result<HashMap<Id, String>> {
         let mut others = self.with_a_past()?;
         others.retain(|(other, _)| other != name);
-        Ok(others
-            .iter()
-            .flat_map(|(_, record)| self.earlier(record))
-            .collect())
+        let layers = others.iter().flat_map(|(name, record)| {
+            let earlier = self.earlier(record).into_iter();
+            earlier.map(|id| (id, name.clone()))
+        });
+        Ok(layers.collect())
+    }
+    /// All layers with parts of the histories that end if these layers are replaced by others.
+    pub(super) fn histories_through(&self, replaced: &[Id]) -> Result<Vec<Below>> {
+        let _lock = self.lock(false)?;
+        let mut all = Vec::new();
+        for (_, record) in self.with_a_past()? {
+            let earlier = self.earlier(&record);
+            if earlier.iter().any(|id| replaced.contains(id)) {
+                all.extend(earlier.into_iter().map(Below::Layer));
+            }
+        }
+        Ok(all)
     }
     /// Lets go of what these layers keep of a history that is nobody's any more; returns the host bytes. What cannot be done is left to `gc`. The names lock
     /// is held.
@@ -255,12 +268,13 @@ impl Store {
             let held = found.superblock.history_blocks.get() * BLOCK;
             let freed = match dry_run {
                 true => held,
-                false => match forget(&*self.layers, id, ALL) {
-                    Err(e) if !e.of_resources() && e.kind() == Kind::Corrupt => 0,
-                    other => other?,
-                },
+                // One of which nothing can be given back is no reason to leave the others.
+                false => forget(&*self.layers, id, ALL).unwrap_or_else(|e| {
+                    tracing::warn!(layer = %id, "its part of a history stays: {e}");
+                    0
+                }),
             };
-            if held > 0 {
+            if freed > 0 {
                 bytes += freed;
                 shrunk.push(id);
             }
@@ -313,12 +327,14 @@ impl Store {
         }
         Ok(places)
     }
-    /// What has changed since a point of the disk whose own layer is `own`, and the layer that keeps the point.
+    /// What has changed since a point of the disk whose own layer is `own`, and the layer that keeps the point. If not `all` are to be counted, no more than
+    /// tell that there are too many.
     pub(super) fn since(
         &self,
         record: &NameRecord,
         own: &ReadLayer,
         place: &Place,
+        all: bool,
     ) -> Result<Since> {
         let number = place.point.number;
         let few = |undo: Undo| Since {
@@ -342,12 +358,14 @@ impl Store {
         each_range(&above, |start, end| {
             let gaps = undo.gaps(start, end);
             blocks += gaps.iter().map(|(from, to)| to - from).sum::<u64>();
-            Ok(())
+            Ok(all || blocks <= MAX_REWIND)
         })?;
         if blocks > MAX_REWIND {
             return Ok(Since { blocks, undo: None });
         }
-        each_range(&above, |start, end| add_said(&then, start, end, &mut undo))?;
+        each_range(&above, |start, end| {
+            add_said(&then, start, end, &mut undo).map(|()| true)
+        })?;
         Ok(Since {
             blocks,
             undo: Some(undo),
@@ -355,36 +373,39 @@ impl Store {
     }
 }
 
-/// Calls `f` with ranges of blocks of which any of these layers says something, in order.
-fn each_range(layers: &[&ReadLayer], mut f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+/// Calls `f` with ranges of blocks of which any of these layers says something, in order, as long as it says so.
+fn each_range(layers: &[&ReadLayer], mut f: impl FnMut(u64, u64) -> Result<bool>) -> Result<()> {
     let mut held: Option<(u64, u64)> = None;
     let mut add = |start: u64, end: u64| match &mut held {
         Some(last) if last.1 == start => {
             last.1 = end;
-            Ok(())
+            Ok(true)
         }
         _ => held
             .replace((start, end))
-            .map_or(Ok(()), |(start, end)| f(start, end)),
+            .map_or(Ok(true), |(start, end)| f(start, end)),
     };
     let sources = layers
         .iter()
         .map(|l| Box::new(l.items(Region(0))) as Items<'_>);
     for item in merge(sources.collect()) {
-        match item? {
+        let go_on = match item? {
             Item::Zeros(region, n) => add(first(region.0), first(region.0 + n))?,
-            Item::Region(region, map) if map.fill() => {
-                add(first(region.0), first(region.0 + 1))?;
-            }
+            Item::Region(region, map) if map.fill() => add(first(region.0), first(region.0 + 1))?,
             Item::Region(region, map) => {
+                let mut go_on = true;
                 for (index, _) in map.iter() {
                     let block = first(region.0) + index as u64;
-                    add(block, block + 1)?;
+                    go_on = go_on && add(block, block + 1)?;
                 }
+                go_on
             }
+        };
+        if !go_on {
+            return Ok(());
         }
     }
-    held.map_or(Ok(()), |(start, end)| f(start, end))
+    held.map_or(Ok(()), |(start, end)| f(start, end).map(drop))
 }
 
 fn first(region: u32) -> u64 {
@@ -449,15 +470,15 @@ struct Known {
 }
 
 impl Known {
-    fn of(layer: &Earlier) -> Known {
+    fn of(layer: &Earlier) -> Result<Known> {
         let part = |s: &Segment| {
             let bytes = (s.blocks + u64::from(s.slots)) * BLOCK;
             (s.commits.1, s.last_time, bytes)
         };
-        Known {
+        Ok(Known {
             id: layer.id,
-            parts: layer.segments().iter().map(part).collect(),
-        }
+            parts: layer.segments()?.iter().map(part).collect(),
+        })
     }
     fn bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.2).sum()
@@ -476,14 +497,16 @@ struct Earliest {
 }
 
 impl Earliest {
-    /// What is known, looked up if nobody has yet.
-    fn with<R>(&self, f: impl FnOnce(&mut VecDeque<Known>) -> R) -> R {
+    /// What is known, looked up if nobody has yet. What cannot be read whole is taken for nothing, and looked up the next time.
+    fn with<R: Default>(&self, f: impl FnOnce(&mut VecDeque<Known>) -> R) -> R {
         let mut known = self.known.lock();
-        f(known.get_or_insert_with(|| {
-            let (mut layers, _) = walk(&*self.layers, self.own, self.lowest);
+        if known.is_none() {
+            let (mut layers, all) = walk(&*self.layers, self.own, self.lowest);
             layers.reverse();
-            layers.iter().map(Known::of).collect()
-        }))
+            let found: Result<VecDeque<Known>> = layers.iter().map(Known::of).collect();
+            *known = found.ok().filter(|_| all);
+        }
+        known.as_mut().map(f).unwrap_or_default()
     }
     /// The names lock, if nobody has it. Who calls this may hold up whoever does.
     fn names_lock(&self) -> Result<Option<Arc<dyn File>>> {

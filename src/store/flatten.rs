@@ -77,6 +77,11 @@ impl Store {
             .map(|layer| Below::Layer(layer.id()))
             .collect();
         former.push(Below::Base(chain.base().id()));
+        former.extend(
+            self.histories_through(&[top.id()])?
+                .into_iter()
+                .filter(|below| below.id() != top.id()),
+        );
         let layer = self.begin_replacement(top.id())?;
         let id = (self.env.id)();
         let done = self.begin_base(id).and_then(|(dir, running)| {

@@ -166,19 +166,21 @@ impl Store {
     ) -> Result<()> {
         limits.iter().try_for_each(Limits::check)?;
         let _lock = self.lock(true)?;
-        // First where it takes effect: whoever dies in between leaves a setting that is merely not noted.
-        let keep = match (limits, self.keep_of(disk)?) {
-            (None, _) => None,
-            (Some(limits), Some(before)) => Some(Keep {
-                lower: before.lower,
-                ..self.keep(limits)
-            }),
-            (Some(limits), None) => Some(self.keep(limits)),
+        let names = [disk.to_string()];
+        let Some(limits) = limits else {
+            // Whoever dies in between leaves a history that is kept until the disk is opened the next time.
+            let earlier = self.note_history(&names, None)?;
+            running.set_keep(None)?;
+            self.forget_earlier(&earlier);
+            return Ok(());
         };
-        running.set_keep(keep)?;
-        let earlier = self.note_history(&[disk.to_string()], limits)?;
-        self.forget_earlier(&earlier);
-        Ok(())
+        // First where it takes effect: whoever dies in between leaves a setting that is merely not noted.
+        let lower = self.keep_of(disk)?.and_then(|keep| keep.lower);
+        running.set_keep(Some(Keep {
+            lower,
+            ..self.keep(limits)
+        }))?;
+        self.note_history(&names, Some(limits)).map(drop)
     }
     /// Returns the layers that keep what these disks shall keep no more.
     fn note_history(&self, disks: &[String], limits: Option<Limits>) -> Result<Vec<Id>> {
@@ -294,9 +296,10 @@ impl Store {
         object: &Object,
         own: &ReadLayer,
         place: &Place,
+        all: bool,
     ) -> Result<(Rewound, Option<Undo>)> {
         let record = names::read_name(&*self.names, &object.name)?;
-        let since = self.since(&record, own, place)?;
+        let since = self.since(&record, own, place, all)?;
         let rewound = Rewound {
             point: place.point,
             blocks: since.blocks,
@@ -311,7 +314,7 @@ impl Store {
         file.lock(false)
             .map_err(|e| in_use(&e, &format!("`{}` is attached or in use", object.name)))?;
         let (own, place) = self.past_of(&object, file, at)?;
-        Ok(self.since_point(&object, &own, &place)?.0)
+        Ok(self.since_point(&object, &own, &place, true)?.0)
     }
     /// The same of a disk that is attached, as far as can be told: it may be written to.
     pub fn look_back_busy(&self, disk: &str, at: At) -> Result<Rewound> {
@@ -321,7 +324,7 @@ impl Store {
                 let object = self.disk_named(disk)?;
                 let file = self.layers.open(&layer_file(object.id), Access::Read)?;
                 let (own, place) = self.past_of(&object, file, at)?;
-                let rewound = self.since_point(&object, &own, &place)?.0;
+                let rewound = self.since_point(&object, &own, &place, true)?.0;
                 Ok((rewound, own.is_current()?))
             };
             tries += 1;
@@ -378,7 +381,8 @@ impl Store {
                 place.point.number, object.name
             ))
         };
-        let (rewound, undo) = self.since_point(&object, &own, &place).map_err(tag)?;
+        let since = self.since_point(&object, &own, &place, true);
+        let (rewound, undo) = since.map_err(tag)?;
         if undo.is_some() {
             drop((own, held));
             self.rewind_in_place(&object, place.point, progress)?;
@@ -449,7 +453,8 @@ impl Store {
         // If the host disk is full, the history may have gone when the layer was opened.
         let at = At::Number(point.number);
         let (own, place) = self.past_of(object, layer.file().clone(), at)?;
-        let undo = self.since_point(object, &own, &place).map_err(tag)?.1;
+        let undo = self.since_point(object, &own, &place, false);
+        let undo = undo.map_err(tag)?.1;
         let undo = undo.ok_or_else(|| too_many(&object.name))?;
         let (past, below) = match place.layer == own.id() {
             true => (own, chain.clone()),
@@ -470,6 +475,10 @@ impl Store {
     /// [`Store::rewind`] of an attached disk that `running` is, where all fits into one commit. Nobody uses it meanwhile: what is in others' caches does
     /// not go back.
     pub fn rewind_running(&self, running: &CowDisk, disk: &str, at: At) -> Result<Rewound> {
+        // Before its users have to wait.
+        if !self.look_back_busy(disk, at)?.undoable {
+            return Err(too_many(disk));
+        }
         let _lock = self.lock(true)?;
         let object = self.resolve_locked(disk)?;
         must_be(running, &object)?;
@@ -480,7 +489,7 @@ impl Store {
         halted.flush()?;
         let file = halted.file()?;
         let (own, place) = self.past_of(&object, file.clone(), at)?;
-        let (rewound, _) = self.since_point(&object, &own, &place)?;
+        let (rewound, _) = self.since_point(&object, &own, &place, false)?;
         if !rewound.undoable {
             return Err(too_many(disk));
         }

@@ -17,7 +17,7 @@ use crate::io::{Access, File};
 use crate::layer::rewrite::{self, Measure};
 use crate::layer::{ReadLayer, State, prune, read_header};
 use crate::units::{BLOCK, Id};
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 /// Layers that are to become one, open until then.
@@ -36,6 +36,8 @@ pub struct Squash {
     pub depth: u32,
     /// The same afterwards.
     pub depth_after: u32,
+    /// It stops at the history of this disk.
+    pub border: Option<String>,
     /// The topmost first.
     stretch: Vec<Arc<ReadLayer>>,
     below: Below,
@@ -275,24 +277,27 @@ impl Store {
         let top = at;
         let mut stretch = Vec::new();
         let others = match all {
-            true => HashSet::new(),
-            false => self.of_other_histories(&object.name)?,
+            true => HashMap::new(),
+            // Its own are those of its snapshots, too.
+            false => self.of_other_histories(object.name.split('@').next().unwrap_or_default())?,
         };
+        let mut border = None;
         while let Below::Layer(id) = at {
             // An image is what others stand on, and a history is what another disk goes back to; but it is itself what it is asked of.
             let own = stretch.is_empty() && object.kind != ObjectKind::Disk;
-            if !all && !own && (others.contains(&id) || self.is_image(&graph, at)?) {
+            if let Some(whose) = others.get(&id).filter(|_| !own) {
+                border = Some(whose.clone());
+                break;
+            }
+            if !all && !own && self.is_image(&graph, at)? {
                 break;
             }
             stretch.push(id);
             at = self.below(&graph, at)?;
         }
-        self.prepare_squash(
-            &object.name,
-            top,
-            &stretch,
-            u32::from(object.kind == ObjectKind::Disk),
-        )
+        let above = u32::from(object.kind == ObjectKind::Disk);
+        let plan = self.prepare_squash(&object.name, top, &stretch, above)?;
+        Ok(Squash { border, ..plan })
     }
     /// Is a layer what an image's name refers to?
     fn is_image(&self, graph: &Graph, below: Below) -> Result<bool> {
@@ -328,6 +333,7 @@ impl Store {
             top: top.id(),
             depth,
             depth_after: depth - (layers.len() as u32).saturating_sub(1),
+            border: None,
             stretch: layers,
             below,
             measure,
@@ -345,13 +351,15 @@ impl Store {
         if graph.unreadable {
             return Ok(None);
         }
+        // What is left of a history that is nobody's goes with them.
+        let claimed = self.of_other_histories("")?;
         let idle = |layer: &Arc<ReadLayer>| {
             let below = Below::Layer(layer.id());
             // A label without a name: the name may be lost, and can be brought back.
             graph.names.get(&below).is_none_or(Vec::is_empty)
                 && graph.children.get(&below).is_some_and(|c| c.len() == 1)
                 && self.label_of(layer.id()).is_none()
-                && matches!(self.keeps_a_past(layer.id()), Ok(false))
+                && !claimed.contains_key(&layer.id())
         };
         let mut stretch: Vec<Id> = Vec::new();
         for layer in chain.layers() {
@@ -399,6 +407,8 @@ impl Store {
         };
         let id = top.id();
         self.may_squash(&plan)?;
+        let members: Vec<Id> = plan.stretch.iter().map(|layer| layer.id()).collect();
+        let ending = self.histories_through(&members)?;
         let file = self.begin_replacement(id)?;
         let header = top
             .header()
@@ -440,8 +450,8 @@ impl Store {
                 return Err(e.context(format!("cannot squash `{}`", plan.name)));
             }
         };
-        let former = plan.stretch[1..].iter().map(|l| Below::Layer(l.id()));
-        let former = former.collect();
+        let mut former: Vec<Below> = members[1..].iter().copied().map(Below::Layer).collect();
+        former.extend(ending.into_iter().filter(|below| below.id() != id));
         drop(plan);
         drop(top);
         self.forget_replaced();

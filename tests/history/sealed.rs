@@ -441,3 +441,86 @@ fn a_damaged_part_keeps_nothing_from_going_on() {
     assert_eq!(disk.history_bytes(), 0);
     assert_eq!(read_all(&*disk).expect("read"), world.now);
 }
+
+/// Power cuts at each operation of giving back what sealed layers keep, all of it and a part: snapshots and disk are what they were, and in the end nothing of
+/// it is left but what may stay.
+#[test]
+fn what_goes_of_a_sealed_layer_goes_whatever_the_moment() {
+    for whole in [true, false] {
+        let mut cut = 0;
+        loop {
+            let mut world = World::new(44, 600, limits(Some(100), None));
+            // Held slots in many pieces: more than a superblock has room for.
+            world.write(0, &noise(1, 500 * B));
+            world.flush();
+            for round in 0..2 {
+                for i in 0..200 {
+                    world.write((i * 2 + round) * B, &noise(i + 1000 * round, B));
+                }
+                world.clock.fetch_add(50, Ordering::SeqCst);
+                world.flush();
+                world.open().checkpoint().expect("checkpoint");
+            }
+            world.snapshot();
+            let snapshot = world.now.clone();
+            world.write(0, &noise(9, 3 * B));
+            world.flush();
+            let ago = if whole { 10_000 } else { 70 };
+            world.clock.fetch_add(ago, Ordering::SeqCst);
+            let disk = world.open();
+            let before = disk.history_bytes();
+            let ops = world.sim.ops();
+            world.sim.cut_at(ops + cut);
+            let _ = disk.maintain();
+            let ended = !world.sim.is_off();
+            drop(disk);
+            for policy in [
+                Policy::AllDone,
+                Policy::AllDropped,
+                Policy::Random(cut),
+                Policy::Random(cut + 1000),
+            ] {
+                let story = format!("cut {cut}, {policy:?}");
+                let left = world.sim.crash_with(policy);
+                let env = env(44, 7 + cut, &world.clock);
+                let store = Store::open_on(left.root(), Path::new("/sim"), env).expect("a store");
+                let shown = |name: &str| {
+                    let object = store.resolve(name).expect(name);
+                    read_all(&*store.open_disk(&object, false).expect(name)).expect(name)
+                };
+                assert!(shown("d@s1") == snapshot, "{story}");
+                let object = store.resolve("d").expect("d");
+                let disk = store.open_cow(&object, true).expect("open");
+                assert!(read_all(&*disk).expect("read") == world.now, "{story}");
+                for _ in 0..2 {
+                    disk.maintain().expect("maintain");
+                }
+                let after = disk.history_bytes();
+                assert!(
+                    after < before / 3 * 2 && (after == 0) == whole,
+                    "{story}: {after}"
+                );
+                let points = store.history("d").expect("a history").points;
+                assert_eq!(points.len(), if whole { 1 } else { 3 }, "{story}");
+                if !whole {
+                    // What a part that went left behind goes with the next one.
+                    let now = world.clock.fetch_add(10_000, Ordering::SeqCst);
+                    disk.maintain().expect("maintain");
+                    world.clock.store(now, Ordering::SeqCst);
+                }
+                disk.close().expect("close");
+                drop(disk);
+                assert_eq!(store.gc(true).expect("gc").bytes, 0, "{story}");
+                let report = forkdisk::check::check(&store, None, &Quiet).expect("checked");
+                assert!(report.corruptions.is_empty(), "{story}: {report:?}");
+                assert!(report.leaks.is_empty(), "{story}: {report:?}");
+                audit::layers(&left, &story);
+            }
+            if ended {
+                assert!(cut > 8, "there was something to cut: {cut}");
+                break;
+            }
+            cut += 1;
+        }
+    }
+}
