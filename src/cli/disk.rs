@@ -8,7 +8,7 @@ use crate::{
         names::Names,
         render::{json::ObjectDoc, size::SizeArg},
         resize::QuotaArgs,
-        states::patiently,
+        states::{patiently, tell_of_histories, with_points},
         store::counted,
     },
     daemon::{Attached, Client, PastOwner},
@@ -23,7 +23,7 @@ use crate::{
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 /// Fork new disks from an image, a snapshot or a disk
 #[derive(Args, Debug)]
@@ -231,6 +231,15 @@ pub(crate) struct Rm {
     recursive: bool,
 }
 
+/// The disks that stay while snapshots of them go.
+fn origins(store: &Store, plan: &RemovePlan) -> Vec<Object> {
+    let snapshots = plan.names.iter().filter_map(|o| o.name.split_once('@'));
+    let disks: BTreeSet<&str> = snapshots.map(|(disk, _)| disk).collect();
+    let stays = |disk: &&str| !plan.names.iter().any(|o| o.name == **disk);
+    let found = disks.into_iter().filter(stays);
+    found.filter_map(|disk| store.resolve(disk).ok()).collect()
+}
+
 #[derive(Serialize)]
 struct RmDoc {
     dry_run: bool,
@@ -278,7 +287,9 @@ impl Rm {
                 // The answer may have taken its time.
                 context.await_server(&store);
             }
+            let histories = with_points(&store, origins(&store, &plan));
             store.remove(&plan)?;
+            tell_of_histories(context, &store, &histories);
             if plan.names.iter().any(|o| o.kind == ObjectKind::Snapshot) {
                 context.reclaim_attached(&store);
             }

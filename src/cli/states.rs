@@ -68,25 +68,34 @@ pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Resu
 
 /// The disks that have a part of their history in these layers, and how many points they have.
 pub(crate) fn histories_in(store: &Store, layers: &[Below]) -> Result<Vec<(Object, usize)>> {
-    let disks = store.histories_in(layers)?;
+    Ok(with_points(store, store.histories_in(layers)?))
+}
+
+/// Disks, and how many points their histories have, as far as can be told.
+pub(crate) fn with_points(store: &Store, disks: Vec<Object>) -> Vec<(Object, usize)> {
     let with_points = disks.into_iter().map(|disk| {
         let points = points(store, &disk);
         (disk, points)
     });
-    Ok(with_points.collect())
+    with_points.collect()
 }
 
 fn points(store: &Store, disk: &Object) -> usize {
-    store.history(&disk.name).map_or(0, |h| h.points.len())
+    match disk.kind {
+        ObjectKind::Disk => store.history(&disk.name).map_or(0, |h| h.points.len()),
+        _ => 0,
+    }
 }
 
-/// After something that put other layers in the place of those in which these disks had a part of their history: says whose ended with that.
+/// After something with which a part of the histories of these disks may have ended: says whose have.
 pub(crate) fn tell_of_histories(context: &Context, store: &Store, before: &[(Object, usize)]) {
     for (disk, before) in before {
-        if *before > 1 && points(store, disk) < *before {
+        let after = points(store, disk);
+        if *before > 1 && after < *before {
             context.ui.warn(format_args!(
-                "the history of {0} begins anew: what it was before its last snapshot is gone",
-                disk.name
+                "the history of {0} begins anew: what it was at {1} earlier flushes is gone",
+                disk.name,
+                before - after
             ));
         }
     }

@@ -198,14 +198,14 @@ impl CowDisk {
         let Some(layer) = &top.layer else {
             return Ok(());
         };
-        layer.maintain()?;
         let lower = layer.lower_part();
         // Not under the lock: whoever waits for it holds up all requests.
         drop(top);
         if let Some((lower, stays)) = lower {
             lower.expire(stays);
         }
-        Ok(())
+        let top = self.top.read();
+        top.layer.as_ref().map_or(Ok(()), Layer::maintain)
     }
     /// What was said of its layer in the store when it was opened and is not durable yet: the first flush would wait for that.
     pub fn unsettled(&self) -> Option<Arc<Unsettled>> {

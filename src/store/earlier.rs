@@ -2,12 +2,16 @@
 //!
 //! Always true:
 //! - the record of the disk's name says down to which layer the history is its own. What a sealed layer keeps that no such record leads to is garbage;
+//! - a history costs what was replaced, and no more: it has no part in a layer, or above one, that nobody else needs. Else blocks would stay that only the
+//!   history shows, and that no limit counts;
 //! - numbers of commits rise from layer to layer: a layer that goes on with the history of the one below begins with the number after its last;
 //! - what a sealed layer keeps of a history is changed under the lock of the names, by whoever has the disk open for writing, or where nobody has.
 
+use super::graph::Graph;
 use super::history::{LIMITS, Point};
 use super::names::{self, NameRecord};
 use super::{Below, Object, ObjectKind, Store, layer_file, many, parent_of};
+use crate::disk::CowDisk;
 use crate::disk::cow::MAX_REWIND;
 use crate::error::{Kind, Result};
 use crate::format::{CommitEntry, MAX_DEPTH, Pointer, Superblock};
@@ -228,9 +232,57 @@ impl Store {
     pub(super) fn earlier_bytes(&self, layers: &[Id]) -> u64 {
         bytes_of(&*self.layers, layers.iter())
     }
+    /// The layers of which a part of a history goes, since they, or the layers that they stand on, have lost their names, and nothing else stands on these; the
+    /// newest first. `gone`: disks of which nobody asks. The names lock is held.
+    pub(super) fn ended(&self, graph: &Graph, gone: &HashSet<Below>) -> Result<Vec<Id>> {
+        let mut ended = Vec::new();
+        if graph.unreadable {
+            return Ok(ended);
+        }
+        let alone = |below: Below| {
+            let named = graph
+                .names
+                .get(&below)
+                .is_some_and(|names| !names.is_empty());
+            let others = graph.children.get(&below).map_or(0, Vec::len) > 1;
+            matches!(below, Below::Layer(_)) && !named && !others
+        };
+        for (_, record) in self.with_a_past()? {
+            if gone.contains(&record.target) {
+                continue;
+            }
+            let earlier = self.earlier(&record);
+            let ends = earlier.iter().position(|id| {
+                let layer = Below::Layer(*id);
+                let parent = graph.nodes.get(&layer).and_then(|node| node.parent);
+                alone(layer) || parent.is_some_and(alone)
+            });
+            ended.extend(ends.into_iter().flat_map(|first| earlier[first..].to_vec()));
+        }
+        Ok(ended)
+    }
+    /// Ends the history of a disk before its own layer: that below was sealed for a reader, who needs it for a while only. `running`: who has the disk open. The
+    /// names lock is held.
+    pub(super) fn end_before(&self, disk: &str, running: Option<&CowDisk>) -> Result<()> {
+        let mut record = names::read_name(&*self.names, disk)?;
+        let earlier = self.leave_earlier(&mut record);
+        if earlier.is_empty() {
+            return Ok(());
+        }
+        let (temporary, file) = names::stage(&*self.names, disk, &record.encode(disk))?;
+        file.sync()?;
+        self.names.rename(&temporary, disk)?;
+        self.names.sync()?;
+        self.forget_earlier(&earlier);
+        if let Some(running) = running {
+            running.look_back_again();
+        }
+        Ok(())
+    }
     /// Lets go of, or counts, what sealed layers `among` others keep of histories that are nobody's any more. The names lock is held, and the names are synced.
     pub(super) fn collect_histories(
         &self,
+        graph: &Graph,
         among: impl Fn(Id) -> bool,
         dry_run: bool,
     ) -> Result<(u64, Vec<Id>)> {
@@ -255,6 +307,9 @@ impl Store {
                 }
                 claimed.extend(layers.iter().map(|layer| layer.id));
             }
+        }
+        for id in self.ended(graph, &HashSet::new())? {
+            claimed.remove(&id);
         }
         let (mut bytes, mut shrunk) = (0, Vec::new());
         for (file, _) in self.layers.list()? {

@@ -181,6 +181,8 @@ pub(super) struct Graph {
     pub names: HashMap<Below, Vec<String>>,
     /// Something could not be read, so that nothing may be called garbage.
     pub unreadable: bool,
+    /// Sealed layers whose parts of histories are about to go: they hide what lies below them.
+    pub ended: HashSet<Id>,
 }
 
 impl Graph {
@@ -206,6 +208,12 @@ impl Graph {
             names.retain(|n| !gone.contains(n.as_str()));
         }
         self.names.retain(|_, names| !names.is_empty());
+    }
+    /// What is gone stands on nothing.
+    pub fn without(&mut self, garbage: &HashSet<Below>) {
+        for children in self.children.values_mut() {
+            children.retain(|child| !garbage.contains(child));
+        }
     }
     /// Sorts children before parents.
     pub fn rank(&self, below: Below) -> u32 {

@@ -157,11 +157,11 @@ impl Store {
         garbage: &HashSet<Below>,
         left: &HashSet<Below>,
     ) -> Result<u64> {
-        for children in graph.children.values_mut() {
-            children.retain(|child| !garbage.contains(child));
-        }
+        graph.without(garbage);
         graph.names.retain(|below, _| !left.contains(below));
-        let mut bytes = 0;
+        let ended = self.ended(&graph, garbage)?;
+        let mut bytes = self.earlier_bytes(&ended);
+        graph.ended = ended.into_iter().collect();
         for below in left {
             match self.reclaim(&graph, below.id(), How::CountNamed) {
                 Ok(more) => bytes += more,
@@ -262,6 +262,8 @@ impl Store {
         self.names.sync()?;
         self.layers.sync()?;
         let graph = self.graph()?;
+        // What is left of a history must not keep what nobody sees.
+        self.forget_earlier(&self.ended(&graph, &HashSet::new())?);
         let chains = self.open_chains.lock().clone();
         let chains: Vec<Arc<Chain>> = chains.values().filter_map(Weak::upgrade).collect();
         let named = |below: &Below| graph.names.get(below).is_some_and(|n| !n.is_empty());
@@ -351,7 +353,10 @@ impl Store {
         let header = read_header(&*file)?;
         // One that is still named is labelled as well, until then.
         let may = match how {
-            How::CountNamed => !ReadLayer::open(file.clone())?.has_history(),
+            How::CountNamed => {
+                graph.ended.contains(&id) || !ReadLayer::open(file.clone())?.has_history()
+            }
+            How::Count if graph.ended.contains(&id) => true,
             How::Do | How::Count => prune::may_prune(&*file, &header)?,
         };
         if self.scrubbing()? || !may {
@@ -392,7 +397,7 @@ impl Store {
             return Err(Error::new(Kind::Corrupt, "the file holds another layer").layer(id));
         }
         let sure = match layer.state() {
-            State::Sealed => !layer.has_history(),
+            State::Sealed => !layer.has_history() || graph.ended.contains(&id),
             State::Clean => {
                 layer.superblock().history_slot.get() == 0 && !self.keeps_history(graph, id)?
             }

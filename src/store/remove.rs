@@ -128,9 +128,7 @@ impl Store {
         let mut earlier = self.earlier_of(&plan);
         earlier.retain(|id| !garbage.contains(&Below::Layer(*id)));
         plan.frees += self.earlier_bytes(&earlier);
-        if !left.is_empty() {
-            plan.frees += self.would_reclaim(graph, &garbage, &left)?;
-        }
+        plan.frees += self.would_reclaim(graph, &garbage, &left)?;
         Ok(plan)
     }
     /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.
@@ -288,6 +286,8 @@ impl Store {
         }
         self.collect(&graph, false)?;
         self.forget_earlier(&earlier);
+        graph.without(&garbage);
+        self.forget_earlier(&self.ended(&graph, &garbage)?);
         self.left_behind(&graph, plan)
     }
     /// The layers with parts of the histories of the disks of a plan.
@@ -306,11 +306,13 @@ impl Store {
             // refers to would be gone.
             self.names.sync()?;
         }
-        let graph = self.graph()?;
+        let mut graph = self.graph()?;
         let mut report = self.collect(&graph, dry_run)?;
+        graph.without(&graph.garbage(|_| true).into_iter().collect());
         // What is left of a history keeps a layer as it is.
         let stays = |id: Id| !report.layers.contains(&id);
-        let (bytes, of_histories) = self.collect_histories(stays, dry_run)?;
+        let (bytes, of_histories) = self.collect_histories(&graph, stays, dry_run)?;
+        graph.ended = of_histories.iter().copied().collect();
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
         report.reclaimed += bytes;
         report.shrunk.extend(of_histories);

@@ -233,7 +233,10 @@ impl Store {
             .map(|below| below.id())
             .collect();
         if !left.is_empty() {
-            freed += self.collect_histories(|id| left.contains(&id), false)?.0;
+            let graph = self.graph()?;
+            freed += self
+                .collect_histories(&graph, |id| left.contains(&id), false)?
+                .0;
         }
         Ok(freed)
     }
@@ -351,15 +354,12 @@ impl Store {
         if graph.unreadable {
             return Ok(None);
         }
-        // What is left of a history that is nobody's goes with them.
-        let claimed = self.of_other_histories("")?;
         let idle = |layer: &Arc<ReadLayer>| {
             let below = Below::Layer(layer.id());
             // A label without a name: the name may be lost, and can be brought back.
             graph.names.get(&below).is_none_or(Vec::is_empty)
                 && graph.children.get(&below).is_some_and(|c| c.len() == 1)
                 && self.label_of(layer.id()).is_none()
-                && !claimed.contains_key(&layer.id())
         };
         let mut stretch: Vec<Id> = Vec::new();
         for layer in chain.layers() {
@@ -496,6 +496,7 @@ impl Store {
         let empty = self.unchanged(&source)?.is_some();
         if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_at_rest(&source, None)?;
+            self.end_before(&source.name, None)?;
         }
         self.object(&source.name)
     }
@@ -516,6 +517,7 @@ impl Store {
         let empty = running.private_blocks() == (0, 0);
         if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_running(&source, running, None)?;
+            self.end_before(&source.name, Some(running))?;
         }
         self.object(&source.name)
     }

@@ -41,14 +41,31 @@ fn a_history_goes_on_over_snapshots() {
         drop(disk);
         world.close();
     }
-    for name in ["d@s2", "d@s3", "d@s4"] {
-        let plan = world.store.plan_removal(&[name.to_string()], false);
-        world.store.remove(&plan.expect("a plan")).expect("removed");
-    }
-    assert_eq!(world.store.gc(false).expect("gc").bytes, 0);
     assert_eq!(world.look_back(&mut Rng(7)), (0..32).collect::<Vec<_>>());
     let held = world.store.history("d").expect("a history").bytes;
     assert!(held > 30 * B, "{held}");
+    // A snapshot that goes takes what was before the next one with it: else blocks would stay that no limit counts.
+    let third = world.store.resolve("d@s3").expect("a snapshot").id;
+    let file = world
+        .store
+        .layers_dir()
+        .open(&forkdisk::store::layer_file(third), Access::Read)
+        .expect("its file");
+    let (end, _) = forkdisk::layer::ReadLayer::open(file)
+        .expect("open")
+        .ended();
+    let plan = world.store.plan_removal(&["d@s2".to_string()], false);
+    let plan = plan.expect("a plan");
+    let (used, held) = (
+        world.sim.used(),
+        world.store.history("d").expect("it").bytes,
+    );
+    world.store.remove(&plan).expect("removed");
+    let given = held - world.store.history("d").expect("it").bytes;
+    assert!(given > 0 && plan.frees >= given, "{given} of {plan:?}");
+    assert!(used - world.sim.used() >= plan.frees);
+    assert_eq!(world.store.gc(true).expect("gc").bytes, 0);
+    assert_eq!(world.look_back(&mut Rng(8)), (end..32).collect::<Vec<_>>());
     let name = ["d".to_string()];
     world.store.set_history(&name, None).expect("none");
     world.open();
@@ -158,30 +175,42 @@ fn a_past_of_another_size_shows_no_more_than_there_was() {
     audit::layers(&world.sim, "sizes");
 }
 
-/// Layers with a part of a history are not joined by themselves, those without are.
+/// A layer that a fork needs as well keeps its part of the history. When the fork is gone, the history costs what nobody else needs: it goes, and the layers can
+/// be joined. So it is with a layer that was sealed for a reader.
 #[test]
-fn layers_with_a_history_are_not_joined_by_themselves() {
+fn a_history_has_no_part_in_layers_that_nobody_else_needs() {
     let mut world = World::new(35, 40, limits(Some(1000), None));
     let disk = world.open();
-    let seal = |world: &mut World, rounds: std::ops::Range<u64>| {
-        for i in rounds {
-            world.write(i % 5 * B, &noise(i, B));
-            world.flush();
-            world.store.seal_open(&disk, "d").expect("sealed");
-        }
-    };
-    seal(&mut world, 0..6);
+    let forks: Vec<String> = (0..6).map(|i| format!("f{i}")).collect();
+    for (i, name) in forks.iter().enumerate() {
+        world.write(i as u64 % 5 * B, &noise(i as u64, B));
+        world.flush();
+        let fork = std::slice::from_ref(name);
+        let made = world.store.create_from_running(&disk, "d", fork, None);
+        made.expect("a fork");
+    }
     let idle = |world: &World| {
         let found = world.store.idle_stretch("d", &disk, 3).expect("looked");
         found.map_or(0, |found| found.layers)
     };
     assert_eq!(idle(&world), 0);
-    assert!(world.number().len() >= 6);
-    // What is too old goes, and then they are as any others.
-    world.clock.fetch_add(10_000, Ordering::SeqCst);
-    disk.maintain().expect("maintain");
-    assert_eq!(idle(&world), 6);
-    assert_eq!(world.number().len(), 1);
+    assert_eq!(world.number(), (0..7).collect::<Vec<_>>());
+    let plan = world.store.plan_removal(&forks[2..3], false);
+    world.store.remove(&plan.expect("a plan")).expect("removed");
+    world.store.reclaim_open().expect("reclaimed");
+    assert_eq!(world.number(), [4, 5, 6]);
+    world.write(0, &noise(99, B));
+    world.flush();
+    world.store.settle_running(&disk, "d").expect("sealed");
+    assert_eq!(world.number(), [7]);
+    assert_eq!(disk.history_bytes(), 0);
+    for fork in &forks {
+        if let Ok(plan) = world.store.plan_removal(std::slice::from_ref(fork), false) {
+            world.store.remove(&plan).expect("removed");
+        }
+    }
+    assert_eq!(idle(&world), 7);
+    assert_eq!(read_all(&*disk).expect("read"), world.now);
 }
 
 /// On a full host disk the oldest goes first, which sealed layers keep, and no write fails.
@@ -240,6 +269,13 @@ fn a_past_is_seen_through_to_what_is_hidden_now() {
     world.discard(1800 * B, 20 * B);
     let last = world.flush();
     world.close();
+    // A fork that hides all of it keeps the layer, when the snapshot has lost its name.
+    let fork = world.store.create(&["f".to_string()], "d@s1", None);
+    let fork = world.store.open_cow(&fork.expect("a fork")[0], true);
+    let fork = fork.expect("open");
+    fork.write(&noise(8, 1000 * B), 0).expect("write");
+    fork.close().expect("close");
+    drop(fork);
     let plan = world.store.plan_removal(&["d@s1".to_string()], false);
     world.store.remove(&plan.expect("a plan")).expect("removed");
     assert_eq!(world.store.gc(false).expect("gc").bytes, 0);
@@ -348,10 +384,6 @@ fn what_is_joined_while_its_past_is_copied_makes_no_broken_fork() {
         let number = write(1);
         store.snapshot("large", "b", None).expect("taken");
         write(2);
-        for name in ["large@a", "large@b"] {
-            let plan = store.plan_removal(&[name.to_string()], false);
-            store.remove(&plan.expect("a plan")).expect("removed");
-        }
         let mut done = false;
         let meanwhile = Meanwhile(Mutex::new(|_: u64| {
             if std::mem::replace(&mut done, true) {
@@ -523,4 +555,27 @@ fn what_goes_of_a_sealed_layer_goes_whatever_the_moment() {
             cut += 1;
         }
     }
+}
+
+/// A burst that is many times the limit, right after a snapshot: nothing that is newer goes before what is older, which the sealed layer keeps.
+#[test]
+fn the_oldest_goes_first_over_snapshots() {
+    let mut world = World::new(45, 600, limits(None, Some(64 * B)));
+    for round in 0..3u64 {
+        for i in 0..6 {
+            world.write(i * B, &noise(round << 8 | i, 4 * B));
+            world.flush();
+        }
+        world.snapshot();
+        for i in 0..10 {
+            world.write(20 * B, &noise(round << 16 | i, 40 * B));
+            world.flush();
+            let numbers = world.number();
+            let first = numbers[0];
+            let all = first..first + numbers.len() as u64;
+            assert_eq!(numbers, all.collect::<Vec<_>>());
+            assert!(world.open().history_bytes() <= 130 * B);
+        }
+    }
+    world.look_back(&mut Rng(45));
 }

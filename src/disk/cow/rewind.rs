@@ -95,6 +95,18 @@ impl CowDisk {
         let top = self.top.read();
         top.layer.as_ref().map(|layer| (layer.id(), layer.point()))
     }
+    /// What earlier layers keep of its history may have become less.
+    pub fn look_back_again(&self) {
+        let lower = self
+            .top
+            .read()
+            .layer
+            .as_ref()
+            .and_then(|layer| layer.lower());
+        if let Some(lower) = lower {
+            lower.look_again();
+        }
+    }
     /// Host bytes that its history occupies.
     pub fn history_bytes(&self) -> u64 {
         let top = self.top.read();

@@ -86,6 +86,11 @@ impl Layer {
     }
 
     fn tidy(&self) -> Result<()> {
+        if self.over.load(SeqCst)
+            && let Some((lower, stays)) = self.lower_part()
+        {
+            lower.expire(stays);
+        }
         if self.space.lock().journal_head > CHECKPOINT_SLOTS
             || self.over.load(SeqCst)
             || self.scattered.load(SeqCst)

@@ -80,10 +80,13 @@ impl History {
         };
         let mut freed = 0;
         let mut segments = self.segments.len();
+        // What layers below keep is older, and goes first.
+        let waits = self.keep.as_ref().and_then(|keep| keep.lower.as_ref());
+        let waits = left > room && waits.is_some_and(|lower| lower.bytes() > 0);
         for part in self.parts() {
             let gone = part.number <= self.oldest.0;
             let old = since.is_some_and(|since| part.time <= since);
-            let due = self.may_go(&part) && (old || left > stays);
+            let due = self.may_go(&part) && (old || left > stays && !waits);
             if !gone && !due && segments + MAX_NEW <= MAX_SEGMENTS {
                 break;
             }
