@@ -4,7 +4,7 @@ use crate::{
     cli::{
         Outcome,
         context::Context,
-        states::{histories_in, tell_of_histories},
+        states::{histories_in, tell_of_histories, with_points},
         store::counted,
     },
     daemon::Client,
@@ -159,6 +159,8 @@ impl Flatten {
         ui.talk(format_args!("flattening {name}; needs up to {needs}"));
         signals::catch();
         let depth = store.details(&object)?.depth;
+        // That of a disk ends with what is sealed for it.
+        let mut histories = with_points(&store, vec![object.clone()]);
         if object.kind == ObjectKind::Disk {
             match context.daemon_of(&store, &name)? {
                 Some((mut daemon, _)) => daemon.seal(&name)?,
@@ -171,7 +173,8 @@ impl Flatten {
             Some(below) if object.kind == ObjectKind::Disk => below,
             _ => Below::Layer(object.id),
         };
-        let histories = histories_in(&store, &[replaced])?;
+        let others = histories_in(&store, &[replaced])?;
+        histories.extend(others.into_iter().filter(|(disk, _)| disk.name != name));
         let done = store.flatten(&name, &*progress)?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;

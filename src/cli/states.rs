@@ -60,7 +60,12 @@ fn state_for_readers(store: &Store, name: &str) -> Result<State> {
 /// is sealed for it, if it has changed since it was sealed last.
 pub(crate) fn settled(context: &Context, store: &Store, object: &Object) -> Result<State> {
     match owner(context, store, object)? {
-        Owner::Writer(mut daemon) => Ok(store.state_of(daemon.settle(&object.name)?)?.of_a_disk()),
+        Owner::Writer(mut daemon) => {
+            let before = with_points(store, vec![object.clone()]);
+            let state = store.state_of(daemon.settle(&object.name)?)?.of_a_disk();
+            tell_of_histories(context, store, &before);
+            Ok(state)
+        }
         Owner::Reader => state_for_readers(store, &object.name),
         Owner::None => store.state(object),
     }

@@ -149,17 +149,18 @@ impl Store {
         }
         Ok(())
     }
-    /// Bytes that the layers of snapshots give back if these lose their names and `garbage` goes: what [`Store::left_behind`] does then. The names
+    /// Bytes that the layers of snapshots give back if these lose their names, `garbage` goes, and what the layers in `ended` keep of histories: what [`Store::left_behind`] does then. The names
     /// lock is held.
     pub(super) fn would_reclaim(
         &self,
         mut graph: Graph,
         garbage: &HashSet<Below>,
         left: &HashSet<Below>,
+        mut ended: Vec<Id>,
     ) -> Result<u64> {
         graph.without(garbage);
         graph.names.retain(|below, _| !left.contains(below));
-        let ended = self.ended(&graph, garbage)?;
+        ended.extend(self.ended(&graph, garbage)?);
         let mut bytes = self.earlier_bytes(&ended);
         graph.ended = ended.into_iter().collect();
         for below in left {

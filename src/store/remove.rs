@@ -127,8 +127,7 @@ impl Store {
         };
         let mut earlier = self.earlier_of(&plan);
         earlier.retain(|id| !garbage.contains(&Below::Layer(*id)));
-        plan.frees += self.earlier_bytes(&earlier);
-        plan.frees += self.would_reclaim(graph, &garbage, &left)?;
+        plan.frees += self.would_reclaim(graph, &garbage, &left, earlier)?;
         Ok(plan)
     }
     /// What is known of an object that cannot be read: enough to remove its name. `why` if there is no such file.

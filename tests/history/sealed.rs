@@ -574,7 +574,7 @@ fn the_oldest_goes_first_over_snapshots() {
             let first = numbers[0];
             let all = first..first + numbers.len() as u64;
             assert_eq!(numbers, all.collect::<Vec<_>>());
-            assert!(world.open().history_bytes() <= 130 * B);
+            assert!(world.open().history_bytes() <= 180 * B);
         }
     }
     world.look_back(&mut Rng(45));
