@@ -128,7 +128,7 @@ fn a_deleted_file_comes_back() {
     // What goes with a snapshot, or with the disk, is told before.
     w.ok(["snapshot", "web@s2"]);
     let before = points(&w, "web");
-    let told = w.run(&["rm", "web@s"]);
+    let told = w.run(["rm", "web@s"]);
     assert!(
         told.stderr.contains("the history of web begins anew"),
         "{}",
@@ -150,7 +150,10 @@ fn a_deleted_file_comes_back() {
     let used = w.stored();
     w.ok([&["rm"][..], &all].concat());
     let freed = used - w.stored();
-    assert!(told.unwrap().abs_diff(freed) <= 32 << 10, "{told:?}, {freed}");
+    assert!(
+        told.unwrap().abs_diff(freed) <= 32 << 10,
+        "{told:?}, {freed}"
+    );
     assert!(freed >= held, "{freed}");
     w.ok(["gc"]);
     assert_eq!(w.json(["gc", "-n"])["bytes"], 0);
