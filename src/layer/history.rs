@@ -52,6 +52,8 @@ pub trait Lower: Send + Sync {
     fn expire(&self, stays: Stays);
     /// The host disk is full: the older half goes, or the little that is left; says whether anything did.
     fn yield_oldest(&self) -> bool;
+    /// Is there anything that can be given up before what is newer? As far as is known: whoever asks must not wait.
+    fn goes_first(&self) -> bool;
     /// Layers may have been replaced by others.
     fn look_again(&self);
 }

@@ -77,7 +77,7 @@ impl Store {
             return Ok(parent);
         }
         self.seal_running(&source, running, None)?;
-        self.end_before(&source.name, Some(running))?;
+        self.end_before(&source.name, Some(running));
         Ok(Below::Layer(source.id))
     }
     fn commit_source(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {

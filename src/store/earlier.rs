@@ -24,6 +24,8 @@ use crate::sync::Mutex;
 use crate::units::{BLOCK, Id, Lba, REGION_BLOCKS, Region};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+// Hints: no order depends on them.
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 /// Line of a disk's record: the lowest layer with a part of its history.
@@ -141,6 +143,8 @@ impl Store {
             own,
             lowest,
             known: Mutex::new(None),
+            held: AtomicU64::new(0),
+            stuck: AtomicBool::new(false),
         }))
     }
     /// The record of a disk whose own layer is to be sealed, for the layer above that.
@@ -233,8 +237,13 @@ impl Store {
         bytes_of(&*self.layers, layers.iter())
     }
     /// The layers of which a part of a history goes, since they, or the layers that they stand on, have lost their names, and nothing else stands on these; the
-    /// newest first. `gone`: disks of which nobody asks. The names lock is held.
-    pub(super) fn ended(&self, graph: &Graph, gone: &HashSet<Below>) -> Result<Vec<Id>> {
+    /// newest first. `gone`: disks of which nobody asks; `left`: layers that nobody can give the name again that they call themselves. The names lock is held.
+    pub(super) fn ended(
+        &self,
+        graph: &Graph,
+        gone: &HashSet<Below>,
+        left: &HashSet<Below>,
+    ) -> Result<Vec<Id>> {
         let mut ended = Vec::new();
         if graph.unreadable {
             return Ok(ended);
@@ -245,17 +254,22 @@ impl Store {
                 .get(&below)
                 .is_some_and(|names| !names.is_empty());
             let others = graph.children.get(&below).map_or(0, Vec::len) > 1;
-            matches!(below, Below::Layer(_)) && !named && !others
+            matches!(below, Below::Layer(_))
+                && !named
+                && !others
+                && (left.contains(&below) || self.label_of(below.id()).is_none())
         };
+        let parent = |below: Below| graph.nodes.get(&below).and_then(|node| node.parent);
         for (_, record) in self.with_a_past()? {
-            if gone.contains(&record.target) {
+            // Most have nothing of the kind, which the graph knows.
+            let down = std::iter::successors(parent(record.target), |below| parent(*below));
+            if gone.contains(&record.target) || !down.take(MAX_DEPTH as usize).any(alone) {
                 continue;
             }
             let earlier = self.earlier(&record);
             let ends = earlier.iter().position(|id| {
                 let layer = Below::Layer(*id);
-                let parent = graph.nodes.get(&layer).and_then(|node| node.parent);
-                alone(layer) || parent.is_some_and(alone)
+                alone(layer) || parent(layer).is_some_and(alone)
             });
             ended.extend(ends.into_iter().flat_map(|first| earlier[first..].to_vec()));
         }
@@ -263,7 +277,13 @@ impl Store {
     }
     /// Ends the history of a disk before its own layer: that below was sealed for a reader, who needs it for a while only. `running`: who has the disk open. The
     /// names lock is held.
-    pub(super) fn end_before(&self, disk: &str, running: Option<&CowDisk>) -> Result<()> {
+    pub(super) fn end_before(&self, disk: &str, running: Option<&CowDisk>) {
+        // The state that was asked for is there all the same, and what is left is garbage.
+        if let Err(e) = self.try_end_before(disk, running) {
+            tracing::warn!(disk, "its history is left to `forkdisk gc`: {e}");
+        }
+    }
+    fn try_end_before(&self, disk: &str, running: Option<&CowDisk>) -> Result<()> {
         let mut record = names::read_name(&*self.names, disk)?;
         let earlier = self.leave_earlier(&mut record);
         if earlier.is_empty() {
@@ -308,7 +328,7 @@ impl Store {
                 claimed.extend(layers.iter().map(|layer| layer.id));
             }
         }
-        for id in self.ended(graph, &HashSet::new())? {
+        for id in self.ended(graph, &HashSet::new(), &HashSet::new())? {
             claimed.remove(&id);
         }
         let (mut bytes, mut shrunk) = (0, Vec::new());
@@ -549,6 +569,10 @@ struct Earliest {
     lowest: Id,
     /// The oldest layer first; `None`: nobody has looked yet.
     known: Mutex<Option<VecDeque<Known>>>,
+    /// Bytes of what is known.
+    held: AtomicU64,
+    /// Nothing could be given up the last time.
+    stuck: AtomicBool,
 }
 
 impl Earliest {
@@ -561,7 +585,10 @@ impl Earliest {
             let found: Result<VecDeque<Known>> = layers.iter().map(Known::of).collect();
             *known = found.ok().filter(|_| all);
         }
-        known.as_mut().map(f).unwrap_or_default()
+        let done = known.as_mut().map(f).unwrap_or_default();
+        let held = known.iter().flatten().map(Known::bytes).sum();
+        self.held.store(held, Relaxed);
+        done
     }
     /// The names lock, if nobody has it. Who calls this may hold up whoever does.
     fn names_lock(&self) -> Result<Option<Arc<dyn File>>> {
@@ -611,14 +638,16 @@ impl Earliest {
             Err(e) if e.kind() == Kind::NotFound => 0,
             Err(e) => {
                 tracing::warn!(layer = %layer.id, "its part of a history is not given up: {e}");
-                // `check` tells of the damage, and those above it need not wait.
-                if e.kind() != Kind::Corrupt || e.of_resources() {
+                if e.kind() == Kind::NoSpace || e.of_resources() {
+                    self.stuck.store(true, Relaxed);
                     return None;
                 }
+                // `check` tells of the damage, and those above it need not wait.
                 layers.pop_front();
                 return Some(0);
             }
         };
+        self.stuck.store(false, Relaxed);
         drop(layer.parts.drain(..parts));
         if whole {
             layers.pop_front();
@@ -691,7 +720,11 @@ impl Lower for Earliest {
             }
         }
     }
+    fn goes_first(&self) -> bool {
+        self.held.load(Relaxed) > 0 && !self.stuck.load(Relaxed)
+    }
     fn look_again(&self) {
         *self.known.lock() = None;
+        self.held.store(0, Relaxed);
     }
 }

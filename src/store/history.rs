@@ -170,9 +170,9 @@ impl Store {
         let Some(limits) = limits else {
             // Whoever dies in between leaves a history that is kept until the disk is opened the next time.
             let earlier = self.note_history(&names, None)?;
-            running.set_keep(None)?;
+            let done = running.set_keep(None);
             self.forget_earlier(&earlier);
-            return Ok(());
+            return done;
         };
         // First where it takes effect: whoever dies in between leaves a setting that is merely not noted.
         let lower = self.keep_of(disk)?.and_then(|keep| keep.lower);
@@ -476,7 +476,10 @@ impl Store {
     /// not go back.
     pub fn rewind_running(&self, running: &CowDisk, disk: &str, at: At) -> Result<Rewound> {
         // Before its users have to wait.
-        if !self.look_back_busy(disk, at)?.undoable {
+        if self
+            .look_back_busy(disk, at)
+            .is_ok_and(|found| !found.undoable)
+        {
             return Err(too_many(disk));
         }
         let _lock = self.lock(true)?;

@@ -47,6 +47,14 @@ impl Store {
                 plan.names.push(object);
             }
         }
+        // What keeps a history may be needed by nobody else from now on.
+        for parent in &parents {
+            if let Below::Layer(id) = parent
+                && !matches!(self.keeps_a_past(*id), Ok(false))
+            {
+                return Ok(None);
+            }
+        }
         // A disk that stands on a base was never sealed, and so has no snapshots.
         let above_layers = parents.iter().any(|p| matches!(p, Below::Layer(_)));
         parents.retain(|parent| self.known_witness(*parent, &going).is_none());

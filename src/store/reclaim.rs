@@ -160,7 +160,9 @@ impl Store {
     ) -> Result<u64> {
         graph.without(garbage);
         graph.names.retain(|below, _| !left.contains(below));
-        ended.extend(self.ended(&graph, garbage)?);
+        ended.extend(self.ended(&graph, garbage, left)?);
+        ended.sort();
+        ended.dedup();
         let mut bytes = self.earlier_bytes(&ended);
         graph.ended = ended.into_iter().collect();
         for below in left {
@@ -264,7 +266,7 @@ impl Store {
         self.layers.sync()?;
         let graph = self.graph()?;
         // What is left of a history must not keep what nobody sees.
-        self.forget_earlier(&self.ended(&graph, &HashSet::new())?);
+        self.forget_earlier(&self.ended(&graph, &HashSet::new(), &HashSet::new())?);
         let chains = self.open_chains.lock().clone();
         let chains: Vec<Arc<Chain>> = chains.values().filter_map(Weak::upgrade).collect();
         let named = |below: &Below| graph.names.get(below).is_some_and(|n| !n.is_empty());

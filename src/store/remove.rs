@@ -220,7 +220,7 @@ impl Store {
         }
         let mut graph = self.graph()?;
         let gone: HashSet<&str> = plan.names.iter().map(|o| o.name.as_str()).collect();
-        let garbage: HashSet<Below> = graph
+        let mut garbage: HashSet<Below> = graph
             .garbage(|name| !gone.contains(name))
             .into_iter()
             .collect();
@@ -280,13 +280,17 @@ impl Store {
         // Nobody else changes the store meanwhile, so what is left is known; unless what could not be read was among what went.
         if graph.unreadable {
             graph = self.graph()?;
+            garbage = graph.garbage(|_| true).into_iter().collect();
         } else {
             graph.forget(&gone);
         }
-        self.collect(&graph, false)?;
+        let removed = self.collect(&graph, false)?.layers;
         self.forget_earlier(&earlier);
+        // What somebody is still making is as good as there.
+        garbage.retain(|below| removed.contains(&below.id()));
         graph.without(&garbage);
-        self.forget_earlier(&self.ended(&graph, &garbage)?);
+        let left = plan.names.iter().map(object_target).collect();
+        self.forget_earlier(&self.ended(&graph, &garbage, &left)?);
         self.left_behind(&graph, plan)
     }
     /// The layers with parts of the histories of the disks of a plan.
@@ -307,7 +311,9 @@ impl Store {
         }
         let mut graph = self.graph()?;
         let mut report = self.collect(&graph, dry_run)?;
-        graph.without(&graph.garbage(|_| true).into_iter().collect());
+        let mut garbage: HashSet<Below> = graph.garbage(|_| true).into_iter().collect();
+        garbage.retain(|below| report.layers.contains(&below.id()));
+        graph.without(&garbage);
         // What is left of a history keeps a layer as it is.
         let stays = |id: Id| !report.layers.contains(&id);
         let (bytes, of_histories) = self.collect_histories(&graph, stays, dry_run)?;

@@ -496,7 +496,7 @@ impl Store {
         let empty = self.unchanged(&source)?.is_some();
         if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_at_rest(&source, None)?;
-            self.end_before(&source.name, None)?;
+            self.end_before(&source.name, None);
         }
         self.object(&source.name)
     }
@@ -517,7 +517,7 @@ impl Store {
         let empty = running.private_blocks() == (0, 0);
         if !(empty && self.stands_on_its_own(&source)?) {
             self.seal_running(&source, running, None)?;
-            self.end_before(&source.name, Some(running))?;
+            self.end_before(&source.name, Some(running));
         }
         self.object(&source.name)
     }

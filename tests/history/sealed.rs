@@ -197,7 +197,6 @@ fn a_history_has_no_part_in_layers_that_nobody_else_needs() {
     assert_eq!(world.number(), (0..7).collect::<Vec<_>>());
     let plan = world.store.plan_removal(&forks[2..3], false);
     world.store.remove(&plan.expect("a plan")).expect("removed");
-    world.store.reclaim_open().expect("reclaimed");
     assert_eq!(world.number(), [4, 5, 6]);
     world.write(0, &noise(99, B));
     world.flush();

@@ -86,14 +86,13 @@ impl Layer {
     }
 
     fn tidy(&self) -> Result<()> {
-        if self.over.load(SeqCst)
-            && let Some((lower, stays)) = self.lower_part()
-        {
+        let mut over = self.over.load(SeqCst);
+        if over && let Some((lower, stays)) = self.lower_part() {
             lower.expire(stays);
+            let commit = self.commit.lock();
+            over = !commit.history.waits(self.history_room(&commit.history));
         }
-        if self.space.lock().journal_head > CHECKPOINT_SLOTS
-            || self.over.load(SeqCst)
-            || self.scattered.load(SeqCst)
+        if self.space.lock().journal_head > CHECKPOINT_SLOTS || over || self.scattered.load(SeqCst)
         {
             self.checkpoint_if_room()?;
         }

@@ -68,6 +68,12 @@ impl History {
             left: room.saturating_sub(own).saturating_sub(grain(room) / 2),
         })
     }
+    /// Does it wait with what is too much until what layers below keep, which is older, has gone? Not for ever: twice the limit is enough.
+    pub fn waits(&self, room: u64) -> bool {
+        let lower = self.keep.as_ref().and_then(|keep| keep.lower.as_ref());
+        lower.is_some_and(|lower| lower.goes_first())
+            && self.bytes() <= room.saturating_mul(2).saturating_add(LEAST)
+    }
     /// The oldest point that is to stay, and how many bytes go with what is before it.
     pub fn expired(&self, room: u64) -> ((u64, u64), u64) {
         let since = self.since();
@@ -80,9 +86,7 @@ impl History {
         };
         let mut freed = 0;
         let mut segments = self.segments.len();
-        // What layers below keep is older, and goes first.
-        let waits = self.keep.as_ref().and_then(|keep| keep.lower.as_ref());
-        let waits = left > room && waits.is_some_and(|lower| lower.bytes() > 0);
+        let waits = self.waits(room);
         for part in self.parts() {
             let gone = part.number <= self.oldest.0;
             let old = since.is_some_and(|since| part.time <= since);
