@@ -621,6 +621,8 @@ impl World {
             return Ok(());
         };
         let object = self.store.resolve(&name)?;
+        // What is sealed for it ends the history, whatever becomes of the rest.
+        self.points.clear();
         match (object.kind, self.open.get(&name).cloned()) {
             (ObjectKind::Base, _) => return Ok(()),
             (ObjectKind::Disk, Some(open)) => {
@@ -636,7 +638,6 @@ impl World {
             (ObjectKind::Disk, None) => drop(self.store.seal(&name)?),
             _ => {}
         }
-        self.points.clear();
         let flat = self.store.flatten(&name, &Quiet)?;
         self.replaced(&flat.former)?;
         if flat.base.is_some() {
