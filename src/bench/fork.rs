@@ -74,8 +74,9 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
         at_most(2.0),
     );
     let rounds = size.rounds.min(3);
-    let crowds = rounds.min(2);
     let mut first = Names::new("one");
+    // Names that were never used: a sample may be taken again.
+    let mut crowds = Names::new("crowd");
     let mut nth = Names::new("next");
     let mut written = Names::new("of-busy");
     let (forks, writes, base) = (n, size.writes, size.base);
@@ -102,14 +103,16 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
         },
         Job {
             name: format!("{n} forks"),
-            rounds: crowds,
+            rounds: rounds.min(2),
             peers: makes_forks,
             measure: Box::new(move |lab, peer, gauge, round| {
                 // A batch is made durable by a sync of the whole filesystem: not also of what others left to be written.
                 settle(peer.home());
-                let crowd = |round| format!("crowd-{round}");
+                // They stay: ext4 without a journal takes no number of a file that was removed within the last minutes, and looks at each of
+                // them anew for each new file.
+                let crowd = crowds.next();
                 let before = peer.allocated()?;
-                let took = gauge.during(|| peer.fork_many(lab.work, &crowd(round), forks))?;
+                let took = gauge.during(|| peer.fork_many(lab.work, &crowd, forks))?;
                 let after = peer.allocated()?;
                 let each = f64::from(forks);
                 let mut readings = vec![
@@ -119,12 +122,6 @@ pub fn jobs<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
                 if round == 0 {
                     let one = several(lab, peer, gauge, None, &mut nth, true)?;
                     readings.push(Reading::of("fork.nth", one));
-                }
-                // Not earlier: ext4 without a journal takes no number of a file that was removed within the last minutes, and
-                // looks at each of them anew for each new file.
-                if round + 1 == crowds {
-                    (0..crowds)
-                        .try_for_each(|round| peer.remove_many(lab.work, &crowd(round), forks))?;
                 }
                 Ok(readings)
             }),

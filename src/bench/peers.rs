@@ -407,16 +407,6 @@ impl Peer {
             _ => Ok(()),
         }
     }
-    /// Takes many disks away at once.
-    pub fn remove_many(&mut self, work: &Work, prefix: &str, count: u32) -> Result<()> {
-        if self.kind.is_forkdisk() {
-            let store = Store::open(&self.store())?;
-            let names: Vec<String> = (0..count).map(|i| format!("{prefix}-{i}")).collect();
-            let plan = store.plan_removal(&names, false)?;
-            return store.remove(&plan);
-        }
-        (0..count).try_for_each(|i| self.remove(work, &format!("{prefix}-{i}")))
-    }
     /// Shows a disk as a device.
     pub fn attach(&mut self, work: &Work, name: &str) -> Result<PathBuf> {
         if let Some(shown) = self.shown.get(name) {
