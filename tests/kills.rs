@@ -139,7 +139,7 @@ fn live(store: &Path, memory: &Path, resume: bool, seed: u64) {
                 match rng.below(6) {
                     0 => disk.maintain().unwrap(),
                     1 => disk.checkpoint().unwrap(),
-                    2 => disk.after_flush(),
+                    2 => disk.tidy(),
                     3 => disk.flush().unwrap(),
                     _ => disk.flush_first().unwrap(),
                 }

@@ -9,6 +9,7 @@ use super::{Via, place_of};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 
 impl Server {
@@ -62,7 +63,9 @@ impl Server {
                 }
                 let mut table = self.table.lock();
                 let entry = table.get_mut(name).ok_or_else(|| not_attached(name))?;
-                entry.attached.device = Some(text(request, "device")?.to_string());
+                let device = text(request, "device")?;
+                entry.attached.device = Some(device.to_string());
+                self.files.shown_as(entry.ino, Path::new(device));
                 entry.dev = number(request, "dev")?;
                 entry.set_phase(Phase::Ready);
                 begun.retain(|b| b != name);

@@ -14,6 +14,7 @@ use crate::sys::process::Process;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -170,6 +171,9 @@ fn inherit_one(store: &Store, files: &Files, place: Place, said: &Value) -> Resu
             (None, Some(e))
         }
     };
+    if let Some(device) = &attached.device {
+        files.shown_as(ino, Path::new(device));
+    }
     Ok(Some(Entry {
         attached,
         block_size: number(said, "block_size")?,

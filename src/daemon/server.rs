@@ -585,6 +585,7 @@ impl Server {
         let dev = loopdev::status(&device).ok().flatten().map_or(0, |s| s.dev);
         if let Some(entry) = self.table.lock().get_mut(name) {
             entry.attached.device = Some(device.display().to_string());
+            self.files.shown_as(entry.ino, &device);
             entry.dev = dev;
             entry.set_phase(Phase::Ready);
         }

@@ -27,8 +27,8 @@ use crate::units::{BLOCK, BLOCK_SIZE, Id, Lba, REGION_BLOCKS, Region, Slot};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-// Counters for people: no order depends on them.
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+// Counters for people, and hints: no order depends on them.
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// After so many regions in a row of which no layer below says anything it is worth to ask for the next one of which any does.
 const MANY_CLEAR: u32 = 8;
@@ -74,6 +74,8 @@ pub struct CowDisk {
     quota: Mutex<Option<Quota>>,
     /// Who writes more than the quota allows is kept waiting.
     waits: atomic::AtomicBool,
+    /// A write found that its layer is filling: told without asking the layer, which would take a lock.
+    filling: AtomicBool,
     counters: Counters,
     stream: Stream,
 }
@@ -140,6 +142,7 @@ impl CowDisk {
             closed: atomic::AtomicBool::new(false),
             quota: Mutex::new(None),
             waits: atomic::AtomicBool::new(false),
+            filling: AtomicBool::new(false),
             counters: Counters::default(),
             stream: Stream::default(),
         }
@@ -268,6 +271,13 @@ impl CowDisk {
     fn layer_to_write<'t>(&self, top: &'t Top) -> Result<&'t Layer> {
         let layer = top.layer.as_ref().filter(|_| !self.for_reading);
         layer.ok_or_else(read_only)
+    }
+
+    /// After something was written.
+    fn note_filling(&self, layer: &Layer) {
+        if layer.is_filling() {
+            self.filling.store(true, Relaxed);
+        }
     }
 
     /// Is it inside? The caller holds `top`: else the disk may become smaller in between.
@@ -656,6 +666,7 @@ impl Disk for CowDisk {
             at += n as u64;
             rest = &rest[n..];
         }
+        self.note_filling(layer);
         layer.written_by_user(buf.len() as u64);
         self.counters
             .written
@@ -682,6 +693,7 @@ impl Disk for CowDisk {
                 done = done.and(zeroed.map_err(|e| self.refused(e)));
             }
         }
+        self.note_filling(layer);
         done
     }
     fn flush(&self) -> Result<()> {
@@ -700,13 +712,19 @@ impl Disk for CowDisk {
             None => Ok(()),
         }
     }
-    fn after_flush(&self) {
+    fn is_filling(&self) -> bool {
+        self.filling.load(Relaxed)
+    }
+    fn tidy(&self) {
+        // Before: else what is found meanwhile may be forgotten.
+        self.filling.store(false, Relaxed);
         let top = self.top.read();
         if let Some(layer) = &top.layer
-            && let Err(e) = layer.after_flush()
+            && let Err(e) = layer.tidy()
+            && e.kind() != Kind::Poisoned
         {
             // The next request says so, if it is of any consequence.
-            tracing::warn!(layer = %layer.id(), "after a flush: {e}");
+            tracing::warn!(layer = %layer.id(), "after it was written to: {e}");
         }
     }
     fn plain_file(&self) -> Result<OwnedFd> {

@@ -43,12 +43,16 @@ pub trait Disk: Send + Sync {
     }
     /// Makes all that returned before this call durable.
     fn flush(&self) -> Result<()>;
-    /// [`Disk::flush`] for somebody who waits for it: what need not be done before he is answered is left to [`Disk::after_flush`].
+    /// [`Disk::flush`] for somebody who waits for it: what need not be done before he is answered is left to [`Disk::tidy`].
     fn flush_first(&self) -> Result<()> {
         self.flush()
     }
-    /// What [`Disk::flush_first`] has left, if it has left anything. To be called after each, while nobody waits.
-    fn after_flush(&self) {}
+    /// Was so much written that [`Disk::tidy`] is due, though nobody flushes? To be asked after each write.
+    fn is_filling(&self) -> bool {
+        false
+    }
+    /// What [`Disk::flush_first`] has left, or many writes without one, if they have left anything. To be called after each flush, while nobody waits.
+    fn tidy(&self) {}
     /// A file that holds exactly these bytes at these places and never changes, if there is one: then others can read it past this disk, and past
     /// its checksums. The error says why there is none.
     fn plain_file(&self) -> Result<OwnedFd> {

@@ -7,14 +7,17 @@
 //!   [`Files::quiesce`] wait for those under way, and return when no worker touches the disk any more;
 //! - removing never waits for requests that come after it: they are refused at once.
 
+use super::depth::Depth;
 use crate::{
     disk::Disk,
     error::{Error, Kind, Result},
+    sys::loopdev,
 };
 use parking_lot::{RwLock, RwLockReadGuard};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed},
@@ -90,7 +93,8 @@ impl Counters {
             self.max_in_flight.fetch_max(now, Relaxed);
         }
     }
-    fn leave(&self, op: Op, ok: bool) {
+    /// Returns how many of its kind there were before.
+    fn leave(&self, op: Op, ok: bool) -> u64 {
         let (count, bytes) = match op {
             Op::Read(len) => (&self.reads, Some((&self.bytes_read, len))),
             Op::Write(len) => (&self.writes, Some((&self.bytes_written, len))),
@@ -98,10 +102,10 @@ impl Counters {
             Op::Flush => (&self.flushes, None),
             Op::Seek => {
                 self.in_flight.fetch_sub(1, Relaxed);
-                return;
+                return 0;
             }
         };
-        count.fetch_add(1, Relaxed);
+        let before = count.fetch_add(1, Relaxed);
         match bytes {
             Some((counter, len)) if ok => {
                 counter.fetch_add(len, Relaxed);
@@ -112,6 +116,7 @@ impl Counters {
             self.errors.fetch_add(1, Relaxed);
         }
         self.in_flight.fetch_sub(1, Relaxed);
+        before
     }
     /// The values now.
     pub fn stats(&self) -> Stats {
@@ -145,6 +150,7 @@ pub struct ServedFile {
     opens: AtomicI64,
     counters: Counters,
     total: Arc<Counters>,
+    depth: Depth,
 }
 
 /// A disk that is shown, for tables.
@@ -207,9 +213,24 @@ impl ServedFile {
         self.counters.enter();
         self.total.enter();
         let result = serve(&*disk);
-        self.counters.leave(op, result.is_ok());
+        self.depth.count(self.counters.leave(op, result.is_ok()));
         self.total.leave(op, result.is_ok());
         Some(result)
+    }
+    /// Is [`ServedFile::look`] due?
+    pub fn is_look_due(&self) -> bool {
+        self.depth.is_due()
+    }
+    /// Looks how much its device has to do, after a request was answered.
+    pub fn look(&self) {
+        self.depth.look();
+    }
+    /// Does what requests have left for the time after they were answered ([`Disk::tidy`]). As any request it holds the disk, which may be another by now, or
+    /// none.
+    pub fn tidy(&self) {
+        if let Some(disk) = self.disk() {
+            disk.tidy();
+        }
     }
     /// Counts an open.
     pub fn opened(&self) {
@@ -342,9 +363,16 @@ impl Files {
             opens: AtomicI64::new(0),
             counters: Counters::default(),
             total: Arc::clone(&self.total),
+            depth: Depth::default(),
         };
         table.by_ino.insert(ino, Arc::new(file));
         Ok(ino)
+    }
+    /// The file of that number is shown as this loop device.
+    pub fn shown_as(&self, ino: u64, device: &Path) {
+        if let (Some(file), Some(number)) = (self.get(ino), loopdev::number(device)) {
+            file.depth.is_of(number);
+        }
     }
     /// The next number that would be given out: to be carried over a takeover, with
     /// [`Files::reserve_inos`], so that numbers of removed files do not come back.

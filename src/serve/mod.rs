@@ -4,9 +4,10 @@
 //! - [`files`]: the disks that are shown, by name and number, with their counters;
 //! - [`fuse`]: each of them a regular file in a FUSE mount;
 //! - [`nbd`]: some of them exports of a Unix socket;
-//! - `crew`, `waiting`, `limit`: what both need: threads, writes that wait for room, a log that is not flooded.
+//! - `crew`, `waiting`, `limit`, `depth`: what they need: threads, writes that wait for room, a log that is not flooded, a device that suits its load.
 
 mod crew;
+mod depth;
 pub mod files;
 pub mod fuse;
 mod limit;

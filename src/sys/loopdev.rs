@@ -363,28 +363,53 @@ fn tune(number: u32, below: Below) {
     set(number, "read_ahead_kb", "1024");
     // What stands behind is the host's business: no elevator, no seek avoidance up here. Kernels since 6.11 think so by themselves.
     set(number, "rotational", "0");
-    if below == Below::File {
-        set_affinity(number, "1");
-    } else {
+    let completed = match below {
+        Below::File => Completed::Near,
         // The answer comes from the processor of the server, and in no interrupt: there the kernel would leave the rest to a thread, and wake the program from
-        // there. So the processor that asked is interrupted, and wakes it itself.
-        set_affinity(number, "2");
-    }
+        // there. So the processor that asked is interrupted, and wakes it itself. The server looks whether that is worth it.
+        Below::Served => Completed::WhereMade,
+    };
+    complete(number, completed);
 }
 
 /// The device goes back to others, who find it as the kernel makes it.
 fn forget_tuning(device: &Path) {
     if let Some(number) = number(device) {
-        set_affinity(number, "1");
+        complete(number, Completed::Near);
     }
 }
 
-/// Where a request is completed: 1, near the processor that made it; 2, on that very one. Kernels 6.11 to 6.14 stop the queue for this, too: there attaching
-/// and detaching would take longer than it is worth.
-fn set_affinity(number: u32, value: &str) {
-    if !((6, 11, 0)..(6, 15, 0)).contains(&process::kernel_version()) {
+/// Where a request of a device is completed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Completed {
+    /// Near the processor that made it: as the kernel does it by itself.
+    Near,
+    /// On the very processor that made it, which is interrupted for that.
+    WhereMade,
+}
+
+/// Says where the requests of a device are completed. Kernels 6.11 to 6.18.2 stop the queue for this, too: there it would take longer than it is worth, and
+/// who holds a request would wait for himself. Nothing is done there.
+pub fn complete(number: u32, completed: Completed) {
+    let value = match completed {
+        Completed::Near => "1",
+        Completed::WhereMade => "2",
+    };
+    if can_complete() {
         set(number, "rq_affinity", value);
     }
+}
+
+/// Does [`complete`] do anything?
+pub fn can_complete() -> bool {
+    !((6, 11, 0)..(6, 18, 3)).contains(&process::kernel_version())
+}
+
+/// Requests of a device that are under way; `None` where that cannot be told.
+pub fn in_flight(number: u32) -> Option<u32> {
+    let counts = fs::read_to_string(sysfs(number).join("inflight")).ok()?;
+    let counts = counts.split_whitespace().map(str::parse::<u32>);
+    counts.sum::<std::result::Result<u32, _>>().ok()
 }
 
 fn set(number: u32, file: &str, value: &str) {

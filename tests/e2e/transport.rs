@@ -1,6 +1,7 @@
 //! The ways requests reach the daemon, as a user chooses them.
 
 use crate::{rig::*, uring::Switch};
+use forkdisk::sys::loopdev;
 use std::{
     fs::{self, File},
     os::unix::fs::{FileExt, OpenOptionsExt},
@@ -11,6 +12,48 @@ use std::{
 
 fn switched() -> Option<Switch> {
     root().then(|| Switch::set(true)).flatten()
+}
+
+/// Where many requests are under way none is worth an interrupt of the processor that made it; also for the server of the next program.
+#[test]
+fn a_device_suits_its_load() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    let setting = format!("/sys/block/{}/queue/rq_affinity", &device[5..]);
+    let suits = |depth: &str, value: &str| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while fs::read_to_string(&setting).unwrap().trim() != value {
+            assert!(Instant::now() < deadline, "depth {depth}: not {value}");
+            tool(
+                "fio",
+                [
+                    "--name=load",
+                    &format!("--filename={device}"),
+                    "--size=16m",
+                    "--rw=randread",
+                    "--bs=4k",
+                    "--direct=1",
+                    "--ioengine=libaio",
+                    &format!("--iodepth={depth}"),
+                    "--output=/dev/null",
+                ],
+            );
+        }
+    };
+    let where_made = match loopdev::can_complete() {
+        true => "2",
+        false => "1",
+    };
+    suits("32", "1");
+    suits("1", where_made);
+    w.ok(["daemon", "takeover"]);
+    suits("32", "1");
+    suits("1", where_made);
+    w.ok(["detach", "d"]);
 }
 
 #[test]

@@ -157,15 +157,42 @@ fn what_can_wait_is_left_to_after_the_flush() {
         let flush = cost(&counting, || disk.flush_first().expect("flush"));
         assert_eq!((flush.writes, flush.syncs), (1, 1), "{n}: {flush:?}");
         assert_eq!(flush.bytes_written, B, "{n}: {flush:?}");
-        let after = cost(&counting, || disk.after_flush());
+        let after = cost(&counting, || disk.tidy());
         later.bytes_written += after.bytes_written;
         later.syncs += after.syncs;
     }
     // Slots written ahead, and checkpoints.
     assert!(later.bytes_written >= 1000 * B, "{later:?}");
     assert!(later.syncs > 0, "{later:?}");
-    let idle = cost(&counting, || disk.after_flush());
+    let idle = cost(&counting, || disk.tidy());
     assert_eq!(idle.syncs, 0, "{idle:?}");
+}
+
+/// Who writes on and never flushes does not wait for a commit either: it comes when his write was answered, before the journal is full.
+#[test]
+fn who_never_flushes_does_not_wait_for_a_commit() {
+    const MIB: u64 = 1 << 20;
+    let sim = SimDisk::new(1);
+    drop(store_with(&sim, &[1; 4096]));
+    let (store, counting) = counted(&sim);
+    fork(&store, "image", "large", Some(1 << 30));
+    let disk = open(&store, "large").expect("large");
+    let zeros = vec![0; MIB as usize];
+    let mut commits = 0;
+    for n in 0..4096 {
+        let write = cost(&counting, || {
+            disk.write(&zeros, n % 1024 * MIB).expect("write");
+        });
+        assert_eq!(write.syncs, 0, "{n}: {write:?}");
+        if disk.is_filling() {
+            let after = cost(&counting, || disk.tidy());
+            assert!(after.syncs > 0, "{n}: {after:?}");
+            assert!(!disk.is_filling());
+            commits += 1;
+        }
+    }
+    // Each block of a mebibyte may need two entries; half of what there is room for is enough.
+    assert!((10..=20).contains(&commits), "{commits}");
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn a_device_is_the_disk() {
         );
         assert_eq!(queue(dev.device(), "read_ahead_kb"), "1024");
         assert_eq!(queue(dev.device(), "rotational"), "0");
-        assert_eq!(queue(dev.device(), "rq_affinity"), "2");
+        assert_eq!(queue(dev.device(), "rq_affinity"), where_made());
         assert_eq!(
             attach::find_loops(dev.0.dev, dev.0.ino).unwrap(),
             std::slice::from_ref(&dev.0)
@@ -145,6 +145,57 @@ fn a_device_is_the_disk() {
         assert_eq!(attach::detach_loop(&dev.0, QUICK).unwrap(), Detach::Gone);
     }
     assert_eq!(rig.files.total().errors, 0);
+}
+
+/// What a device has of which few requests are under way.
+fn where_made() -> &'static str {
+    match loopdev::can_complete() {
+        true => "2",
+        false => "1",
+    }
+}
+
+/// Some thousand reads of one block past the page cache, by so many threads.
+fn read_by(device: &Path, threads: u64) {
+    let one = || {
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(device)
+            .unwrap();
+        let mut memory = vec![0; 2 * 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        for n in 0..4096 / threads {
+            let block = &mut memory[start..start + 4096];
+            file.read_exact_at(block, n % 512 * 4096).unwrap();
+        }
+    };
+    thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(one))));
+}
+
+/// Where many requests are under way none of them is worth an interrupt.
+#[test]
+fn a_device_suits_its_load() {
+    if !root() {
+        return;
+    }
+    let rig = Rig::new();
+    let mut disk = MemDisk::new(2 * MIB);
+    disk.read_delay = Duration::from_micros(200);
+    let dev = rig.attach("disk", Arc::new(disk), LoopOptions::default());
+    let ino = rig.files.lookup("disk").unwrap().ino();
+    // Nobody has said yet whose device it is.
+    read_by(dev.device(), 16);
+    assert_eq!(queue(dev.device(), "rq_affinity"), where_made());
+    rig.files.shown_as(ino, dev.device());
+    for _ in 0..2 {
+        for (threads, affinity) in [(16, "1"), (1, where_made())] {
+            eventually("the device suits its load", || {
+                read_by(dev.device(), threads);
+                queue(dev.device(), "rq_affinity") == affinity
+            });
+        }
+    }
 }
 
 #[test]

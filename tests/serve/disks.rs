@@ -31,6 +31,7 @@ pub struct Asked {
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub flushes: AtomicU64,
+    pub tidied: AtomicU64,
     pub discards: Mutex<Vec<(u64, u64)>>,
     pub zeroes: Mutex<Vec<(u64, u64)>>,
 }
@@ -46,6 +47,10 @@ pub struct MemDisk {
     pub fail: Mutex<Option<Kind>>,
     /// Are writers to wait for room?
     pub full: AtomicBool,
+    /// Do its writes leave something to be done?
+    pub filling: AtomicBool,
+    /// Who holds it keeps whoever tidies.
+    pub untidy: Mutex<()>,
     /// How long each read takes at least.
     pub read_delay: Duration,
     /// How long each write takes at least, before it is seen.
@@ -62,6 +67,8 @@ impl MemDisk {
             read_only: false,
             fail: Mutex::new(None),
             full: AtomicBool::new(false),
+            filling: AtomicBool::new(false),
+            untidy: Mutex::new(()),
             read_delay: Duration::ZERO,
             write_delay: Duration::ZERO,
             says_so: true,
@@ -167,6 +174,13 @@ impl Disk for MemDisk {
     fn flush(&self) -> Result<()> {
         self.asked.flushes.fetch_add(1, SeqCst);
         self.failing()
+    }
+    fn is_filling(&self) -> bool {
+        self.filling.load(SeqCst)
+    }
+    fn tidy(&self) {
+        let _held = self.untidy.lock();
+        self.asked.tidied.fetch_add(1, SeqCst);
     }
     fn extents(&self, at: u64, len: u64) -> Result<Vec<Extent>> {
         let mut out: Vec<Extent> = Vec::new();

@@ -395,6 +395,35 @@ fn thirty_two_requests_are_served_at_once() {
     panic!("still {:?} threads", rig.session.threads());
 }
 
+/// What writes leave is done after they were answered, and holds up nobody.
+#[test]
+fn what_requests_leave_is_done_after_the_answer() {
+    if !root() {
+        return;
+    }
+    let rig = Rig::new();
+    let disk = Arc::new(MemDisk::new(4 * MIB));
+    rig.serve("disk", disk.clone());
+    let file = rig.open("disk");
+    let tidied = || disk.asked.tidied.load(SeqCst);
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    file.read_exact_at(&mut [0; 4096], 0).unwrap();
+    assert_eq!(tidied(), 0, "nothing was left");
+    file.sync_all().unwrap();
+    eventually("a flush is followed by what it left", || tidied() == 1);
+    disk.filling.store(true, SeqCst);
+    let held = disk.untidy.lock();
+    file.write_all_at(&[2; 4096], 0).unwrap();
+    fallocate(&file, PUNCH, 8192, 4096).unwrap();
+    disk.filling.store(false, SeqCst);
+    for n in 0..64 {
+        file.write_all_at(&[3; 4096], n % 16 * 4096).unwrap();
+    }
+    assert_eq!(tidied(), 1);
+    drop(held);
+    eventually("both are followed by what they left", || tidied() == 3);
+}
+
 #[test]
 fn more_requests_than_threads_only_wait() {
     if !root() {

@@ -474,6 +474,35 @@ fn one_that_is_slow_keeps_no_other_waiting() {
     assert!(first, "nobody read on");
 }
 
+/// What writes leave is done after they were answered, and holds up nobody, also of the same connection.
+#[test]
+fn what_requests_leave_is_done_after_the_answer() {
+    let mem = disk(8);
+    let (door, _) = Door::with("d", &mem);
+    let mut link = door.connect("d", true);
+    let mut ask = |command, data: &[u8]| {
+        let asked = link.send(command, 0, 0, 4096, data).unwrap();
+        let (answered, outcome) = link.receive().unwrap();
+        outcome.unwrap();
+        assert_eq!(answered, asked);
+    };
+    ask(WRITE, &[1; 4096]);
+    assert_eq!(mem.asked.tidied.load(SeqCst), 0, "nothing was left");
+    mem.filling.store(true, SeqCst);
+    let held = mem.untidy.lock();
+    ask(WRITE, &[2; 4096]);
+    mem.filling.store(false, SeqCst);
+    for _ in 0..16 {
+        ask(READ, b"");
+        ask(WRITE, &[3; 4096]);
+    }
+    assert_eq!(mem.asked.tidied.load(SeqCst), 0);
+    drop(held);
+    eventually("what was left is done", || {
+        mem.asked.tidied.load(SeqCst) == 1
+    });
+}
+
 #[test]
 fn a_write_that_waits_for_room_is_answered_when_there_is_some() {
     let mem = disk(8);

@@ -29,12 +29,12 @@ impl Layer {
     /// under way join the next.
     pub fn flush(&self) -> Result<()> {
         if self.flush_first()? {
-            self.after_flush()?;
+            self.tidy()?;
         }
         Ok(())
     }
 
-    /// [`Layer::flush`] without what need not be done before it is answered: [`Layer::after_flush`] is to be called soon. Says whether it committed
+    /// [`Layer::flush`] without what need not be done before it is answered: [`Layer::tidy`] is to be called soon. Says whether it committed
     /// anything itself.
     pub fn flush_first(&self) -> Result<bool> {
         let target = self.epoch.load(SeqCst);
@@ -74,18 +74,27 @@ impl Layer {
         }
     }
 
-    /// What a flush leaves for the time when nobody waits for it: a checkpoint if the journal is long, slots that are written ahead, large
-    /// pieces of space that go back to the host. Where another thread is at it, there is nothing to do.
-    pub fn after_flush(&self) -> Result<()> {
+    /// Was so much written that [`Layer::tidy`] should be called, though nobody flushes?
+    pub fn is_filling(&self) -> bool {
+        self.filling.load(Relaxed)
+    }
+
+    /// What flushes, and many writes without one, leave for the time when nobody waits for it: a commit if the journal fills, a checkpoint if it is long,
+    /// slots that are written ahead, large pieces of space that go back to the host. Where another thread is at it, there is nothing to do.
+    pub fn tidy(&self) -> Result<()> {
         if self.tidying.swap(true, SeqCst) {
             return Ok(());
         }
-        let done = self.tidy();
+        let committed = match self.is_filling() {
+            true => self.flush_first().map(drop),
+            false => Ok(()),
+        };
+        let done = committed.and_then(|()| self.tidy_committed());
         self.tidying.store(false, SeqCst);
         done
     }
 
-    fn tidy(&self) -> Result<()> {
+    fn tidy_committed(&self) -> Result<()> {
         let mut over = self.over.load(SeqCst);
         if over && let Some((lower, stays)) = self.lower_part() {
             lower.expire(stays);
@@ -126,6 +135,7 @@ impl Layer {
             });
             self.logged.store(log.entries.count(), SeqCst);
             let mut space = self.space.lock();
+            self.filling.store(false, Relaxed);
             space.entries -= counted.reserved;
             space.committing = commit_slots(counted.reserved);
             (closed, counted, epoch)

@@ -344,12 +344,7 @@ impl Pool {
         } else {
             Some(Reply::failed(libc::EIO))
         };
-        let Some(Reply {
-            error,
-            len,
-            flushed,
-        }) = reply
-        else {
+        let Some(Reply { error, len, left }) = reply else {
             return;
         };
         match rustix::io::write(&self.fd, buffer.answer(header.unique, error, len)) {
@@ -364,8 +359,8 @@ impl Pool {
                 let _ = rustix::io::write(&self.fd, buffer.answer(header.unique, -libc::EIO, 0));
             }
         }
-        if let Some(ino) = flushed {
-            self.service.after_flush(ino);
+        if let Some(left) = left {
+            self.service.finish(left);
         }
     }
 }

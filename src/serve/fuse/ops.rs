@@ -50,8 +50,17 @@ pub(super) struct Reply {
     pub(super) error: i32,
     /// Length of the body.
     pub(super) len: usize,
-    /// A file was flushed: [`Service::after_flush`] is to be called with its number, after the answer went.
-    pub(super) flushed: Option<u64>,
+    /// Something is left to be done: [`Service::finish`] is to be called with this, after the answer went.
+    pub(super) left: Option<Left>,
+}
+
+/// What a request has left.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left {
+    /// Number of the file.
+    ino: u64,
+    /// Is its disk to be tidied, too?
+    disk: bool,
 }
 
 impl Reply {
@@ -59,7 +68,7 @@ impl Reply {
     pub(super) const DONE: Reply = Reply {
         error: 0,
         len: 0,
-        flushed: None,
+        left: None,
     };
     /// Failed with `errno`.
     pub(super) fn failed(errno: i32) -> Reply {
@@ -95,12 +104,14 @@ impl Service {
     pub(super) fn may_log(&self) -> bool {
         self.log.allow()
     }
-    /// Does what the flush of a file has left. As any request it holds the disk, which may be another by now, or none.
-    pub(super) fn after_flush(&self, ino: u64) {
-        if let Some(file) = self.files.get(ino)
-            && let Some(disk) = file.disk()
-        {
-            disk.after_flush();
+    /// Does what a request has left.
+    pub(super) fn finish(&self, left: Left) {
+        let Some(file) = self.files.get(left.ino) else {
+            return;
+        };
+        file.look();
+        if left.disk {
+            file.tidy();
         }
     }
     /// Serves one request; `None` if no answer is expected.
@@ -113,8 +124,12 @@ impl Service {
         match request.dispatch() {
             Ok(Answer::Silence) => None,
             Ok(Answer::Body(len)) => Some(Reply { len, ..Reply::DONE }),
-            Ok(Answer::Flushed) => Some(Reply {
-                flushed: Some(header.nodeid),
+            Ok(Answer::Left { len, disk }) => Some(Reply {
+                len,
+                left: Some(Left {
+                    ino: header.nodeid,
+                    disk,
+                }),
                 ..Reply::DONE
             }),
             Err(errno) => Some(Reply::failed(errno)),
@@ -128,8 +143,8 @@ enum Answer {
     Silence,
     /// Done, with so many bytes in the room.
     Body(usize),
-    /// Done; a file was flushed.
-    Flushed,
+    /// The same; something is left to be done for the file, and for its disk.
+    Left { len: usize, disk: bool },
 }
 
 /// An `errno`, or an answer.
@@ -233,7 +248,10 @@ impl Request<'_> {
             }
         });
         self.result(&file, "read", arg.offset, want, result)?;
-        Ok(Answer::Body(len))
+        match file.is_look_due() {
+            true => Ok(Answer::Left { len, disk: false }),
+            false => Ok(Answer::Body(len)),
+        }
     }
 
     fn write(&mut self) -> Outcome {
@@ -245,7 +263,7 @@ impl Request<'_> {
         }
         let want = u64::from(arg.size);
         let mut len = 0;
-        let mut waits = false;
+        let (mut waits, mut left) = (false, false);
         let result = file.request(Op::Write(want), |disk| {
             if disk.read_only() {
                 return Err(Error::new(Kind::ReadOnly, "the disk can only be read"));
@@ -268,7 +286,10 @@ impl Request<'_> {
                     });
                     if waits { Ok(()) } else { Err(e) }
                 }
-                (done, _) => done,
+                (done, _) => {
+                    left = disk.is_filling();
+                    done
+                }
             }
         });
         self.result(&file, "write", arg.offset, want, result)?;
@@ -279,17 +300,21 @@ impl Request<'_> {
             // As a block device does behind its end.
             return Err(libc::ENOSPC);
         }
-        self.body(&abi::WriteOut {
+        let body = abi::WriteOut {
             size: len as u32,
             padding: 0,
-        })
+        };
+        match self.body(&body)? {
+            Answer::Body(len) if left || file.is_look_due() => Ok(Answer::Left { len, disk: left }),
+            answer => Ok(answer),
+        }
     }
 
     fn fsync(&mut self) -> Outcome {
         let file = self.file()?;
         let result = file.request(Op::Flush, |disk| disk.flush_first());
         self.result(&file, "flush", 0, 0, result)?;
-        Ok(Answer::Flushed)
+        Ok(Answer::Left { len: 0, disk: true })
     }
 
     fn fallocate(&mut self) -> Outcome {
@@ -325,15 +350,20 @@ impl Request<'_> {
             return DONE;
         }
         // It never waits for room: the kernel lets no flush and no other discard of the file pass until it is answered.
+        let mut left = false;
         let result = file.request(Op::Discard(len), |disk| {
-            if discard {
-                disk.discard(at, len)
-            } else {
-                disk.write_zeroes(at, len)
-            }
+            let done = match discard {
+                true => disk.discard(at, len),
+                false => disk.write_zeroes(at, len),
+            };
+            left = disk.is_filling();
+            done
         });
         self.result(&file, what, at, len, result)?;
-        DONE
+        match left {
+            true => Ok(Answer::Left { len: 0, disk: true }),
+            false => DONE,
+        }
     }
 
     fn lseek(&mut self) -> Outcome {

@@ -229,9 +229,9 @@ impl Worker {
         // Requests without an answer come through the descriptor; should one come here, the entry must go back all the same.
         let reply = self.service.serve(&request, &mut message);
         let reply = reply.unwrap_or(Reply::DONE);
-        if let Some(ino) = reply.flushed {
-            // The answer goes with the next entering of the kernel, which waits for the next request.
-            self.service.after_flush(ino);
+        if let Some(left) = reply.left {
+            // The answer goes with the next entering of the kernel, which waits for the next request: whoever asked waits for this, too.
+            self.service.finish(left);
         }
         let header = abi::OutHeader {
             len: (abi::OUT_HEADER + reply.len) as u32,

@@ -364,7 +364,7 @@ impl Link {
                     self.errno("flush", request, flushed)
                 });
                 self.done(request, outcome);
-                self.after_flush();
+                self.file.tidy();
             }
             command @ (command::TRIM | command::WRITE_ZEROES) => {
                 let outcome = self.discard(request, command == command::TRIM);
@@ -408,12 +408,6 @@ impl Link {
     fn done(&self, request: &Request, outcome: std::result::Result<(), i32>) {
         self.out
             .simple(request.cookie.get(), outcome.err().unwrap_or(0));
-    }
-
-    fn after_flush(&self) {
-        if let Some(disk) = self.file.disk() {
-            disk.after_flush();
-        }
     }
 
     /// Fails if the request asks for something that is not known: to ignore that might be what the client does not expect.
@@ -583,13 +577,19 @@ impl Link {
     }
 
     /// Answers a write, unless it waits for room.
-    fn written(&self, request: &Request, outcome: Written) {
+    fn written(self: &Arc<Link>, request: &Request, outcome: Written) {
         match outcome {
             Ok(false) => {}
             Ok(true) => {
                 self.done(request, Ok(()));
-                if is_durable(request) {
-                    self.after_flush();
+                // The disk is let go of before it is asked for again: in between it may be taken away.
+                let fills = self.file.disk().is_some_and(|disk| disk.is_filling());
+                if fills {
+                    // It takes its time.
+                    self.more();
+                }
+                if fills || is_durable(request) {
+                    self.file.tidy();
                 }
             }
             Err(errno) => self.done(request, Err(errno)),
