@@ -42,11 +42,10 @@ pub(crate) struct Commit {
 impl Commit {
     pub(crate) fn run(self, context: &Context) -> Outcome {
         let ui = &context.ui;
-        let Commit { disk, name, .. } = &self;
         let store = context.open()?;
+        let (disk, name) = (&context.disk_name(&store, &self.disk)?, &self.name);
         if context.dry_run {
-            store.resolve(disk)?;
-            context.must_be_free(&store, name)?;
+            store.may_commit(disk, name, self.message.as_deref())?;
             let document = json!({"dry_run": true, "name": name, "disk": disk});
             return ui.answer(document, || format!("would make {name} of {disk}\n"));
         }

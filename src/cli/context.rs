@@ -106,6 +106,14 @@ impl Context {
         }
         Some(found)
     }
+    /// The name of the disk that `reference` is, also by the beginning of its id; anything else as it stands.
+    pub fn disk_name(&self, store: &Store, reference: &str) -> Result<String> {
+        let object = store.resolve(reference)?;
+        Ok(match object.kind {
+            ObjectKind::Disk => object.name,
+            _ => reference.to_string(),
+        })
+    }
     /// For `--dry-run`: fails as making `name` would if it is taken.
     pub fn must_be_free(&self, store: &Store, name: &str) -> Result<()> {
         match store.resolve(name) {

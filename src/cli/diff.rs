@@ -98,7 +98,11 @@ impl Diff {
         if self.files {
             let (lower, upper) = match &self.b {
                 Some(b) => (a, store.resolve(b)?),
-                None => (store.resolve(&stands_on(&store, &a)?.0)?, a),
+                None => {
+                    let (name, below) = stands_on(&store, &a)?;
+                    let named = store.resolve(&name).ok().filter(|o| o.id == below.id());
+                    (named.ok_or_else(|| nothing_named(&a.name))?, a)
+                }
             };
             let differ = diff_files::run(&self, context, &store, &lower, &upper)?;
             return match differ && self.exit_code {
@@ -212,6 +216,15 @@ fn stands_on(store: &Store, object: &Object) -> Result<(String, Below)> {
             object.name
         ))),
     }
+}
+
+/// Only what has a name can be attached to look at its files.
+fn nothing_named(name: &str) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!("nothing that {name} stands on has a name"),
+    )
+    .hint("name what to compare it with: `forkdisk diff A B --files`")
 }
 
 /// Calls `f` with each change.

@@ -88,10 +88,15 @@ impl Create {
             [] => unreachable!("--count is at least 1"),
         };
         if context.dry_run {
-            for name in &names {
-                context.must_be_free(&store, name)?;
+            let size = store.may_create(&names, &self.from, size)?;
+            if let Some(at) = self.at {
+                match context.daemon_of(&store, &from.name)? {
+                    None => store.look_back(&from.name, at.at())?,
+                    Some(_) => store.look_back_busy(&from.name, at.at())?,
+                };
             }
-            let document = json!({"dry_run": true, "names": names, "from": from.name, "size": size.unwrap_or(from.size)});
+            let document =
+                json!({"dry_run": true, "names": names, "from": from.name, "size": size});
             return ui.answer(document, || {
                 format!("would create {what} from {}\n", from.name)
             });
@@ -191,8 +196,7 @@ impl Rename {
         let Rename { old, new } = &self;
         let store = context.open_to_change()?;
         if context.dry_run {
-            store.resolve(old)?;
-            context.must_be_free(&store, new)?;
+            let old = store.may_rename(old, new)?.name;
             let document = json!({"dry_run": true, "old": old, "name": new});
             return ui.answer(document, || format!("would rename {old} to {new}\n"));
         }

@@ -8,7 +8,7 @@ use crate::{
         store::counted,
     },
     error::{Kind, Result},
-    store::history::{At, Limits, Rewound},
+    store::history::{At, Limits, Rewound, too_many},
     sys::signals,
 };
 use clap::Args;
@@ -184,6 +184,12 @@ impl Rewind {
         };
         let exact = At::Number(plan.point.number);
         let done = if context.dry_run {
+            if let Some((daemon, a)) = &mut attached {
+                daemon.hold_unused(a)?;
+                if !plan.undoable {
+                    return Err(too_many(&name).into());
+                }
+            }
             plan
         } else {
             if !plan.undoable && attached.is_none() {

@@ -154,6 +154,10 @@ impl Resize {
                 if !change.is_nothing() {
                     text.push_str(&format!("would say: {}\n", told(ui, &name, &then)));
                 }
+                if let Some(HistoryArg(limits)) = self.history {
+                    let what = if limits.is_some() { "its" } else { "no" };
+                    text.push_str(&format!("would let {name} keep {what} history\n"));
+                }
                 if lost > 0 {
                     text.push_str(&format!("would lose {} of data\n", ui.size(lost)));
                 }

@@ -33,6 +33,9 @@ impl Rollback {
         let snapshot = store.may_roll_back(disk, name)?;
         let attached = context.daemon_of(&store, disk)?;
         if context.dry_run {
+            if let Some((mut daemon, a)) = attached {
+                daemon.hold_unused(&a)?;
+            }
             let document =
                 json!({"dry_run": true, "name": disk, "snapshot": full, "size": snapshot.size});
             return ui.answer(document, || format!("would roll {disk} back to {full}\n"));

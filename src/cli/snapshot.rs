@@ -59,18 +59,20 @@ impl Snapshot {
             wanted.push((disk.to_string(), name.to_string()));
         }
         let store = context.open()?;
+        for (disk, _) in &mut wanted {
+            *disk = context.disk_name(&store, disk)?;
+        }
         if context.dry_run {
-            for ((disk, _), full) in wanted.iter().zip(&self.names) {
-                store.resolve(disk)?;
-                context.must_be_free(&store, full)?;
-            }
-            let document = match &self.names[..] {
+            store.may_snapshot(&wanted, self.message.as_deref())?;
+            let full = wanted.iter().map(|(disk, name)| format!("{disk}@{name}"));
+            let names: Vec<String> = full.collect();
+            let document = match &names[..] {
                 [one] => json!({"dry_run": true, "name": one}),
                 all => json!({"dry_run": true, "names": all}),
             };
             return ui.answer(document, || {
                 let line = |name: &String| format!("would make {name}\n");
-                self.names.iter().map(line).collect()
+                names.iter().map(line).collect()
             });
         }
         let (made, thawed) = self.take(context, &store, &wanted)?;

@@ -58,13 +58,16 @@ impl Trim {
                     .into(),
             );
         }
+        attach::may_attach_loops()?;
+        if let Some((_, a)) = &present {
+            device_of(a)?;
+        }
         if context.dry_run {
             let document = json!({"dry_run": true, "name": name});
             return ui.answer(document, || {
                 format!("would discard what the filesystem on {name} does not use\n")
             });
         }
-        attach::may_attach_loops()?;
         signals::catch();
         let freed = trim(context, &store, &object, present)?;
         if ui.json {
@@ -85,7 +88,12 @@ fn trim(
     let used = || -> Result<u64> { Ok(store.quota(object)?.map_or(0, |q| q.used)) };
     let Some((_, attached)) = present else {
         let before = used()?;
-        let mut daemon = Client::connect_or_start(store, None)?;
+        let running = Client::connect(store)?;
+        let started = running.is_none();
+        let mut daemon = match running {
+            Some(daemon) => daemon,
+            None => Client::connect_or_start(store, None)?,
+        };
         let attached = daemon.attach(&AttachRequest {
             reference: object.name.clone(),
             via: Via::Loop,
@@ -97,6 +105,9 @@ fn trim(
         let refused = daemon.waiting(&attached.name, Waiting::Fail);
         let done = refused.and_then(|_| visit(context, store, object, &attached));
         let detached = daemon.detach(&attached.name);
+        if started && let Err(e) = daemon.stop() {
+            tracing::debug!("the daemon goes on: {e}");
+        }
         done?;
         detached?;
         return Ok(before.saturating_sub(used()?));

@@ -103,7 +103,11 @@ impl Where {
                 Reached::Server(reader, writer) => return Ok(Some((reader, writer))),
                 Reached::Nobody => return Ok(None),
                 // The server died, or is about to leave: another one comes, or the daemon ends.
-                Reached::Lost if keeper::is_kept(&self.dir) && Instant::now() < deadline => {
+                Reached::Lost if keeper::is_kept(&self.dir) => {
+                    if Instant::now() > deadline {
+                        return Err(Error::new(Kind::Busy, "the daemon answers nobody")
+                            .hint("it may serve as many commands as it can, or no server can begin; its log, daemon.log in the run directory of the store, tells"));
+                    }
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Reached::Lost => return Ok(None),

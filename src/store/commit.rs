@@ -80,7 +80,12 @@ impl Store {
         self.end_before(&source.name, Some(running));
         Ok(Below::Layer(source.id))
     }
-    fn commit_source(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+    pub(super) fn commit_source(
+        &self,
+        disk: &str,
+        name: &str,
+        message: Option<&str>,
+    ) -> Result<Object> {
         check_part(disk)?;
         check_part(name)?;
         check_message(message)?;

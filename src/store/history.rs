@@ -520,7 +520,8 @@ impl Store {
     }
 }
 
-fn too_many(disk: &str) -> Error {
+/// A disk that is attached cannot go back so far.
+pub fn too_many(disk: &str) -> Error {
     Error::new(
         Kind::Busy,
         "too many blocks have changed since to take them back in one step",

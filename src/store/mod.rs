@@ -20,6 +20,7 @@ mod kept;
 mod leaf;
 mod look;
 mod many;
+mod may;
 pub mod names;
 mod objects;
 pub mod past;

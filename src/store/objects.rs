@@ -88,7 +88,7 @@ impl Store {
         let (_, counts, _) = self.layer_counts(disk.id)?;
         Ok(disk.parent.filter(|_| counts == (0, 0)))
     }
-    fn check_new(&self, disks: &[String]) -> Result<()> {
+    pub(super) fn check_new(&self, disks: &[String]) -> Result<()> {
         let mut seen = HashSet::new();
         for name in disks {
             check_part(name)?;
@@ -249,7 +249,12 @@ impl Store {
         self.seal_running(&source, running, Some(&kept))?;
         self.object(&kept.name)
     }
-    fn snapshot_source(&self, disk: &str, name: &str, message: Option<&str>) -> Result<Object> {
+    pub(super) fn snapshot_source(
+        &self,
+        disk: &str,
+        name: &str,
+        message: Option<&str>,
+    ) -> Result<Object> {
         check_part(disk)?;
         check_part(name)?;
         check_message(message)?;
@@ -397,8 +402,8 @@ impl Store {
     pub fn rename_open(&self, old: &str, new: &str) -> Result<Object> {
         self.rename_how(old, new, true)
     }
-    fn rename_how(&self, old: &str, new: &str, open: bool) -> Result<Object> {
-        let _lock = self.lock(true)?;
+    /// What is to be renamed.
+    pub(super) fn rename_source(&self, old: &str, new: &str) -> Result<Object> {
         let object = self.resolve_locked(old)?;
         let old = object.name.clone();
         if object.kind == ObjectKind::Snapshot {
@@ -425,6 +430,12 @@ impl Store {
         if self.names.entry(new)?.is_some() {
             return Err(taken(new));
         }
+        Ok(object)
+    }
+    fn rename_how(&self, old: &str, new: &str, open: bool) -> Result<Object> {
+        let _lock = self.lock(true)?;
+        let object = self.rename_source(old, new)?;
+        let old = object.name.clone();
         if object.kind == ObjectKind::Disk {
             if !open {
                 drop(self.open_exclusive(&object)?);

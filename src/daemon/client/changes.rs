@@ -7,6 +7,7 @@ use crate::daemon::changes::quota_json;
 use crate::daemon::protocol::{attached, number, object};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Object, QuotaChange};
+use crate::sys::blockdev::Held;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -24,12 +25,8 @@ pub enum Waiting {
 impl Client {
     /// Rolls an attached disk back to its snapshot `name`. `Busy` if anybody uses the disk: what is in his caches would not be rolled back.
     pub fn roll_back(&mut self, disk: &Attached, name: &str) -> Result<Object> {
-        let device = disk.device.as_deref().map(Path::new);
-        let server = self.status()?["server_pid"].as_i64().map(|pid| pid as i32);
         // Held to the end: nobody mounts it meanwhile.
-        let held = device
-            .map(|device| attach::hold_unused(device, server))
-            .transpose()?;
+        let held = self.hold_unused(disk)?;
         if let Some(held) = &held {
             // What is dirty in the device's own cache belongs to what is left behind, and must not come later.
             held.drop_cache()?;
@@ -41,6 +38,14 @@ impl Client {
         }
         self.tell_device(&answer)?;
         object(&answer["object"])
+    }
+    /// Holds the device of a disk, if it has one, so that nobody else begins to use it. `Busy` if anybody does.
+    pub fn hold_unused(&mut self, disk: &Attached) -> Result<Option<Held>> {
+        let device = disk.device.as_deref().map(Path::new);
+        let server = self.status()?["server_pid"].as_i64().map(|pid| pid as i32);
+        device
+            .map(|device| attach::hold_unused(device, server))
+            .transpose()
     }
     /// Makes an attached disk larger, and its device with it.
     pub fn resize(&mut self, disk: &str, size: u64) -> Result<Object> {

@@ -1,7 +1,6 @@
 //! Requests that are about the past of attached disks.
 
 use super::Client;
-use crate::attach;
 use crate::daemon::Attached;
 use crate::daemon::past::rewound;
 use crate::error::Result;
@@ -9,7 +8,6 @@ use crate::store::history::{Limits, Rewound};
 use crate::store::past::Owner;
 use crate::units::Id;
 use serde_json::json;
-use std::path::Path;
 
 /// The daemon as the one who has a disk open while its past is read.
 pub struct PastOwner<'a> {
@@ -36,12 +34,8 @@ impl Owner for PastOwner<'_> {
 impl Client {
     /// Makes an attached disk what it was at point `number` of its history. `Busy` if anybody uses the disk: what is in his caches would not go back.
     pub fn rewind(&mut self, disk: &Attached, number: u64) -> Result<Rewound> {
-        let device = disk.device.as_deref().map(Path::new);
-        let server = self.status()?["server_pid"].as_i64().map(|pid| pid as i32);
         // Held to the end: nobody mounts it meanwhile.
-        let held = device
-            .map(|device| attach::hold_unused(device, server))
-            .transpose()?;
+        let held = self.hold_unused(disk)?;
         if let Some(held) = &held {
             // What is dirty in the device's own cache comes before, and can be gone back to.
             held.drop_cache()?;

@@ -6,9 +6,10 @@
 use super::{Kept, Prepared, State, must_be};
 use crate::disk::CowDisk;
 use crate::disk::cow::Halted;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::io::{Access, File};
 use crate::layer::{Layer, ReadLayer, prune, read_header, volatile};
+use crate::store::may::named_twice;
 use crate::store::{Below, Object, Store, layer_file};
 use crate::sys::shared::SharedMemory;
 use std::sync::Arc;
@@ -47,11 +48,7 @@ impl Store {
         let mut order: Vec<&Member<'_>> = members.iter().collect();
         order.sort_by_key(|m| m.disk);
         if let Some(twice) = order.windows(2).find(|pair| pair[0].disk == pair[1].disk) {
-            let disk = twice[0].disk;
-            return Err(
-                Error::new(Kind::Invalid, format!("`{disk}` is named more than once"))
-                    .hint("one snapshot of each disk is made at one instant"),
-            );
+            return Err(named_twice(twice[0].disk));
         }
         let mut sources = Vec::new();
         for m in &order {
