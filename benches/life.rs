@@ -197,7 +197,7 @@ fn of_the_content(store: &Store, times: &mut Times) {
     });
     times.of("stream of all (reads the content)", || {
         let state = store.state(&image).expect("opened");
-        write_stream(&state, None, &mut |_| Ok(()), &Quiet).expect("written")
+        write_stream(&state, None, None, &mut |_| Ok(()), &Quiet).expect("written")
     });
     times.of("squash of two layers (copies what they hold)", || {
         let plan = store.plan_squash("d", true).expect("planned");

@@ -42,7 +42,7 @@ fn main() {
     let since = Some((&lower, Digest([0; 32])));
     c.bench_function("export --since", |b| {
         b.iter(|| {
-            let totals = write_stream(&upper, since, &mut |_| Ok(()), &Quiet);
+            let totals = write_stream(&upper, since, None, &mut |_| Ok(()), &Quiet);
             assert_eq!(totals.expect("written").data, blocks as u64 / 100 * BLOCK);
         });
     });

@@ -384,9 +384,17 @@ fn keys_of_the_records() {
             keys.is_subset(documented),
             "{record}: {keys:?} against {documented:?}"
         );
-        // What only a linked base has, and one that was made by flattening.
+        // What only a linked base has, one that was made by flattening, and what came as a stream.
         let rest: BTreeSet<&str> = documented.difference(&keys).map(String::as_str).collect();
-        let some = ["link", "size", "mtime", "inode", "device", "counts_as"];
+        let some = [
+            "link",
+            "size",
+            "mtime",
+            "inode",
+            "device",
+            "counts_as",
+            "known_as",
+        ];
         assert!(
             rest.iter().all(|k| some.contains(k)),
             "{record} never has {rest:?}"

@@ -108,7 +108,7 @@ fn stream(store: &Store, name: &str, since: Option<&str>) -> Vec<u8> {
         bytes.extend_from_slice(piece);
         Ok(())
     };
-    let totals = write_stream(&upper, since, &mut put, &Quiet).expect("a stream");
+    let totals = write_stream(&upper, since, None, &mut put, &Quiet).expect("a stream");
     assert_eq!(totals.bytes, bytes.len() as u64);
     assert_eq!(totals.digest, sha256(&bytes));
     bytes
@@ -840,7 +840,7 @@ fn a_hole_where_data_was_is_no_zeros() {
         file.punch(at, len as u64).expect("lost");
         let store = Store::open_on(sim.root(), Path::new("/sim"), env(10)).expect("opened");
         let state = state(&store, "d");
-        let sent = write_stream(&state, None, &mut |_| Ok(()), &Quiet);
+        let sent = write_stream(&state, None, None, &mut |_| Ok(()), &Quiet);
         assert_eq!(sent.expect_err("damage").kind(), Kind::Corrupt);
         drop(state);
         let made = store.flatten("d@s", &Quiet);

@@ -321,21 +321,17 @@ impl Export {
             .as_ref()
             .map(|since| sealed(&store, since))
             .transpose()?;
-        if let Some(since) = &since
-            && object.kind != ObjectKind::Disk
-        {
-            let stands_on = store.details(&object)?.chain.get(1).copied();
-            if stands_on.is_none_or(|below| below.id() != since.id) {
-                ui.warn(format_args!(
-                    "{} is not what {} stands on: nothing that is exported --since {} can be applied to what becomes of this",
-                    since.name, object.name, object.name
-                ));
-            }
-        }
         if context.dry_run {
             return self.answer(context, &store, &object, format, 0, None);
         }
         signals::catch();
+        let known_as = match format {
+            Format::Stream => {
+                let progress = ui.progress(&format!("computing the digest of {}", object.name));
+                store.known_as(&object, since.as_ref(), Effort::USUAL, &*progress)?
+            }
+            _ => None,
+        };
         let since = match since {
             None => None,
             Some(since) => {
@@ -349,7 +345,8 @@ impl Export {
         let state = settled(context, &store, &object)?;
         let progress = ui.progress(&format!("exporting {}", object.name));
         if !stdout && format == Format::Stream {
-            let totals = stream::export_file(&state, since, &self.file, self.force, &*progress)?;
+            let totals =
+                stream::export_file(&state, since, known_as, &self.file, self.force, &*progress)?;
             drop(progress);
             let digest = Some(totals.digest.to_string());
             return self.answer(context, &store, &object, format, totals.data, digest);
@@ -372,7 +369,9 @@ impl Export {
         let out = io::stdout().as_fd().try_clone_to_owned();
         let mut out = File::from(out.map_err(|e| Stop::output(&e))?);
         let sent = match format {
-            Format::Stream => stream::export_to(&state, since, &mut out, &*progress)?.map(|_| ()),
+            Format::Stream => {
+                stream::export_to(&state, since, known_as, &mut out, &*progress)?.map(|_| ())
+            }
             Format::Qcow2 => qcow2::export_stream(disk, len, &mut out, &*progress)?,
             Format::Raw => raw::export_stream(disk, len, &mut out, &*progress)?,
         };

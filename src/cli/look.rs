@@ -53,6 +53,7 @@ struct InfoDoc {
     base_sums: bool,
     base_digest: Option<String>,
     digest: Option<String>,
+    known_as: Option<String>,
     same_as: Vec<String>,
     depth: u32,
     chain: Vec<LinkDoc>,
@@ -107,6 +108,8 @@ impl Info {
             id: below.id().to_string(),
             names: names.all(below.id()).to_vec(),
         };
+        // What has no name has no record that could tell.
+        let elsewhere = store.known_elsewhere(&object).ok().flatten();
         let document = InfoDoc {
             object: ObjectDoc::new(&object, &names),
             state: details.state,
@@ -120,6 +123,7 @@ impl Info {
             base_sums: base.sums,
             base_digest: base.digest.clone(),
             digest: digest.map(|digest| digest.to_string()),
+            known_as: elsewhere.map(|digest| digest.to_string()),
             same_as,
             depth: details.depth,
             chain: details.chain.iter().map(link).collect(),
@@ -237,6 +241,7 @@ fn info_text(context: &Context, details: &Details, document: &InfoDoc, names: &N
         ),
         ("base", names.show(details.base.id)),
         ("digest", document.digest.clone().unwrap_or_default()),
+        ("known as", document.known_as.clone().unwrap_or_default()),
         ("same as", document.same_as.join(", ")),
         ("base file", document.base_file.display().to_string()),
         (

@@ -36,6 +36,7 @@ pub fn looks_like_stream(path: &Path) -> bool {
 pub fn export_file(
     state: &State,
     since: Option<(&State, Digest)>,
+    known_as: Option<Digest>,
     target: &Path,
     replace: bool,
     progress: &dyn Progress,
@@ -47,6 +48,7 @@ pub fn export_file(
     let totals = write_stream(
         state,
         since,
+        known_as,
         &mut |bytes| out.write_all(bytes).map_err(|e| failed(&e)),
         progress,
     )?;
@@ -64,6 +66,7 @@ pub fn export_file(
 pub fn export_to(
     state: &State,
     since: Option<(&State, Digest)>,
+    known_as: Option<Digest>,
     out: &mut dyn Write,
     progress: &dyn Progress,
 ) -> Result<io::Result<StreamTotals>> {
@@ -75,7 +78,7 @@ pub fn export_to(
             Error::new(Kind::Io, "the output is closed")
         })
     };
-    let written = write_stream(state, since, &mut put, progress);
+    let written = write_stream(state, since, known_as, &mut put, progress);
     match (failure, written) {
         (Some(e), _) => Ok(Err(e)),
         (None, Err(e)) => Err(e),

@@ -82,8 +82,10 @@ record! {
         parent_size: U64,
         /// Digest of that state; zeros if there is none.
         parent: [u8; 32],
+        /// Another digest of the state that the stream makes: the one by which the store that it comes from knows it; zeros if there is none.
+        known_as: [u8; 32],
         /// Zeros.
-        reserved: [u8; 60],
+        reserved: [u8; 28],
         /// CRC of the bytes before.
         crc: U32,
     }
@@ -165,11 +167,19 @@ impl StreamHeader {
             size: U64::new(size),
             parent_size: U64::new(parent_size),
             parent: digest.0,
-            reserved: [0; 60],
+            known_as: [0; 32],
+            reserved: [0; 28],
             crc: U32::new(0),
         };
         header.crc = U32::new(sum(header.as_bytes()));
         header
+    }
+    /// The same of a state that the store from which it comes knows by another digest than that of the stream.
+    #[must_use]
+    pub fn of(mut self, known_as: Option<Digest>) -> StreamHeader {
+        self.known_as = known_as.map_or([0; 32], |digest| digest.0);
+        self.crc = U32::new(sum(self.as_bytes()));
+        self
     }
     /// Decodes and checks it.
     pub fn decode(bytes: &[u8]) -> Result<StreamHeader> {
@@ -203,7 +213,7 @@ impl StreamHeader {
             _ => false,
         };
         let nothing = header.kind.get() != STREAM_FULL || header.parent == [0; 32];
-        let zeros = header.reserved == [0; 60];
+        let zeros = header.reserved == [0; 28];
         if header.version.get() != STREAM_VERSION || !sizes || !nothing || !zeros {
             return Err(damaged("a field of its header is out of range"));
         }
@@ -212,6 +222,10 @@ impl StreamHeader {
     /// What it is applied to: the digest and the size; `None` for a stream of everything.
     pub fn since(&self) -> Option<(Digest, u64)> {
         (self.kind.get() == STREAM_SINCE).then_some((Digest(self.parent), self.parent_size.get()))
+    }
+    /// By what the store that it comes from knows the state, if that is not the digest of the stream.
+    pub fn known_as(&self) -> Option<Digest> {
+        (self.known_as != [0; 32]).then_some(Digest(self.known_as))
     }
     /// Bytes of whole blocks that hold the state.
     pub fn blocks_end(&self) -> u64 {

@@ -5,6 +5,7 @@
 //!   nearest layer below that has a name, or the base;
 //! - what is kept in the records of a layer's names stays as long as they do: what the layer shows never changes, also when it and what lies below
 //!   are joined or given back; and another store that was sent it knows it by that;
+//! - what came from another store as a stream may also be known by the digest that it has there, so that what changes there can follow it;
 //! - a disk has none: it changes.
 
 use super::names::{NameRecord, read_name, stage};
@@ -20,6 +21,9 @@ use std::sync::Arc;
 
 /// Key of a digest in a name's record.
 const KEY: &str = "digest";
+
+/// Key of the digest by which another store knows what it sent, in a name's record and in that of a base.
+pub(super) const KNOWN_AS: &str = "known_as";
 
 /// Bytes hashed in one go.
 const PIECE: u64 = 1 << 20;
@@ -58,6 +62,8 @@ impl Effort {
 #[derive(Default)]
 struct Known {
     digests: HashMap<Below, Digest>,
+    /// What they are known by elsewhere.
+    elsewhere: HashMap<Below, Digest>,
     names: HashMap<Below, Vec<String>>,
     /// A name could not be read: what it is of may seem to have none.
     partial: bool,
@@ -101,12 +107,59 @@ impl Store {
     }
     /// What a record says, or that of the base it refers to.
     fn digest_in(&self, record: &NameRecord) -> Option<Digest> {
-        let of_base = match record.target {
-            Below::Base(id) => self.base_meta(id).ok().and_then(|meta| meta.digest),
+        self.digests_in(record).0
+    }
+    /// And the digest by which it is known elsewhere.
+    fn digests_in(&self, record: &NameRecord) -> (Option<Digest>, Option<Digest>) {
+        let meta = match record.target {
+            Below::Base(id) => self.base_meta(id).ok(),
             Below::Layer(_) => None,
         };
-        let written = of_base.as_deref().or(record.extra.get(KEY));
-        written.and_then(Digest::parse)
+        let of_base = meta.as_ref().and_then(|meta| meta.digest.as_deref());
+        let written = of_base.or(record.extra.get(KEY));
+        let elsewhere = meta.as_ref().and_then(|meta| meta.known_as.as_deref());
+        let elsewhere = elsewhere.or(record.extra.get(KNOWN_AS));
+        (
+            written.and_then(Digest::parse),
+            elsewhere.and_then(Digest::parse),
+        )
+    }
+    /// The digest that a stream of a base, image or snapshot names beside its own: that by which it is known here if it is a layer, and the stream not that of the
+    /// difference to what it stands on; that by which it is known elsewhere if it is a base. `None` if there is none, or it would take more than the `effort`.
+    pub fn known_as(
+        &self,
+        object: &Object,
+        since: Option<&Object>,
+        effort: Effort,
+        progress: &dyn Progress,
+    ) -> Result<Option<Digest>> {
+        match object.kind {
+            ObjectKind::Disk => Ok(None),
+            ObjectKind::Base => Ok(self.known_elsewhere(object)?.filter(|_| since.is_none())),
+            _ if since.is_some_and(|since| {
+                self.named_below(object).ok() == Some(object_target(since))
+            }) =>
+            {
+                Ok(None)
+            }
+            _ => self.digest(object, effort, progress),
+        }
+    }
+    /// The digest by which the store that it came from knows something.
+    pub fn known_elsewhere(&self, object: &Object) -> Result<Option<Digest>> {
+        let _lock = self.lock(false)?;
+        let record = read_name(&*self.names, &object.name)?;
+        Ok(self.digests_in(&record).1)
+    }
+    /// The nearest named state below a layer, or the base.
+    fn named_below(&self, object: &Object) -> Result<Below> {
+        let chain = self.chain(object_target(object))?;
+        let _lock = self.lock(false)?;
+        let known = self.known()?;
+        let layers = chain.layers().iter().skip(1);
+        let mut layers = layers.map(|layer| Below::Layer(layer.id()));
+        let named = layers.find(|below| known.names.contains_key(below));
+        Ok(named.unwrap_or(Below::Base(chain.base().id())))
     }
     /// The digest of a base or sealed layer, as [`Store::digest`].
     pub fn digest_of(
@@ -155,7 +208,7 @@ impl Store {
                 (Some(parent), Below::Layer(_)) => {
                     let (lower, upper) = (self.state_of(all[unknown + 1])?, self.state_of(this)?);
                     let since = Some((&lower, parent));
-                    let totals = stream::write_stream(&upper, since, &mut |_| Ok(()), &part)?;
+                    let totals = stream::write_stream(&upper, since, None, &mut |_| Ok(()), &part)?;
                     part.before += upper.size();
                     totals.digest
                 }
@@ -209,6 +262,9 @@ impl Store {
     fn write_digest(&self, name: &str, digest: Option<&Digest>) -> Result<()> {
         let mut record = read_name(&*self.names, name)?;
         record.extra.set(KEY, digest.map(Digest::to_string));
+        if digest.is_none() {
+            record.extra.set(KNOWN_AS, None);
+        }
         let (temporary, file) = stage(&*self.names, name, &record.encode(name))?;
         let placed = file
             .sync()
@@ -231,7 +287,7 @@ impl Store {
                 Err(e) if e.kind() == Kind::Corrupt => continue,
                 Err(e) => return Err(e),
             };
-            if record.extra.get(KEY).is_some()
+            if (record.extra.get(KEY).is_some() || record.extra.get(KNOWN_AS).is_some())
                 && graph.first_below(record.target, &wanted).is_some()
             {
                 self.write_digest(&name, None)?;
@@ -288,20 +344,23 @@ impl Store {
                 }
                 Err(e) => return Err(e),
             };
-            if let Some(digest) = self.digest_in(&record) {
-                known.digests.insert(record.target, digest);
-            }
+            let (digest, elsewhere) = self.digests_in(&record);
+            known.digests.extend(digest.map(|d| (record.target, d)));
+            known
+                .elsewhere
+                .extend(elsewhere.map(|d| (record.target, d)));
             known.names.entry(record.target).or_default().push(name);
         }
         Ok(known)
     }
-    /// The base or sealed layer with this digest and so many bytes, the newest layer first. Those whose digest is not known are computed.
+    /// The base or sealed layer with this digest, here or where it came from, and so many bytes, the newest layer first; and whether it has another one
+    /// here. Digests that are not known are computed.
     pub(super) fn with_digest(
         &self,
         digest: Digest,
         size: u64,
         progress: &dyn Progress,
-    ) -> Result<Below> {
+    ) -> Result<(Below, bool)> {
         let known = {
             let _lock = self.lock(false)?;
             self.known()?
@@ -316,14 +375,16 @@ impl Store {
             }
         }
         all.sort_by_key(|(depth, below)| (std::cmp::Reverse(*depth), *below));
-        let as_known = |below: &Below| known.digests.get(below) == Some(&digest);
-        if let Some((_, below)) = all.iter().find(|(_, below)| as_known(below)) {
-            return Ok(*below);
+        for (digests, by_another) in [(&known.digests, false), (&known.elsewhere, true)] {
+            let as_known = |(_, below): &&(u32, Below)| digests.get(below) == Some(&digest);
+            if let Some((_, below)) = all.iter().find(as_known) {
+                return Ok((*below, by_another));
+            }
         }
         all.retain(|(_, below)| !known.digests.contains_key(below));
         for (_, below) in all {
             match self.digest_of(below, Effort::ANY, progress) {
-                Ok(Some(found)) if found == digest => return Ok(below),
+                Ok(Some(found)) if found == digest => return Ok((below, false)),
                 Ok(_) => {}
                 Err(e) if e.kind() == Kind::Corrupt => {
                     tracing::warn!("{} is left out: {e}", below.id());

@@ -224,14 +224,9 @@ impl Store {
             counts_as.extend(base.others().iter().take(OTHERS - 1));
         }
         let meta = BaseMeta {
-            id,
-            len: size,
-            name: String::new(),
-            mode: "copy".to_string(),
-            digest: digest.clone(),
-            link: None,
             data: Some(data),
             counts_as,
+            ..BaseMeta::copied(id, size, digest.clone())
         };
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;

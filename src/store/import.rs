@@ -43,6 +43,8 @@ pub struct BaseMeta {
     pub link: Option<Link>,
     /// How many of its blocks hold data, where that was counted.
     pub data: Option<u64>,
+    /// The digest by which the store that it was sent from knows it.
+    pub known_as: Option<String>,
     /// Other bases: what was counted over these is true over this one, too.
     pub counts_as: Vec<Id>,
 }
@@ -75,6 +77,7 @@ impl BaseMeta {
             digest,
             link: None,
             data: None,
+            known_as: None,
             counts_as: Vec::new(),
         }
     }
@@ -89,6 +92,7 @@ impl BaseMeta {
             .with("created", created.to_string())
             .with_some("digest", self.digest.as_deref())
             .with_some("data", self.data.map(|n| n.to_string()))
+            .with_some("known_as", self.known_as.as_deref())
             .with_some("counts_as", counts_as);
         if let Some(link) = &self.link {
             record = record.with("link", link.path.to_string_lossy());
@@ -130,6 +134,7 @@ impl BaseMeta {
             link,
             // Whatever is there and is no count counts as if it were not there.
             data: record.number("data").ok().filter(|n| *n <= blocks(len)),
+            known_as: record.get("known_as").map(String::from),
             counts_as: record
                 .get("counts_as")
                 .unwrap_or_default()
@@ -443,14 +448,8 @@ fn import_file(
         .open(&file_name, Access::Read)
         .map_err(|e| e.or_hint("the image must be readable by you"))?;
     let mut meta = BaseMeta {
-        id,
-        len: before.len(),
-        name: String::new(),
         mode: "link".to_string(),
-        digest: None,
-        link: None,
-        data: None,
-        counts_as: Vec::new(),
+        ..BaseMeta::copied(id, before.len(), None)
     };
     if mode == ImportMode::Link {
         meta.link = Some(Link {

@@ -6,6 +6,7 @@
 //!   takes away if this process dies;
 //! - a difference is applied only to the state whose digest it names.
 
+use super::digest::KNOWN_AS;
 use super::import::{BaseMeta, DIGEST_MAX, Sink};
 use super::names::{Extra, NameRecord, TEMPORARY, check_part, stage};
 use super::objects::taken;
@@ -74,10 +75,11 @@ fn told(progress: &dyn Progress, done: u64, total: u64) -> Result<()> {
     }
 }
 
-/// Hands `state` to `out` as a stream: all of it, or what changed since a state with this digest.
+/// Hands `state` to `out` as a stream: all of it, or what changed since a state with this digest. `known_as`: its own, if it is not that of the stream.
 pub fn write_stream(
     state: &State,
     since: Option<(&State, Digest)>,
+    known_as: Option<Digest>,
     out: &mut dyn FnMut(&[u8]) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<StreamTotals> {
@@ -86,6 +88,7 @@ pub fn write_stream(
         None => state.len(),
     };
     let header = StreamHeader::new(size, since.map(|(lower, digest)| (digest, lower.size())));
+    let header = header.of(known_as);
     let mut writer = Writer {
         out,
         hasher: Sha256::new(),
@@ -202,6 +205,12 @@ impl<'a> StreamReader<'a> {
             false => Piece::Data(at, &self.buffer),
         }))
     }
+    /// The digest of the state where the stream comes from, once all of it was read: what the stream says, or its own. Only of a difference.
+    fn digest_there(&self) -> Digest {
+        self.header
+            .known_as()
+            .unwrap_or_else(|| digest_of(&self.hasher))
+    }
     fn end(&mut self, head: &[u8]) -> Result<()> {
         let mut trailer = [0; size_of::<StreamTrailer>()];
         let (first, rest) = trailer.split_at_mut(head.len());
@@ -209,6 +218,7 @@ impl<'a> StreamReader<'a> {
         fill(self.from, rest)?;
         let wanted = StreamTrailer::new(self.records, self.data, digest_of(&self.hasher));
         StreamTrailer::check(&trailer, &wanted)?;
+        self.hasher.update(trailer);
         match read(self.from, &mut [0])? {
             0 => Ok(()),
             _ => Err(appended()),
@@ -235,6 +245,13 @@ fn fill(from: &mut dyn Read, mut into: &mut [u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What the record of a layer's name says of it.
+fn known_as(digest: Option<Digest>) -> Extra {
+    let mut extra = Extra::default();
+    extra.set(KNOWN_AS, digest.map(|digest| digest.to_string()));
+    extra
 }
 
 /// Where a stream becomes a layer.
@@ -269,14 +286,15 @@ impl Store {
         let Some((digest, size)) = stream.header().since() else {
             return self.bring_in(name, |dir, id| copy_full(dir, id, &mut stream, progress));
         };
-        let parent = self.with_digest(digest, size, progress)?;
-        self.grow(&mut stream, parent, name, progress)
+        let (parent, by_another) = self.with_digest(digest, size, progress)?;
+        self.grow(&mut stream, parent, by_another, name, progress)
     }
-    /// Makes an image of a difference to `parent`.
+    /// Makes an image of a difference to `parent`. `by_another`: the stream knows that by another digest than it has here, and what becomes of it, too.
     fn grow(
         &self,
         stream: &mut StreamReader<'_>,
         parent: Below,
+        by_another: bool,
         name: &str,
         progress: &dyn Progress,
     ) -> Result<Object> {
@@ -303,7 +321,10 @@ impl Store {
                 created: (self.env.now)(),
                 message: None,
                 opened: false,
-                extra: Extra::default(),
+                extra: known_as(match by_another {
+                    true => Some(stream.digest_there()),
+                    false => stream.header().known_as(),
+                }),
             };
             let (staged, file) = stage(&*self.names, name, &record.encode(name))?;
             let placed = (|| {
@@ -419,5 +440,9 @@ fn copy_full(
         sink.data(data)?;
     }
     let digest = sink.finish(id, len)?;
-    Ok(BaseMeta::copied(id, len, digest))
+    let known_as = stream.header().known_as();
+    Ok(BaseMeta {
+        known_as: known_as.map(|digest| digest.to_string()),
+        ..BaseMeta::copied(id, len, digest)
+    })
 }

@@ -1,7 +1,7 @@
 //! Images out of disks, what differs, and streams from one store to another: at rest, and of disks that are mounted and busy.
 
 use crate::rig::*;
-use std::{fs, process::Command, process::Stdio};
+use std::{fs, os::unix::fs::FileExt, process::Command, process::Stdio};
 
 /// A mounted disk that somebody writes to without an end.
 fn busy(w: &World, disk: &str) -> std::path::PathBuf {
@@ -167,6 +167,64 @@ fn changes_travel_to_another_store() {
     detach(&w, "web");
     w.ok(["import", &file("now.raw"), "raw"]);
     assert_eq!(w.run(["diff", "raw", "raw", "--exit-code"]).code, 0);
+    w.finish();
+}
+
+/// What was sent whole, or over something else than what it stands on, is known by its digest here: what changes later can follow.
+#[test]
+fn a_copy_follows_its_origin() {
+    if !root() {
+        return;
+    }
+    let w = World::with_base();
+    let sent = |on: &std::path::Path, args: &str, to: &std::path::Path, name: &str| {
+        let (on, to) = (on.display(), to.display());
+        shell(&format!(
+            "set -o pipefail; '{BIN}' -S '{on}' export {args} | '{BIN}' -S '{to}' import - {name} -O stream"
+        ));
+    };
+    w.ok(["create", "d", "--from", "base"]);
+    let device = w.ok(["attach", "d"]);
+    for n in 1..=4u8 {
+        let file = fs::File::options().write(true).open(&device).unwrap();
+        file.write_all_at(&noise(n.into(), 1 << 20), u64::from(n) << 19)
+            .unwrap();
+        file.sync_all().unwrap();
+        w.ok(["snapshot", &format!("d@{n}")]);
+    }
+    w.ok(["detach", "d"]);
+    let (far, farther) = (w.path("far"), w.path("farther"));
+    let here = w.store.clone();
+    sent(&here, "d@1 - -O stream", &far, "one");
+    sent(&here, "d@2 - --since d@1", &far, "two");
+    // Over what it does not stand on.
+    sent(&here, "d@4 - --since d@2", &far, "four");
+    // From there on: a base is known by both.
+    sent(&far, "one - -O stream", &farther, "one");
+    sent(&far, "two - --since one", &farther, "two");
+    sent(&here, "d@3 - --since d@1", &farther, "three");
+    let raw = |on: &std::path::Path, name: &str| {
+        let out = finish(w.command_on(on, ["export", name, s(&w.path("raw")), "-f"]));
+        assert_eq!(out.code, 0, "{out:?}");
+        sha256(&w.path("raw"))
+    };
+    for (on, name, of) in [
+        (&far, "one", "d@1"),
+        (&far, "two", "d@2"),
+        (&far, "four", "d@4"),
+        (&farther, "two", "d@2"),
+        (&farther, "three", "d@3"),
+    ] {
+        assert_eq!(raw(on, name), raw(&here, of), "{name}");
+    }
+    // What is something else is refused as ever.
+    let stream = w.path("s.fd");
+    w.ok(["export", "d@4", s(&stream), "--since", "d@3"]);
+    let refused = finish(w.command_on(&far, ["import", s(&stream), "no"]));
+    assert_eq!(refused.code, 12, "{refused:?}");
+    let told = finish(w.command_on(&far, ["--json", "info", "one"]));
+    let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert_eq!(told["known_as"], w.json(["info", "d@1"])["digest"]);
     w.finish();
 }
 
