@@ -6,7 +6,10 @@ use crate::{
     },
     convert::{self, qcow2, raw, stream},
     error::{Error, Kind, Result},
-    store::{Effort, ImportMode, ImportSource, Object, ObjectKind, Store},
+    format::stream::Digest,
+    store::{
+        Calls, Effort, ImportMode, ImportSource, Object, ObjectKind, State, Store, StreamTotals,
+    },
     sys::signals,
 };
 use clap::{Args, ValueEnum, ValueHint};
@@ -325,29 +328,34 @@ impl Export {
             return self.answer(context, &store, &object, format, 0, None);
         }
         signals::catch();
-        let known_as = match format {
-            Format::Stream => {
-                let progress = ui.progress(&format!("computing the digest of {}", object.name));
-                store.known_as(&object, since.as_ref(), Effort::USUAL, &*progress)?
-            }
-            _ => None,
-        };
         let since = match since {
             None => None,
             Some(since) => {
                 let progress = ui.progress(&format!("computing the digest of {}", since.name));
                 let digest = store.digest(&since, Effort::ANY, &*progress)?;
                 let state = store.state(&since)?;
-                digest.map(|digest| (state, digest))
+                digest.map(|digest| (since, state, digest))
             }
         };
-        let since = since.as_ref().map(|(state, digest)| (state, *digest));
+        let calls = match format {
+            Format::Stream => self.calls(context, &store, &object, &since)?,
+            _ => Calls::Nothing,
+        };
+        let over = since.as_ref().map(|(since, _, digest)| (since, *digest));
+        let keep = |totals: &StreamTotals| {
+            if let (Calls::ByItself, Some(over)) = (calls, over) {
+                store.keep_digest(&object, over, totals.digest);
+            }
+        };
+        let known_as = calls.digest();
+        let since = since.as_ref().map(|(_, state, digest)| (state, *digest));
         let state = settled(context, &store, &object)?;
         let progress = ui.progress(&format!("exporting {}", object.name));
         if !stdout && format == Format::Stream {
             let totals =
                 stream::export_file(&state, since, known_as, &self.file, self.force, &*progress)?;
             drop(progress);
+            keep(&totals);
             let digest = Some(totals.digest.to_string());
             return self.answer(context, &store, &object, format, totals.data, digest);
         }
@@ -370,7 +378,8 @@ impl Export {
         let mut out = File::from(out.map_err(|e| Stop::output(&e))?);
         let sent = match format {
             Format::Stream => {
-                stream::export_to(&state, since, known_as, &mut out, &*progress)?.map(|_| ())
+                let sent = stream::export_to(&state, since, known_as, &mut out, &*progress)?;
+                sent.map(|totals| keep(&totals))
             }
             Format::Qcow2 => qcow2::export_stream(disk, len, &mut out, &*progress)?,
             Format::Raw => raw::export_stream(disk, len, &mut out, &*progress)?,
@@ -381,6 +390,31 @@ impl Export {
             Err(Stop::Pipe) => Err(Stop::Code(1)),
             other => other,
         }
+    }
+    /// What a stream says of the digest of what it holds. What is damaged below it is no reason not to write it.
+    fn calls(
+        &self,
+        context: &Context,
+        store: &Store,
+        object: &Object,
+        since: &Option<(Object, State, Digest)>,
+    ) -> Result<Calls> {
+        let ui = &context.ui;
+        let name = &object.name;
+        let over = since.as_ref().map(|(since, _, digest)| (since, *digest));
+        let progress = ui.progress(&format!("computing the digest of {name}"));
+        let calls = store.calls(object, over, Effort::USUAL, &*progress);
+        drop(progress);
+        let why = match calls {
+            Err(e) if e.kind() == Kind::Interrupted => return Err(e),
+            Ok(Calls::Unknown) => "its base is larger than 16 GiB, and has no digest".to_string(),
+            Ok(calls) => return Ok(calls),
+            Err(e) => e.to_string(),
+        };
+        ui.warn(format_args!(
+            "the digest of {name} is not known: nothing that is exported --since {name} can be applied to what becomes of this ({why})"
+        ));
+        Ok(Calls::Unknown)
     }
     /// What is to be written.
     fn format(&self) -> Result<Format> {

@@ -2,7 +2,7 @@
 
 use super::quiesce::Quiesce;
 use crate::error::{Error, Kind, Result};
-use crate::format::{DATA_START, MAX_FREE_EXTENTS, SLOT_ZERO};
+use crate::format::{DATA_START, JOURNAL_SLOTS, MAX_FREE_EXTENTS, SLOT_ZERO};
 use std::collections::{BTreeMap, VecDeque};
 
 /// A set of slots as disjoint, joined extents.
@@ -56,6 +56,10 @@ impl Extents {
 
 /// Free slots with host blocks that no data is put into: the run that empties the journal needs them on a full disk.
 pub const SPARE: u64 = 8;
+
+/// An epoch that may need so many slots of the journal is committed by whoever has answered a write, and one of a sixteenth of them if the journal ends
+/// behind three quarters with it: those who write and never flush would all wait for it when the journal is full.
+const FILLING: u32 = JOURNAL_SLOTS * 3 / 8;
 
 /// How many extents a search for neighbouring slots looks at before it gives up.
 const SEARCH: usize = 64;
@@ -190,6 +194,11 @@ impl Space {
             high: high.max(u64::from(DATA_START)),
             ..Space::default()
         }
+    }
+    /// Is the open epoch, which may need so many slots of the journal, to be committed though nobody flushes?
+    pub fn fills(&self, slots: u32) -> bool {
+        let end = self.journal_head + self.committing + slots;
+        slots > FILLING || slots > FILLING / 6 && end > 2 * FILLING
     }
     /// Makes extents free once no reader can know them.
     pub fn retire(&mut self, epoch: u64, extents: impl IntoIterator<Item = (u32, u32)>) {

@@ -76,9 +76,6 @@ const RESERVE_STEP: u32 = 16;
 const MAX_FREED: usize = 1 << 20;
 /// A journal this full is checkpointed at the end of a flush.
 const CHECKPOINT_SLOTS: u32 = JOURNAL_SLOTS / 2;
-/// An epoch that may need so many slots of the journal is committed by whoever has answered a write, and one of a sixteenth of them if the journal ends
-/// behind three quarters with it: those who write and never flush would all wait for it when the journal is full.
-const FILLING: u32 = JOURNAL_SLOTS * 3 / 8;
 /// And one that changes so many regions: who opens the layer after an unclean stop asks the runs about each, and they are read from the disk for that
 /// (`cargo bench --bench scale`: 190 ms for 4,096 of 100 million blocks).
 const CHECKPOINT_REGIONS: usize = 2048;
@@ -208,7 +205,7 @@ pub struct Layer {
     syncs: AtomicU32,
     /// [`Layer::logged`] when housekeeping last looked.
     quiet: AtomicU64,
-    /// See [`FILLING`].
+    /// See [`Space::fills`].
     filling: AtomicBool,
     /// Somebody does what flushes have left.
     tidying: AtomicBool,
@@ -701,9 +698,7 @@ impl Layer {
                     Err(e) => break Err(e),
                 };
                 space.entries = total;
-                let slots = commit_slots(total);
-                let late = slots > FILLING / 6 && space.journal_head + slots > 2 * FILLING;
-                if slots > FILLING || late {
+                if space.fills(commit_slots(total)) {
                     self.filling.store(true, Relaxed);
                 }
                 self.expected.fetch_add(logged, SeqCst);

@@ -12,6 +12,7 @@ use super::names::{NameRecord, read_name, stage};
 use super::objects::object_target;
 use super::{Below, Object, ObjectKind, Progress, Store, many, parent_of, stream};
 use crate::base::Base;
+use crate::chain::Chain;
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::Digest;
 use crate::units::{BLOCK_SIZE, Lba};
@@ -27,6 +28,45 @@ pub(super) const KNOWN_AS: &str = "known_as";
 
 /// Bytes hashed in one go.
 const PIECE: u64 = 1 << 20;
+
+/// Key of the digest of what a layer stood on when its own was computed, in a name's record.
+const OVER: &str = "digest_over";
+
+/// What a stream says of the digest of what it holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Calls {
+    /// It is that of the stream.
+    ByItself,
+    /// It is another one: of the layer that it holds all of, or over something else than that stands on; or that by which a base is known elsewhere.
+    By(Digest),
+    /// There is none to tell.
+    Nothing,
+    /// It would take more than the effort: what changes later cannot follow.
+    Unknown,
+}
+
+impl Calls {
+    /// What stands in the stream.
+    pub fn digest(self) -> Option<Digest> {
+        match self {
+            Calls::By(digest) => Some(digest),
+            _ => None,
+        }
+    }
+}
+
+/// Layers with their digests, and those of what they stand on.
+type Computed = HashMap<Below, (Digest, Option<Digest>)>;
+
+/// A layer without a name belongs to what stands on it: it is there because a fork or an export needed it, or a name went, and is joined sooner or later.
+fn named_in(chain: &Chain, below: Below, known: &Known) -> Vec<Below> {
+    let layers = chain.layers().iter().map(|l| Below::Layer(l.id()));
+    let mut all: Vec<Below> = layers
+        .filter(|this| *this == below || known.names.contains_key(this))
+        .collect();
+    all.push(Below::Base(chain.base().id()));
+    all
+}
 
 /// How much may be done for a digest that is not known.
 #[derive(Clone, Copy, Debug)]
@@ -124,42 +164,77 @@ impl Store {
             elsewhere.and_then(Digest::parse),
         )
     }
-    /// The digest that a stream of a base, image or snapshot names beside its own: that by which it is known here if it is a layer, and the stream not that of the
-    /// difference to what it stands on; that by which it is known elsewhere if it is a base. `None` if there is none, or it would take more than the `effort`.
-    pub fn known_as(
+    /// What a stream of something is to say of the digest of that: of everything, or since something with this digest.
+    pub fn calls(
         &self,
         object: &Object,
-        since: Option<&Object>,
+        since: Option<(&Object, Digest)>,
         effort: Effort,
         progress: &dyn Progress,
-    ) -> Result<Option<Digest>> {
-        match object.kind {
-            ObjectKind::Disk => Ok(None),
-            ObjectKind::Base => Ok(self.known_elsewhere(object)?.filter(|_| since.is_none())),
-            _ if since.is_some_and(|since| {
-                self.named_below(object).ok() == Some(object_target(since))
-            }) =>
-            {
-                Ok(None)
+    ) -> Result<Calls> {
+        let below = match (object.kind, since) {
+            (ObjectKind::Disk, _) => return Ok(Calls::Nothing),
+            (ObjectKind::Base, None) => {
+                let elsewhere = self.known_elsewhere(object)?;
+                return Ok(elsewhere.map_or(Calls::Nothing, Calls::By));
             }
-            _ => self.digest(object, effort, progress),
+            (ObjectKind::Base, Some(_)) | (_, None) => None,
+            (_, Some((since, over))) => {
+                let below = self.named_chain(object_target(object))?.get(1).copied();
+                (below == Some(object_target(since))).then_some(over)
+            }
+        };
+        if let Some(over) = below {
+            // The stream is what a digest is computed of.
+            return Ok(match self.kept(object)? {
+                None => Calls::ByItself,
+                Some((_, then)) if then == Some(over) => Calls::ByItself,
+                Some((digest, _)) => Calls::By(digest),
+            });
+        }
+        let digest = self.digest(object, effort, progress)?;
+        Ok(digest.map_or(Calls::Unknown, Calls::By))
+    }
+    /// Keeps the digest of a stream that [`Calls::ByItself`] was said of.
+    pub fn keep_digest(&self, object: &Object, since: (&Object, Digest), digest: Digest) {
+        let target = object_target(object);
+        match self.named_chain(target) {
+            Ok(all) if all.get(1) == Some(&object_target(since.0)) => {
+                self.keep_digests(&all, &HashMap::from([(target, (digest, Some(since.1)))]));
+            }
+            _ => {}
         }
     }
-    /// The digest by which the store that it came from knows something.
+    /// The digest by which the store that it came from knows something, if that is not the one that it has here.
     pub fn known_elsewhere(&self, object: &Object) -> Result<Option<Digest>> {
-        let _lock = self.lock(false)?;
-        let record = read_name(&*self.names, &object.name)?;
-        Ok(self.digests_in(&record).1)
+        let (here, elsewhere) = match self.own_record(object)? {
+            Some(record) => self.digests_in(&record),
+            None => (None, None),
+        };
+        Ok(elsewhere.filter(|_| elsewhere != here))
     }
-    /// The nearest named state below a layer, or the base.
-    fn named_below(&self, object: &Object) -> Result<Below> {
-        let chain = self.chain(object_target(object))?;
+    /// The digest that is kept of a layer, and what it was computed over.
+    fn kept(&self, object: &Object) -> Result<Option<(Digest, Option<Digest>)>> {
+        let Some(record) = self.own_record(object)? else {
+            return Ok(None);
+        };
+        let over = record.extra.get(OVER).and_then(Digest::parse);
+        Ok(self.digest_in(&record).map(|digest| (digest, over)))
+    }
+    /// The record of its name, if that still refers to it.
+    fn own_record(&self, object: &Object) -> Result<Option<NameRecord>> {
         let _lock = self.lock(false)?;
-        let known = self.known()?;
-        let layers = chain.layers().iter().skip(1);
-        let mut layers = layers.map(|layer| Below::Layer(layer.id()));
-        let named = layers.find(|below| known.names.contains_key(below));
-        Ok(named.unwrap_or(Below::Base(chain.base().id())))
+        let record = match read_name(&*self.names, &object.name) {
+            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+            record => record?,
+        };
+        Ok(Some(record).filter(|record| record.target == object_target(object)))
+    }
+    /// A base or layer, the layers below it that have names, and the base.
+    fn named_chain(&self, below: Below) -> Result<Vec<Below>> {
+        let chain = self.chain(below)?;
+        let _lock = self.lock(false)?;
+        Ok(named_in(&chain, below, &self.known()?))
     }
     /// The digest of a base or sealed layer, as [`Store::digest`].
     pub fn digest_of(
@@ -174,13 +249,7 @@ impl Store {
             let _lock = self.lock(false)?;
             self.known()?
         };
-        // A layer without a name belongs to what stands on it: it is there because a fork or an export needed it, or a name went, and is joined sooner
-        // or later.
-        let layers = chain.layers().iter().map(|l| Below::Layer(l.id()));
-        let mut all: Vec<Below> = layers
-            .filter(|this| *this == below || known.names.contains_key(this))
-            .collect();
-        all.push(Below::Base(chain.base().id()));
+        let all = named_in(&chain, below, &known);
         // From the newest whose digest is known upwards.
         let found = all.iter().position(|b| known.digests.contains_key(b));
         let (mut digest, mut unknown) = match found {
@@ -200,34 +269,41 @@ impl Store {
             before: 0,
             total: sizes.sum::<u64>() + base_len,
         };
-        let mut computed = HashMap::new();
-        while unknown > 0 {
-            unknown -= 1;
-            let this = all[unknown];
-            let made = match (digest, this) {
-                (Some(parent), Below::Layer(_)) => {
-                    let (lower, upper) = (self.state_of(all[unknown + 1])?, self.state_of(this)?);
-                    let since = Some((&lower, parent));
-                    let totals = stream::write_stream(&upper, since, None, &mut |_| Ok(()), &part)?;
-                    part.before += upper.size();
-                    totals.digest
-                }
-                _ => {
-                    let made = of_base(chain.base(), &part)?;
-                    part.before += base_len;
-                    made
-                }
-            };
-            digest = Some(made);
-            computed.insert(this, made);
-        }
+        let mut computed = Computed::new();
+        let mut compute = || -> Result<()> {
+            while unknown > 0 {
+                unknown -= 1;
+                let this = all[unknown];
+                let made = match (digest, this) {
+                    (Some(parent), Below::Layer(_)) => {
+                        let lower = self.state_of(all[unknown + 1])?;
+                        let upper = self.state_of(this)?;
+                        let since = Some((&lower, parent));
+                        let ignore = &mut |_: &[u8]| Ok(());
+                        let totals = stream::write_stream(&upper, since, None, ignore, &part)?;
+                        part.before += upper.size();
+                        totals.digest
+                    }
+                    _ => {
+                        let made = of_base(chain.base(), &part)?;
+                        part.before += base_len;
+                        made
+                    }
+                };
+                computed.insert(this, (made, digest));
+                digest = Some(made);
+            }
+            Ok(())
+        };
+        let done = compute();
+        // Also what was computed before it was interrupted.
         if effort.keep && !computed.is_empty() {
             self.keep_digests(&all, &computed);
         }
-        Ok(digest)
+        done.map(|()| digest)
     }
     /// Keeps digests in the records of names. Nothing depends on it: what is not kept is computed again.
-    fn keep_digests(&self, chain: &[Below], computed: &HashMap<Below, Digest>) {
+    fn keep_digests(&self, chain: &[Below], computed: &Computed) {
         let kept = (|| {
             let _lock = self.lock(true)?;
             let known = self.known()?;
@@ -249,7 +325,7 @@ impl Store {
             }
             for (below, digest) in computed {
                 for name in known.names.get(below).into_iter().flatten() {
-                    self.write_digest(name, Some(digest))?;
+                    self.write_digest(name, Some(*digest))?;
                 }
             }
             self.names.sync()
@@ -259,9 +335,11 @@ impl Store {
         }
     }
     /// Writes a name's record anew, not durable before `names/` is synced. The names lock is held.
-    fn write_digest(&self, name: &str, digest: Option<&Digest>) -> Result<()> {
+    fn write_digest(&self, name: &str, digest: Option<(Digest, Option<Digest>)>) -> Result<()> {
         let mut record = read_name(&*self.names, name)?;
-        record.extra.set(KEY, digest.map(Digest::to_string));
+        let over = digest.and_then(|(_, over)| over);
+        record.extra.set(KEY, digest.map(|(d, _)| d.to_string()));
+        record.extra.set(OVER, over.map(|d| d.to_string()));
         if digest.is_none() {
             record.extra.set(KNOWN_AS, None);
         }
@@ -353,14 +431,14 @@ impl Store {
         }
         Ok(known)
     }
-    /// The base or sealed layer with this digest, here or where it came from, and so many bytes, the newest layer first; and whether it has another one
-    /// here. Digests that are not known are computed.
+    /// The base or sealed layer with this digest, here or where it came from, and so many bytes, the newest layer first. Digests that are not known are
+    /// computed.
     pub(super) fn with_digest(
         &self,
         digest: Digest,
         size: u64,
         progress: &dyn Progress,
-    ) -> Result<(Below, bool)> {
+    ) -> Result<Below> {
         let known = {
             let _lock = self.lock(false)?;
             self.known()?
@@ -375,16 +453,16 @@ impl Store {
             }
         }
         all.sort_by_key(|(depth, below)| (std::cmp::Reverse(*depth), *below));
-        for (digests, by_another) in [(&known.digests, false), (&known.elsewhere, true)] {
+        for digests in [&known.digests, &known.elsewhere] {
             let as_known = |(_, below): &&(u32, Below)| digests.get(below) == Some(&digest);
             if let Some((_, below)) = all.iter().find(as_known) {
-                return Ok((*below, by_another));
+                return Ok(*below);
             }
         }
         all.retain(|(_, below)| !known.digests.contains_key(below));
         for (_, below) in all {
             match self.digest_of(below, Effort::ANY, progress) {
-                Ok(Some(found)) if found == digest => return Ok((below, false)),
+                Ok(Some(found)) if found == digest => return Ok(below),
                 Ok(_) => {}
                 Err(e) if e.kind() == Kind::Corrupt => {
                     tracing::warn!("{} is left out: {e}", below.id());

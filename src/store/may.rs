@@ -11,11 +11,10 @@ impl Store {
         let source = self.resolve_locked(from)?;
         self.check_new(disks)?;
         let size = disk_size(&source, size)?;
-        let parent = match source.kind {
-            ObjectKind::Base => Below::Base(source.id),
-            _ => Below::Layer(source.id),
-        };
-        self.rank_over(parent, from)?;
+        // A disk without anything of its own is no parent; whether it is so is not known while it is in use.
+        if matches!(source.kind, ObjectKind::Image | ObjectKind::Snapshot) {
+            self.rank_over(Below::Layer(source.id), from)?;
+        }
         Ok(size)
     }
     /// Fails as [`Store::snapshot_group`] of these disks and names would.
@@ -33,8 +32,7 @@ impl Store {
     /// Fails as [`Store::commit`] would.
     pub fn may_commit(&self, disk: &str, name: &str, message: Option<&str>) -> Result<()> {
         let _lock = self.lock(false)?;
-        let source = self.commit_source(disk, name, message)?;
-        self.rank_over(Below::Layer(source.id), disk).map(drop)
+        self.commit_source(disk, name, message).map(drop)
     }
     /// Fails as [`Store::rename`] would; returns what would be renamed.
     pub fn may_rename(&self, old: &str, new: &str) -> Result<Object> {

@@ -37,7 +37,7 @@ mod usage;
 mod written;
 
 pub use changes::{Change, Changes, State, changes};
-pub use digest::Effort;
+pub use digest::{Calls, Effort};
 pub use earlier::MAX_EARLIER;
 pub use flatten::Flattened;
 pub use kept::Recount;

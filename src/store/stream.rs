@@ -286,15 +286,14 @@ impl Store {
         let Some((digest, size)) = stream.header().since() else {
             return self.bring_in(name, |dir, id| copy_full(dir, id, &mut stream, progress));
         };
-        let (parent, by_another) = self.with_digest(digest, size, progress)?;
-        self.grow(&mut stream, parent, by_another, name, progress)
+        let parent = self.with_digest(digest, size, progress)?;
+        self.grow(&mut stream, parent, name, progress)
     }
-    /// Makes an image of a difference to `parent`. `by_another`: the stream knows that by another digest than it has here, and what becomes of it, too.
+    /// Makes an image of a difference to `parent`.
     fn grow(
         &self,
         stream: &mut StreamReader<'_>,
         parent: Below,
-        by_another: bool,
         name: &str,
         progress: &dyn Progress,
     ) -> Result<Object> {
@@ -321,10 +320,7 @@ impl Store {
                 created: (self.env.now)(),
                 message: None,
                 opened: false,
-                extra: known_as(match by_another {
-                    true => Some(stream.digest_there()),
-                    false => stream.header().known_as(),
-                }),
+                extra: known_as(Some(stream.digest_there())),
             };
             let (staged, file) = stage(&*self.names, name, &record.encode(name))?;
             let placed = (|| {

@@ -119,8 +119,9 @@ fn changes_travel_to_another_store() {
     busy(&w, "web");
     w.ok(["snapshot", "web@1"]);
     w.ok(["export", "web@1", &file("1.fd"), "--since", "base"]);
+    // It is what a digest is computed of, so that is known by now.
     let known = w.ok(["ls", "snapshots", "-H", "-o", "digest"]);
-    assert_eq!(known, "", "nobody has asked for it");
+    assert_eq!(known, format!("sha256:{}", sha256(&w.path("1.fd"))));
     assert_eq!(
         digest("web@1"),
         format!("sha256:{}", sha256(&w.path("1.fd")))
@@ -193,6 +194,7 @@ fn a_copy_follows_its_origin() {
         w.ok(["snapshot", &format!("d@{n}")]);
     }
     w.ok(["detach", "d"]);
+    let first = w.json(["info", "d@1"])["digest"].clone();
     let (far, farther) = (w.path("far"), w.path("farther"));
     let here = w.store.clone();
     sent(&here, "d@1 - -O stream", &far, "one");
@@ -217,6 +219,27 @@ fn a_copy_follows_its_origin() {
     ] {
         assert_eq!(raw(on, name), raw(&here, of), "{name}");
     }
+    // One after the other, while what was sent goes.
+    let (third, fourth) = (w.path("third"), w.path("fourth"));
+    for far in [&third, &fourth] {
+        sent(&here, "base - -O stream", far, "base");
+    }
+    sent(&here, "d@1 - --since base", &third, "one");
+    sent(&here, "d@2 - --since d@1", &third, "two");
+    w.ok(["rm", "d@1"]);
+    sent(&here, "d@3 - --since d@2", &third, "three");
+    // Over something else than what its digest was computed of.
+    w.ok(["rm", "d@2"]);
+    sent(&here, "d@3 - --since base", &fourth, "three");
+    for far in [&third, &fourth] {
+        sent(&here, "d@4 - --since d@3", far, "four");
+        assert_eq!(raw(far, "four"), raw(&here, "d@4"));
+    }
+    // What has no name is sent as well.
+    w.ok(["flatten", "d"]);
+    let flat = w.json(["info", "d"])["base_id"].as_str().unwrap().to_string();
+    sent(&here, &format!("{flat} - -O stream"), &fourth, "flat");
+    assert_eq!(raw(&fourth, "flat"), raw(&here, "d"));
     // What is something else is refused as ever.
     let stream = w.path("s.fd");
     w.ok(["export", "d@4", s(&stream), "--since", "d@3"]);
@@ -224,7 +247,7 @@ fn a_copy_follows_its_origin() {
     assert_eq!(refused.code, 12, "{refused:?}");
     let told = finish(w.command_on(&far, ["--json", "info", "one"]));
     let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
-    assert_eq!(told["known_as"], w.json(["info", "d@1"])["digest"]);
+    assert_eq!(told["known_as"], first);
     w.finish();
 }
 

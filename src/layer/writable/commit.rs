@@ -76,7 +76,7 @@ impl Layer {
 
     /// Was so much written that [`Layer::tidy`] should be called, though nobody flushes?
     pub fn is_filling(&self) -> bool {
-        self.filling.load(Relaxed)
+        self.filling.load(Relaxed) && !self.tidying.load(Relaxed)
     }
 
     /// What flushes, and many writes without one, leave for the time when nobody waits for it: a commit if the journal fills, a checkpoint if it is long,
@@ -85,7 +85,7 @@ impl Layer {
         if self.tidying.swap(true, SeqCst) {
             return Ok(());
         }
-        let committed = match self.is_filling() {
+        let committed = match self.filling.load(Relaxed) {
             true => self.flush_first().map(drop),
             false => Ok(()),
         };
