@@ -333,6 +333,7 @@ fn a_fixture_can_be_made() {
             Id((u128::from(n) << 64 | 0xF0).to_be_bytes())
         }),
         now: Arc::new(|| 1_800_000_000),
+        depth: forkdisk::format::MAX_DEPTH,
     };
     let root = forkdisk::io::os::OsDir::open(dir.path()).expect("opened");
     let store = Store::init_on(Arc::new(root), dir.path(), env).expect("a store");

@@ -300,6 +300,7 @@ fn keys_of_the_records() {
     let env = Env {
         id: Arc::new(move || Id(u128::from(next.fetch_add(1, Ordering::SeqCst)).to_be_bytes())),
         now: Arc::new(|| 1),
+        depth: forkdisk::format::MAX_DEPTH,
     };
     let sim = SimDisk::new(1);
     let store = Store::init_on(sim.root(), Path::new("/sim"), env).expect("a store");

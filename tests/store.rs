@@ -34,6 +34,7 @@ fn store_on(sim: &SimDisk) -> Store {
     let env = Env {
         id: Arc::new(move || Id(u128::from(next.fetch_add(1, SeqCst)).to_be_bytes())),
         now: Arc::new(|| 0),
+        depth: forkdisk::format::MAX_DEPTH,
     };
     let store = Store::init_on(sim.root(), Path::new("/sim"), env).expect("a store");
     let mut image = vec![7u8; 64 * BLOCK as usize];

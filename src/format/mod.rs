@@ -24,7 +24,7 @@ pub const SLOT_ZERO: u32 = 0xFFFF_FFFE;
 /// Slot number that stands for "absent"; never stored.
 pub const SLOT_ABSENT: u32 = 0xFFFF_FFFF;
 /// Most layers of a chain.
-pub const MAX_DEPTH: u32 = 1000;
+pub const MAX_DEPTH: u32 = 16_384;
 /// Largest rank of a layer (`depth` of its header).
 pub const MAX_RANK: u32 = 1 << 31;
 /// Most entries that may be dirty before the disk flushes by itself: their record must fit into the journal.

@@ -70,13 +70,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// Where ids and times come from.
+/// Where ids and times come from, and how deep chains may become.
 #[derive(Clone)]
 pub struct Env {
     /// A fresh random id.
     pub id: Arc<dyn Fn() -> Id + Send + Sync>,
     /// Seconds since 1970.
     pub now: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Most layers of a chain that is made: [`MAX_DEPTH`], or fewer.
+    pub depth: u32,
 }
 
 impl Env {
@@ -107,6 +109,7 @@ impl Env {
                     .duration_since(std::time::UNIX_EPOCH)
                     .map_or(0, |d| d.as_secs())
             }),
+            depth: MAX_DEPTH,
         }
     }
 }
@@ -865,10 +868,10 @@ fn in_use(e: &Error, what: &str) -> Error {
         .hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it")
 }
 
-fn too_deep(name: &str) -> Error {
+fn too_deep(name: &str, depth: u32) -> Error {
     Error::new(
         Kind::Invalid,
-        format!("`{name}` stands on {MAX_DEPTH} layers already, the most there can be"),
+        format!("`{name}` stands on {depth} layers already, the most there can be"),
     )
     .hint(format!(
         "`forkdisk squash {name}` joins the layers it stands on; `forkdisk flatten {name}` leaves none"

@@ -77,8 +77,9 @@ impl Store {
     pub(super) fn rank_over(&self, parent: Below, name: &str) -> Result<u32> {
         let rank = self.rank_of(parent)?;
         // A rank is never less than the number of layers.
-        if rank >= MAX_RANK || rank >= MAX_DEPTH && self.length(parent)? >= MAX_DEPTH {
-            return Err(too_deep(name));
+        let most = self.env.depth;
+        if rank >= MAX_RANK || rank >= most && self.length(parent)? >= most {
+            return Err(too_deep(name, most));
         }
         Ok(rank + 1)
     }

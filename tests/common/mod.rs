@@ -58,6 +58,7 @@ pub fn env(seed: u64) -> Env {
             Id(id)
         }),
         now: Arc::new(move || 1_700_000_000 + clock.load(Ordering::SeqCst)),
+        depth: forkdisk::format::MAX_DEPTH,
     }
 }
 

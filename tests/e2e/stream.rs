@@ -237,7 +237,10 @@ fn a_copy_follows_its_origin() {
     }
     // What has no name is sent as well.
     w.ok(["flatten", "d"]);
-    let flat = w.json(["info", "d"])["base_id"].as_str().unwrap().to_string();
+    let flat = w.json(["info", "d"])["base_id"]
+        .as_str()
+        .unwrap()
+        .to_string();
     sent(&here, &format!("{flat} - -O stream"), &fourth, "flat");
     assert_eq!(raw(&fourth, "flat"), raw(&here, "d"));
     // What is something else is refused as ever.

@@ -470,6 +470,7 @@ fn env(seed: u64) -> Env {
     Env {
         id: Arc::new(move || Id(u128::from(next.fetch_add(1, SeqCst)).to_be_bytes())),
         now: Arc::new(|| 1_700_000_000),
+        depth: forkdisk::format::MAX_DEPTH,
     }
 }
 
