@@ -357,6 +357,7 @@ impl Store {
         let _lock = self.lock(true)?;
         let graph = self.graph()?;
         let wanted = HashMap::from([(below, "")]);
+        let standing = graph.standing_on(&wanted);
         let mut forgotten = false;
         for name in self.all_names()? {
             let record = match read_name(&*self.names, &name) {
@@ -366,7 +367,7 @@ impl Store {
                 Err(e) => return Err(e),
             };
             if (record.extra.get(KEY).is_some() || record.extra.get(KNOWN_AS).is_some())
-                && graph.first_below(record.target, &wanted).is_some()
+                && standing.contains_key(&record.target)
             {
                 self.write_digest(&name, None)?;
                 forgotten = true;

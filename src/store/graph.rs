@@ -186,21 +186,24 @@ pub(super) struct Graph {
 }
 
 impl Graph {
-    /// Walks down from `upper` to the first of `wanted` and returns what is said of it.
-    pub fn first_below<'w>(
-        &self,
-        upper: Below,
-        wanted: &HashMap<Below, &'w str>,
-    ) -> Option<&'w str> {
-        let mut at = Some(upper);
-        for _ in 0..=MAX_DEPTH + 1 {
-            let below = at?;
-            if let Some(found) = wanted.get(&below) {
-                return Some(found);
-            }
-            at = self.nodes.get(&below).and_then(|n| n.parent);
+    /// All that stand on any of `wanted`, these included, with what is said of the nearest.
+    pub fn standing_on<'w>(&self, wanted: &HashMap<Below, &'w str>) -> HashMap<Below, &'w str> {
+        let mut standing = wanted.clone();
+        if wanted.is_empty() {
+            return standing;
         }
-        None
+        // What a layer stands on has a lower rank.
+        let mut order: Vec<(&Below, &Node)> = self.nodes.iter().collect();
+        order.sort_by_key(|(_, node)| node.rank);
+        for (below, node) in order {
+            let found = node
+                .parent
+                .and_then(|parent| standing.get(&parent).copied());
+            if let Some(found) = found {
+                standing.entry(*below).or_insert(found);
+            }
+        }
+        standing
     }
     /// Names that are gone.
     pub fn forget(&mut self, gone: &HashSet<&str>) {

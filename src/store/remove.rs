@@ -171,11 +171,12 @@ impl Store {
             .map(|o| (object_target(o), o.name.as_str()))
             .filter(|(target, _)| !kept.contains(target))
             .collect();
+        let standing = graph.standing_on(&dying);
         let mut users: BTreeMap<String, Vec<&Object>> = BTreeMap::new();
         for object in objects.iter().filter(|o| !going.contains_key(&o.name)) {
             let disk = object.name.split_once('@').map(|(disk, _)| disk);
             let of = disk.filter(|d| going.contains_key(*d));
-            if let Some(needed) = of.or_else(|| graph.first_below(object_target(object), &dying)) {
+            if let Some(needed) = of.or_else(|| standing.get(&object_target(object)).copied()) {
                 users.entry(needed.to_string()).or_default().push(object);
             }
         }
@@ -259,10 +260,8 @@ impl Store {
             .map(|o| (object_target(o), o.name.as_str()))
             .filter(|(target, _)| stays(target).is_none())
             .collect();
-        for below in graph.names.keys() {
-            if let Some(name) = stays(below)
-                && let Some(needed) = graph.first_below(*below, &dying)
-            {
+        for (below, needed) in graph.standing_on(&dying) {
+            if let Some(name) = stays(&below) {
                 return Err(
                     Error::new(Kind::Busy, format!("{needed} is in use by {name}"))
                         .hint("look at it again, then repeat the command"),
