@@ -91,7 +91,7 @@ mod tests {
         let mut next = |n| few.next(n);
         assert_eq!(next(32), Some(Completed::Near));
         // Between two bursts.
-        for n in [0, 1, 2, 3, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 4, 0] {
+        for n in [0, 1, 2, 3, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 4, 0] {
             assert_eq!(next(n), None, "{n}");
         }
         for _ in 0..LOOKS - 2 {
