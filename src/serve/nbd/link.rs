@@ -581,9 +581,9 @@ impl Link {
         match outcome {
             Ok(false) => {}
             Ok(true) => {
-                self.done(request, Ok(()));
                 // The disk is let go of before it is asked for again: in between it may be taken away.
                 let fills = self.file.disk().is_some_and(|disk| disk.is_filling());
+                self.done(request, Ok(()));
                 if fills {
                     // It takes its time.
                     self.more();
