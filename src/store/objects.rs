@@ -161,16 +161,20 @@ impl Store {
         })();
         if let Err(e) = done {
             // Nothing half-made stays: what was named is unnamed again, then the files go.
-            for (i, name) in disks.iter().enumerate() {
-                let _ = self.names.remove(&if i < named {
-                    name.clone()
-                } else {
-                    format!("{TEMPORARY}{name}")
-                });
-            }
+            let unnamed: Vec<bool> = disks
+                .iter()
+                .enumerate()
+                .map(|(i, name)| match i < named {
+                    true => self.names.remove(name).is_ok(),
+                    false => {
+                        let _ = self.names.remove(&format!("{TEMPORARY}{name}"));
+                        true
+                    }
+                })
+                .collect();
             // A name must never refer to a layer that is gone: where it is not certain that the names are, the layers are left to `gc`.
             if named == 0 || self.names.sync().is_ok() {
-                for id in &ids[..written] {
+                for (id, _) in ids[..written].iter().zip(unnamed).filter(|(_, gone)| *gone) {
                     let _ = self.layers.remove(&layer_file(*id));
                 }
             }
