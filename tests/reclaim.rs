@@ -78,6 +78,48 @@ fn stacked(store: &Store) -> Arc<CowDisk> {
     disk
 }
 
+/// What is given back may have been seen through layers that do not hide it: what they show is not known any more, nor what they show when they are one.
+#[test]
+fn what_joined_layers_show_is_what_is_left_of_them() {
+    let (_sim, store) = simulated(300);
+    // Past the end of the image nothing lies below.
+    store
+        .create(&["e".to_string()], "image", Some(1000 * B))
+        .expect("create");
+    let disk = open(&store, "e", true);
+    let snapshot = |disk: &CowDisk, name: &str| {
+        let made = store.snapshot_running(disk, "e", name, None);
+        made.expect("snapshot");
+    };
+    let names = ["s0", "s1", "s2"];
+    for (n, name) in (0u64..).zip(names) {
+        write(&disk, n + 1, 400 + n * 100, 100);
+        snapshot(&disk, name);
+    }
+    for name in names {
+        remove(&store, &format!("e@{name}"));
+    }
+    disk.close().expect("close");
+    drop(disk);
+    // Its layers say what they show when they are opened.
+    let disk = open(&store, "e", true);
+    write(&disk, 9, 400, 90);
+    snapshot(&disk, "x");
+    let done = reclaim(&store);
+    assert_eq!(done.bytes, 90 * B, "{done:?}");
+    assert!(store.rechain(&disk).expect("rechain"));
+    let now = read_all(&*disk).expect("read");
+    let plan = store.idle_stretch("e", &disk, 3).expect("a look");
+    let done = store.squash(plan.expect("three layers"), &Quiet);
+    assert!(store.rechain(&disk).expect("rechain"));
+    let former = done.expect("squash").former;
+    store.collect_former(&former).expect("collect");
+    assert!(read_all(&*disk).expect("read") == now);
+    disk.close().expect("close");
+    drop(disk);
+    sound(&store);
+}
+
 #[test]
 fn a_layer_shrinks_under_its_readers() {
     let (sim, store) = simulated(2000);

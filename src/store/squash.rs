@@ -12,10 +12,10 @@ use super::{Below, Object, ObjectKind, Progress, Store, layer_file, parent_of, t
 use crate::chain::Chain;
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
-use crate::format::{MAX_DEPTH, MAX_RANK};
+use crate::format::{MAX_DEPTH, MAX_RANK, Superblock};
 use crate::io::{Access, File};
 use crate::layer::rewrite::{self, Measure};
-use crate::layer::{ReadLayer, State, prune, read_header};
+use crate::layer::{ReadLayer, State, prune, read_header, recover};
 use crate::units::{BLOCK, Id};
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -381,10 +381,14 @@ impl Store {
     }
     /// What a sealed layer calls itself in its superblock now.
     pub(super) fn label_of(&self, id: Id) -> Option<String> {
+        self.superblock_of(id)?.name().map(str::to_string)
+    }
+    /// What its file says now, whatever an open layer was when it was opened.
+    fn superblock_of(&self, id: Id) -> Option<Superblock> {
         let file = self.layers.open(&layer_file(id), Access::Read).ok()?;
         let header = read_header(&*file).ok()?;
-        let found = crate::layer::recover::superblock(&*file, &header).ok()?;
-        found.superblock.name().map(str::to_string)
+        let found = recover::superblock(&*file, &header).ok()?;
+        Some(found.superblock)
     }
     /// Fails if the host has no room for it.
     pub fn may_squash(&self, plan: &Squash) -> Result<()> {
@@ -426,10 +430,13 @@ impl Store {
                 ),
             )
         };
-        // Not as it was when it was opened: its name may have been removed since.
-        let label = self.label_of(id);
+        // Not as it was when it was opened: its name may have been removed since, and what it shows is not known any more if some of that was given back.
+        let superblock = self.superblock_of(id);
+        let refer = |superblock: Option<&Superblock>| superblock.and_then(Superblock::refer);
+        let shown = refer(superblock.as_ref());
+        let label = superblock.as_ref().and_then(Superblock::name);
         // It shows what it showed, over the same base.
-        let label = (label.as_deref(), top.size(), top.superblock().refer());
+        let label = (label, top.size(), shown);
         let written = rewrite::write(
             &*file,
             &header,
@@ -440,6 +447,9 @@ impl Store {
         )
         .and_then(|copied| {
             let _lock = self.lock(true)?;
+            if refer(self.superblock_of(id).as_ref()) != shown {
+                prune::forget_refer(&*file, &header)?;
+            }
             Ok((copied, self.replace(&top, &*file)?))
         });
         let (copied, replaced) = match written {
