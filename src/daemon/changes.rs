@@ -13,12 +13,12 @@ use crate::sys::holders;
 use crate::sys::process::Process;
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most processes that a message names.
 const NAMED: usize = 5;
 
-/// How long a client of NBD that is just leaving is waited for.
+/// How long a user that is just leaving is waited for.
 const LEAVING: Duration = Duration::from_millis(500);
 
 impl Server {
@@ -74,14 +74,27 @@ impl Server {
             }
         }
     }
-    /// Gives clients of NBD that just leave the time to do so.
+    /// Gives users that just leave the time to do so: clients of NBD, and whoever closed a file, of which the kernel tells later.
     pub(super) fn wait_for_clients(&self, meant: impl Fn(&Entry) -> bool) {
         let table = self.table.lock();
         let entry = table.values().find(|e| meant(e));
-        let ino = entry.filter(|e| e.attached.via == Via::Nbd).map(|e| e.ino);
+        let used = entry.map(|e| (e.attached.via, e.ino));
         drop(table);
-        if let Some(ino) = ino {
-            self.exports.connections(ino, LEAVING);
+        let is_open = |ino| {
+            let info = self.files.get(ino).and_then(|file| file.info());
+            info.is_some_and(|info| info.opens > 0)
+        };
+        match used {
+            Some((Via::Nbd, ino)) => {
+                self.exports.connections(ino, LEAVING);
+            }
+            Some((Via::File, ino)) => {
+                let deadline = Instant::now() + LEAVING;
+                while is_open(ino) && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+            _ => {}
         }
     }
     /// Fails if anybody has the file of an attachment open.
