@@ -280,6 +280,26 @@ fn a_chain_of_former_files_keeps_what_it_reads() {
     sound(&store);
 }
 
+/// A disk is closed between the reclaim under it and the look at its new block map: the former map goes with its last reader.
+#[test]
+fn a_disk_that_is_closed_meanwhile_leaves_no_map_behind() {
+    let (_sim, store) = simulated(2000);
+    let disk = stacked(&store);
+    remove(&store, "d@s1");
+    // Somebody else reads by the former map as well.
+    let other = open(&store, "d@s2", false);
+    let now = read_all(&*other).expect("read");
+    assert_eq!(reclaim(&store).bytes, 900 * B);
+    disk.close().expect("close");
+    drop(disk);
+    store.closed();
+    assert!(read_all(&*other).expect("read") == now);
+    drop(other);
+    store.closed();
+    sound(&store);
+    assert!(contents(&store, "d@s2") == now);
+}
+
 /// The power goes at each step: what is seen stays the same, and later the rest comes back.
 #[test]
 fn one_that_is_cut_changes_nothing() {

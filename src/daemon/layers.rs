@@ -14,6 +14,7 @@ use crate::disk::CowDisk;
 use crate::error::{Kind, Result};
 use crate::store::{Object, Progress, Reclaimed};
 use crate::units::Id;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -69,11 +70,11 @@ impl Server {
         let Some(_joining) = self.joining.try_lock() else {
             return Ok(Reclaimed::default());
         };
-        let done = self.store.reclaim_open()?;
+        let mut done = self.store.reclaim_open()?;
         if !done.shrunk.is_empty() {
             self.rechain();
             // Nobody reads by the former maps now.
-            self.store.reclaim_open()?;
+            done.left = done.left.max(self.store.reclaim_open()?.left);
             tracing::info!(
                 bytes = done.bytes,
                 layers = done.shrunk.len(),
@@ -105,6 +106,7 @@ impl Server {
     /// Joins what nobody needs one by one below an attached disk; says whether there was anything.
     fn join_idle(&self, name: &str, disk: Arc<CowDisk>) -> Result<bool> {
         let _joining = self.joining.lock();
+        let _below = JoinsBelow::new(&self.joins_below, name);
         let found = self.store.idle_stretch(name, &disk, STRETCH)?;
         // It may be detached while layers are copied: then nothing of it may be held here.
         drop(disk);
@@ -136,6 +138,22 @@ impl Server {
             "layers without names were joined"
         );
         Ok(true)
+    }
+}
+
+/// Says of which disk the layers are that are being joined, as long as this lives.
+struct JoinsBelow<'a>(&'a Mutex<Option<String>>);
+
+impl<'a> JoinsBelow<'a> {
+    fn new(below: &'a Mutex<Option<String>>, name: &str) -> JoinsBelow<'a> {
+        *below.lock() = Some(name.to_string());
+        JoinsBelow(below)
+    }
+}
+
+impl Drop for JoinsBelow<'_> {
+    fn drop(&mut self) {
+        *self.0.lock() = None;
     }
 }
 

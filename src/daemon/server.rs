@@ -85,6 +85,8 @@ pub(super) struct Server {
     pub(super) resized: AtomicBool,
     /// Held while layers are joined here, or give back what nobody sees.
     pub(super) joining: Mutex<()>,
+    /// The disk below which they are joined.
+    pub(super) joins_below: Mutex<Option<String>>,
     /// A layer below an attached disk lost its name.
     pub(super) nameless: AtomicBool,
 }
@@ -177,6 +179,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         before,
         leaving: AtomicBool::new(false),
         joining: Mutex::new(()),
+        joins_below: Mutex::default(),
         nameless: AtomicBool::new(false),
         resized: AtomicBool::new(false),
     });
@@ -539,6 +542,7 @@ impl Server {
         };
         // The lock of the layer file goes with the last handle, before anyone can see the name free.
         drop(disk);
+        self.store.closed();
         let done = match closed {
             Err(e) if e.kind() == Kind::NoSpace && flushed.is_ok() => {
                 // The next opening tidies up.
@@ -557,6 +561,10 @@ impl Server {
             entry.place.release();
         }
         self.settled.notify_all();
+        // Whoever joins layers below it ends now, and leaves nothing lying about.
+        if self.joins_below.lock().as_deref() == Some(name) {
+            let _joining = self.joining.try_lock_for(CALM);
+        }
         done
     }
 

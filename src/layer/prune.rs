@@ -213,8 +213,6 @@ pub fn prune(
     users: Users,
     before: impl FnOnce() -> Result<()>,
 ) -> Result<Pruned> {
-    let punch_free =
-        |superblock: &Superblock| punch(&**file, read_free_list(&**file, superblock)?.iter());
     let superblock = settled(&**file, header)?;
     // What a predecessor wrote that no superblock ever named.
     let end = superblock.high_water.get().saturating_mul(BLOCK);
@@ -226,7 +224,7 @@ pub fn prune(
     let run_bytes: u64 = superblock.run_refs().iter().map(|r| r.len.get()).sum();
     if found == 0 || found * BLOCK < run_bytes {
         // What a power cut kept a predecessor from giving back, or readers.
-        punch_free(&superblock)?;
+        punch_listed(&**file, &superblock)?;
         return Ok(Pruned::default());
     }
     before()?;
@@ -240,7 +238,7 @@ pub fn prune(
     if let Err(e) = done {
         // Nothing names what was written.
         let _ = file.set_len(len);
-        let _ = punch_free(&superblock);
+        let _ = punch_listed(&**file, &superblock);
         return Err(e.layer(id));
     }
     drop(layer);
@@ -249,9 +247,24 @@ pub fn prune(
     put(&**file, &mut work.next)?;
     punch(&**file, work.data.iter())?;
     if users == Users::Nobody {
-        punch_free(&work.next)?;
+        punch_listed(&**file, &work.next)?;
     }
     Ok(Pruned { blocks: found })
+}
+
+/// Gives back what a sealed layer does not use: what an earlier [`prune`] left, for power cuts or readers. The caller has the file's lock for himself, and
+/// nobody a map of the layer in memory.
+pub fn punch_free(file: &dyn File, header: &Header) -> Result<()> {
+    let superblock = settled(file, header)?;
+    if State::of(&superblock) == State::Sealed {
+        punch_listed(file, &superblock)?;
+    }
+    Ok(())
+}
+
+/// Punches what the free list names.
+fn punch_listed(file: &dyn File, superblock: &Superblock) -> Result<()> {
+    punch(file, read_free_list(file, superblock)?.iter())
 }
 
 fn punch(file: &dyn File, extents: impl Iterator<Item = (u32, u32)>) -> Result<()> {

@@ -10,7 +10,7 @@
 use super::graph::Graph;
 use super::history::{LIMITS, Point};
 use super::names::{self, NameRecord};
-use super::{Below, Object, ObjectKind, Store, layer_file, many, parent_of};
+use super::{Below, Object, ObjectKind, Store, layer_file, many, names_lock_if_free, parent_of};
 use crate::disk::CowDisk;
 use crate::disk::cow::MAX_REWIND;
 use crate::error::{Kind, Result};
@@ -590,15 +590,6 @@ impl Earliest {
         self.held.store(held, Relaxed);
         done
     }
-    /// The names lock, if nobody has it. Who calls this may hold up whoever does.
-    fn names_lock(&self) -> Result<Option<Arc<dyn File>>> {
-        let lock = self.root.open("lock", Access::Read)?;
-        match lock.lock(true) {
-            Err(e) if e.kind() == Kind::Busy => Ok(None),
-            Err(e) => Err(e),
-            Ok(()) => Ok(Some(lock)),
-        }
-    }
     /// Lets go of the oldest part, in at most so many layers, as long as `goes` says so of its time and of the bytes of all; or if there are too many layers. The names lock is
     /// held. Returns the bytes.
     fn let_go(&self, most: usize, goes: impl Fn(u64, u64) -> bool) -> u64 {
@@ -679,7 +670,7 @@ impl Lower for Earliest {
         if !due {
             return;
         }
-        match self.names_lock() {
+        match names_lock_if_free(&*self.root) {
             Ok(None) => {}
             Ok(Some(_lock)) => {
                 let room = if over { stays.left } else { stays.room };
@@ -694,7 +685,7 @@ impl Lower for Earliest {
         }
         let mut tries = 0;
         let _lock = loop {
-            match self.names_lock() {
+            match names_lock_if_free(&*self.root) {
                 Ok(Some(lock)) => break lock,
                 Ok(None) if tries < TRIES => tries += 1,
                 Ok(None) | Err(_) => return false,

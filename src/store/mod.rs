@@ -65,7 +65,7 @@ use crate::sys::private;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, Id, blocks};
 use names::{NameRecord, read_name, read_record};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -140,10 +140,21 @@ pub struct Store {
     open_chains: Mutex<HashMap<Below, Weak<Chain>>>,
     /// Snapshots and images that are open themselves, by their layers.
     views: Mutex<Vec<(Id, Weak<CowDisk>)>>,
+    /// Layers that gave back blocks while they were open here, whose former block maps are not given back yet.
+    former_maps: Mutex<BTreeSet<Id>>,
 }
 
 /// The names lock, held while this lives.
 pub struct NamesLock(#[expect(dead_code, reason = "held for its lock")] Arc<dyn File>);
+
+/// The lock of the names for changes, if nobody has it. Who calls this may hold up whoever does.
+fn names_lock_if_free(root: &dyn Dir) -> Result<Option<NamesLock>> {
+    let file = root.open("lock", Access::Read)?;
+    match file.lock(true) {
+        Err(e) if e.kind() == Kind::Busy => Ok(None),
+        other => other.map(|()| Some(NamesLock(file))),
+    }
+}
 
 /// File name of a layer.
 pub fn layer_file(id: Id) -> String {
@@ -319,6 +330,7 @@ impl Store {
             open_bases: Mutex::default(),
             open_chains: Mutex::default(),
             views: Mutex::default(),
+            former_maps: Mutex::default(),
         })
     }
     /// Its id.

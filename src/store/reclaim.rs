@@ -12,7 +12,7 @@
 
 use super::graph::Graph;
 use super::objects::object_target;
-use super::{Below, RemovePlan, Store, layer_file, names};
+use super::{Below, RemovePlan, Store, layer_file, names, names_lock_if_free};
 use crate::chain::Chain;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
@@ -258,7 +258,10 @@ impl Store {
         self.forget_replaced();
         let open = self.open_layers.lock().clone();
         let mut open: Vec<Arc<ReadLayer>> = open.values().filter_map(Weak::upgrade).collect();
-        let mut done = Reclaimed::default();
+        let mut done = Reclaimed {
+            left: self.punch_former_maps(),
+            ..Reclaimed::default()
+        };
         if open.is_empty() {
             return Ok(done);
         }
@@ -284,7 +287,9 @@ impl Store {
             }
             match self.reclaim_held(&graph, layer) {
                 Ok(None) => done.left += 1,
-                Ok(Some(0)) => {}
+                Ok(Some(0)) => {
+                    self.former_maps.lock().remove(&id);
+                }
                 Ok(Some(bytes)) => {
                     done.bytes += bytes;
                     done.shrunk.push(id);
@@ -322,9 +327,51 @@ impl Store {
             return Ok(None);
         }
         let hidden = |region: Region| hiding.region(region);
-        let before = || self.uncount(&hiding);
+        let before = || {
+            self.former_maps.lock().insert(id);
+            self.uncount(&hiding)
+        };
         let done = prune::prune(&file, &header, &hidden, Users::Here, before)?;
         Ok(Some(done.blocks * BLOCK))
+    }
+    /// After a disk was closed: gives back the former block maps of layers below it that gave back blocks while they were open here. Not while somebody
+    /// changes names: [`Store::reclaim_open`] comes back to them.
+    pub fn closed(&self) {
+        if self.former_maps.lock().is_empty() {
+            return;
+        }
+        match names_lock_if_free(&*self.root) {
+            Ok(Some(_lock)) => drop(self.punch_former_maps()),
+            Ok(None) => {}
+            Err(e) => tracing::debug!("former block maps stay for now: {e}"),
+        }
+    }
+    /// Gives back the former block maps of layers that were open here and are not any more; returns how many are left. The names lock is held.
+    fn punch_former_maps(&self) -> usize {
+        let open: HashSet<Id> = {
+            let open = self.open_layers.lock();
+            let open = open.iter().filter(|(_, layer)| layer.strong_count() > 0);
+            open.map(|(id, _)| *id).collect()
+        };
+        let ids: Vec<Id> = self.former_maps.lock().iter().copied().collect();
+        if !ids.is_empty() && !matches!(self.scrubbing(), Ok(false)) {
+            return ids.len();
+        }
+        for id in ids.into_iter().filter(|id| !open.contains(id)) {
+            let punched = (|| {
+                let file = self.layers.open(&layer_file(id), Access::Write)?;
+                file.lock(true)?;
+                prune::punch_free(&*file, &read_header(&*file)?)
+            })();
+            match punched {
+                // Another process reads the layer, or a chain that came to its former file.
+                Err(e) if e.kind() == Kind::Busy => continue,
+                Err(e) => tracing::debug!(layer = %id, "the former block map stays: {e}"),
+                Ok(()) => {}
+            }
+            self.former_maps.lock().remove(&id);
+        }
+        self.former_maps.lock().len()
     }
     /// Is a layer what a snapshot shows that is open here? Its name may be gone.
     fn is_shown(&self, id: Id) -> bool {
