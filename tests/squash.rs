@@ -4,13 +4,14 @@
 
 mod common;
 use common::{Rng, data, env, read_all};
-use forkdisk::check::check;
+use forkdisk::check::{check, scrub};
 use forkdisk::disk::{CowDisk, Disk};
-use forkdisk::error::Kind;
+use forkdisk::error::{Error, Kind};
+use forkdisk::io::Access;
 use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::{Policy, SimDisk};
 use forkdisk::store::names::{read_name, stage};
-use forkdisk::store::{Below, ImportMode, ImportSource, Progress, Quiet, Store};
+use forkdisk::store::{Below, Flattened, ImportMode, ImportSource, Progress, Quiet, Store};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -671,4 +672,197 @@ fn a_reclaim_that_is_cut_changes_nothing() {
             break;
         }
     }
+}
+
+/// Ends the work when it is told of it for so many times.
+struct Times(AtomicU64);
+
+impl Progress for Times {
+    fn update(&self, _: u64, _: u64) -> bool {
+        let left = self.0.load(SeqCst);
+        self.0.store(left.saturating_sub(1), SeqCst);
+        left > 0
+    }
+}
+
+fn flatten(store: &Store, name: &str, after: u64) -> Result<Flattened, Error> {
+    let done = store.flatten(name, &Times(AtomicU64::new(after)))?;
+    store.collect_former(&done.former).expect("collect");
+    Ok(done)
+}
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    let digest = Sha256::digest(bytes);
+    let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+    format!("sha256:{hex}")
+}
+
+/// What an interrupted flattening has copied is not copied again, but for what was changed since; and `gc` removes it.
+#[test]
+fn an_interrupted_flattening_goes_on() {
+    let (_sim, store) = simulated(4000);
+    let disk = open(&store, "d");
+    disk.write(&data(9, 3000 * B), 500 * B).expect("write");
+    let run = |after: u64| {
+        store.seal_open(&disk, "d").expect("seal");
+        let done = flatten(&store, "d", after);
+        store.rechain(&disk).expect("rechain");
+        done
+    };
+    let bases = || store.bases_dir().list().expect("list").len();
+    let error = run(9).expect_err("interrupted");
+    assert_eq!((error.kind(), bases()), (Kind::Interrupted, 2));
+    assert!(
+        error
+            .hint_text()
+            .is_some_and(|hint| hint.contains("goes on")),
+        "{error:?}"
+    );
+    // In what was copied, and behind it; data, and zeros.
+    for at in [100, 700, 3900] {
+        disk.write(&data(at, 10 * B), at * B).expect("write");
+        disk.discard((at + 40) * B, 20 * B).expect("discard");
+    }
+    run(12).expect_err("interrupted");
+    let now = read_all(&*disk).expect("read");
+    let done = run(u64::MAX).expect("flattened");
+    // Two attempts that got to 9 and 12 MiB: 8 are known to be there.
+    assert!(
+        done.copied < (4000 - 8 * 256 + 60) * B && done.copied > 0,
+        "{done:?}"
+    );
+    assert_eq!(done.digest, Some(sha256(&now)));
+    assert!(read_all(&*disk).expect("read") == now);
+    disk.close().expect("close");
+    drop(disk);
+    assert!(contents(&store, "d") == now);
+    // What was open when it could have gone.
+    store.gc(false).expect("gc");
+    sound(&store);
+    let read = scrub(&store, None, Default::default(), &Quiet).expect("scrub");
+    assert!(read.corruptions.is_empty(), "{read:?}");
+    assert_eq!(bases(), 2, "the image, and the new one");
+    // Nobody comes back for it.
+    store
+        .create(&["e".to_string()], "image", None)
+        .expect("create");
+    let e = open(&store, "e");
+    e.write(&data(9, 3000 * B), 500 * B).expect("write");
+    e.close().expect("close");
+    drop(e);
+    store.snapshot("e", "s", None).expect("snapshot");
+    flatten(&store, "e@s", 9).expect_err("interrupted");
+    assert_eq!(bases(), 3);
+    store.gc(false).expect("gc");
+    assert_eq!(bases(), 2);
+    sound(&store);
+}
+
+/// What an earlier attempt copied is not believed where it is not what it was.
+#[test]
+fn a_damaged_copy_is_not_gone_on_with() {
+    let (_sim, store) = simulated(3000);
+    store.snapshot("d", "s", None).expect("snapshot");
+    let now = contents(&store, "d@s");
+    flatten(&store, "d@s", 9).expect_err("interrupted");
+    let names = store.bases_dir().list().expect("list");
+    let (left, _) = names
+        .iter()
+        .find(|(name, _)| name.starts_with(".tmp-"))
+        .expect("one");
+    let dir = store.bases_dir().subdir(left).expect("open");
+    let image = dir.open("image", Access::Write).expect("open");
+    image.write_at(&[7; 10], 5 * B + 7).expect("write");
+    drop((image, dir));
+    let error = flatten(&store, "d@s", u64::MAX).expect_err("damaged");
+    assert_eq!(error.kind(), Kind::Corrupt, "{error:?}");
+    let done = flatten(&store, "d@s", u64::MAX).expect("flattened");
+    assert_eq!(done.digest, Some(sha256(&now)));
+    assert!(contents(&store, "d@s") == now);
+    sound(&store);
+}
+
+/// Attempts that are interrupted, at any moment and by power cuts, between writes, snapshots, rollbacks, squashes and other sizes: in the end it is what the
+/// disk shows.
+#[test]
+fn interrupted_flattenings_of_a_disk_that_changes() {
+    let (mut went_on, mut compared) = (0, 0);
+    for seed in 0..24 {
+        let (mut sim, mut store) = simulated(3000);
+        let mut rng = Rng(seed * 7919 + 3);
+        let mut plain = contents(&store, "d");
+        let mut kept: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for step in 0..40 {
+            match rng.below(9) {
+                0 | 1 => {
+                    let disk = open(&store, "d");
+                    change(&*disk, &mut rng);
+                    plain = read_all(&*disk).expect("read");
+                    disk.close().expect("close");
+                }
+                2 => {
+                    let name = format!("s{step}");
+                    store.snapshot("d", &name, None).expect("snapshot");
+                    kept.insert(name, plain.clone());
+                }
+                3 if !kept.is_empty() => {
+                    let n = rng.below(kept.len() as u64) as usize;
+                    if let Some((name, bytes)) = kept.iter().nth(n) {
+                        store.rollback("d", name).expect("rollback");
+                        plain = bytes.clone();
+                    }
+                    kept.retain(|name, _| store.resolve(&format!("d@{name}")).is_ok());
+                }
+                4 => drop(squash(&store, "d", rng.below(2) == 0)),
+                5 => {
+                    let size = (2000 + rng.below(2000)) * B;
+                    store.resize("d", size).expect("resize");
+                    plain.resize(size as usize, 0);
+                }
+                6 => {
+                    store.seal("d").expect("seal");
+                    sim.cut_at(sim.ops() + rng.below(80));
+                    let _ = store.flatten("d", &Quiet);
+                    drop(store);
+                    sim = sim.crash(seed * 100 + step);
+                    store = again(&sim, step + 2);
+                }
+                _ => {
+                    store.seal("d").expect("seal");
+                    let after = 4 + rng.below(14);
+                    let left = store.bases_dir().list().expect("list");
+                    let left = left.iter().any(|(name, _)| name.starts_with(".tmp-"));
+                    match flatten(&store, "d", after) {
+                        Ok(done) => {
+                            // A disk may have got another size since its layer was sealed.
+                            let base = done.base.map(|id| store.base_meta(id).expect("meta"));
+                            if base.is_some_and(|b| b.len == plain.len() as u64) {
+                                let digest = sha256(&plain);
+                                assert_eq!(done.digest, Some(digest), "{seed}, {step}");
+                                compared += 1;
+                            }
+                            went_on +=
+                                u32::from(left && done.base.is_some() && done.copied < done.bytes);
+                        }
+                        Err(e) => assert_eq!(e.kind(), Kind::Interrupted, "{seed}, {step}: {e:?}"),
+                    }
+                }
+            }
+            assert!(contents(&store, "d") == plain, "{seed}, {step}");
+        }
+        store.seal("d").expect("seal");
+        flatten(&store, "d", u64::MAX).expect("flatten");
+        store.gc(false).expect("gc");
+        assert!(contents(&store, "d") == plain, "{seed}");
+        for (name, bytes) in &kept {
+            assert!(
+                contents(&store, &format!("d@{name}")) == *bytes,
+                "{seed}: {name}"
+            );
+        }
+        sound(&store);
+        let read = scrub(&store, None, Default::default(), &Quiet).expect("scrub");
+        assert!(read.corruptions.is_empty(), "{seed}: {read:?}");
+    }
+    assert!(went_on > 10 && compared > 10, "{went_on}, {compared}");
 }

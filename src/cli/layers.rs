@@ -123,6 +123,8 @@ struct FlattenDoc {
     dry_run: bool,
     name: String,
     bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copied: Option<u64>,
     base_id: Option<String>,
     digest: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -144,6 +146,7 @@ impl Flatten {
             dry_run: context.dry_run,
             name: name.clone(),
             bytes,
+            copied: None,
             base_id: None,
             digest: None,
             freed: None,
@@ -180,6 +183,7 @@ impl Flatten {
         let freed = done.replaced + settle(context, &store, &done.former)?;
         tell_of_histories(context, &store, &histories);
         document.bytes = done.bytes;
+        document.copied = done.base.map(|_| done.copied);
         document.base_id = done.base.map(|id| id.to_string());
         document.digest = done.digest;
         document.freed = Some(freed);
@@ -192,7 +196,7 @@ impl Flatten {
             None => ui.talk(format_args!("{name} stands on a base of its own already")),
             Some(_) => ui.talk(format_args!(
                 "flattened {name}: copied {}, freed {}",
-                ui.size(done.bytes),
+                ui.size(done.copied),
                 ui.size(freed)
             )),
         }

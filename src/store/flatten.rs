@@ -3,16 +3,20 @@
 //! Always true: the topmost sealed layer keeps its id, and becomes an empty one over the new base, in one rename. The base is durable before
 //! that. It has no name: the layer needs it, and so it goes with it.
 
-use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Same, Sink, counted};
+mod copied;
+
+use super::import::{BaseMeta, DIGEST_MAX, PIECE, RUNNING, Same, counted};
 use super::names::TEMPORARY;
 use super::{Below, Object, ObjectKind, Progress, Store};
 use crate::chain::Chain;
 use crate::disk::{CowDisk, Disk, Extent, Source, stretches};
 use crate::error::{Error, Kind, Result};
-use crate::io::{Access, Dir, File};
+use crate::io::Access;
 use crate::layer::refer::Below as _;
 use crate::layer::rewrite::{self, Measure};
 use crate::units::{BLOCK, Id};
+pub(super) use copied::COPIED;
+use copied::{Begun, Copy};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -30,6 +34,8 @@ pub struct Flattened {
     pub digest: Option<String>,
     /// Bytes of data in it.
     pub bytes: u64,
+    /// Bytes that were copied: less than it has, if an earlier attempt had copied some.
+    pub copied: u64,
     /// Layers from the object down to the base, before.
     pub depth: u32,
     /// The same now.
@@ -51,11 +57,18 @@ impl Store {
             .hint("flatten a disk, a snapshot, or an image that was committed"));
         }
         let bytes = self.usage(object)?.refer;
-        self.must_fit("flattening", bytes + bytes / 1024)?;
+        let needs = bytes + bytes / 1024;
+        if self.host_free().is_some_and(|free| free < needs) {
+            // What an interrupted attempt left has its space already.
+            let (_, chain, _) = self.to_flatten(&object.name)?;
+            let left = self.left_bytes(&chain)?;
+            self.must_fit("flattening", needs.saturating_sub(left))?;
+        }
         Ok(bytes)
     }
     /// Makes the content of an object, as far as sealed layers hold it ([`Store::seal`]), a base of its own, on which it stands alone from then on.
-    /// Nothing half-made stays if it fails. Afterwards the daemon must be told ([`Store::rechain`]), and what the object stood on can go
+    /// Nothing half-made stays if it fails; what was copied is kept if it is interrupted: the next flattening of the same goes on with it, whatever was
+    /// written to the disk meanwhile, and `gc` removes it. Afterwards the daemon must be told ([`Store::rechain`]), and what the object stood on can go
     /// ([`Store::collect_former`]).
     pub fn flatten(&self, name: &str, progress: &dyn Progress) -> Result<Flattened> {
         let (object, chain, alone) = self.to_flatten(name)?;
@@ -66,6 +79,7 @@ impl Store {
                 base: None,
                 digest: None,
                 bytes: 0,
+                copied: 0,
                 depth,
                 depth_after: depth,
                 former: Vec::new(),
@@ -83,9 +97,12 @@ impl Store {
                 .filter(|below| below.id() != top.id()),
         );
         let layer = self.begin_replacement(top.id())?;
-        let id = (self.env.id)();
-        let done = self.begin_base(id).and_then(|(dir, running)| {
-            let (copied, data) = self.copy_content(&*dir, id, &chain, progress)?;
+        let begun = self.begin_base(&chain);
+        let begun = begun.inspect_err(|_| self.drop_replacement(top.id()))?;
+        let id = begun.id;
+        let dir = &begun.dir;
+        let done: Result<_> = (|| {
+            let (copied, data) = self.copy_content(&begun, &chain, progress)?;
             let header = top.header().over(id, false);
             let label = self.label_of(top.id());
             let label = (label.as_deref(), top.size(), Some((data, id)));
@@ -99,23 +116,27 @@ impl Store {
             )?;
             let _lock = self.lock(true)?;
             // From here on the lock of the names keeps `gc` away.
-            dir.remove(RUNNING)?;
-            drop(running);
+            for file in [COPIED, RUNNING] {
+                if dir.entry(file)?.is_some() {
+                    dir.remove(file)?;
+                }
+            }
             dir.sync()?;
             self.bases
                 .rename_new(&format!("{TEMPORARY}{id}"), &id.to_string())?;
             self.bases.sync()?;
-            Ok((copied, self.replace(&top, &*layer)?))
-        });
+            Ok((copied, data, self.replace(&top, &*layer)?))
+        })();
         match done {
-            Ok(((digest, bytes), replaced)) => {
+            Ok(((digest, copied), data, replaced)) => {
                 drop(chain);
                 drop(top);
                 self.forget_replaced();
                 Ok(Flattened {
                     base: Some(id),
                     digest,
-                    bytes,
+                    bytes: data * BLOCK,
+                    copied,
                     depth,
                     depth_after: above + 1,
                     former,
@@ -123,7 +144,12 @@ impl Store {
                 })
             }
             Err(e) => {
-                self.drop_base(id, &top);
+                let kept =
+                    e.kind() == Kind::Interrupted && matches!(dir.entry(COPIED), Ok(Some(_)));
+                match kept {
+                    true => self.drop_replacement(top.id()),
+                    false => self.drop_base(id, &top),
+                }
                 Err(e.context(format!("cannot flatten `{name}`")))
             }
         }
@@ -146,16 +172,6 @@ impl Store {
         let alone = chain.depth() == 1 && empty && unshared;
         Ok((object, chain, alone))
     }
-    /// A directory for a new base, and the locked file that keeps `gc` away from it.
-    fn begin_base(&self, id: Id) -> Result<(Arc<dyn Dir>, Arc<dyn File>)> {
-        let temporary = format!("{TEMPORARY}{id}");
-        let _lock = self.lock(true)?;
-        self.bases.create_dir(&temporary)?;
-        let dir = self.bases.subdir(&temporary)?;
-        let running = dir.open(RUNNING, Access::CreateNew)?;
-        running.lock(true)?;
-        Ok((dir, running))
-    }
     /// Takes away a new base that came to nothing, and the file that was to replace the layer `top`: where the layer's name may have the new
     /// file, the base stays.
     fn drop_base(&self, id: Id, top: &crate::layer::ReadLayer) {
@@ -163,9 +179,12 @@ impl Store {
             return;
         }
         self.drop_replacement(top.id());
+        self.remove_unfinished(id);
+    }
+    fn remove_unfinished(&self, id: Id) {
         for name in [format!("{TEMPORARY}{id}"), id.to_string()] {
             if let Ok(dir) = self.bases.subdir(&name) {
-                for file in ["meta", "sums", "image", RUNNING] {
+                for file in ["meta", "sums", "image", COPIED, RUNNING] {
                     let _ = dir.remove(file);
                 }
                 let _ = self.bases.remove_dir(&name);
@@ -176,42 +195,33 @@ impl Store {
     /// blocks hold data now.
     fn copy_content(
         &self,
-        dir: &dyn Dir,
-        id: Id,
+        begun: &Begun,
         chain: &Arc<Chain>,
         progress: &dyn Progress,
     ) -> Result<((Option<String>, u64), u64)> {
+        let (id, dir) = (begun.id, &*begun.dir);
         let view = CowDisk::read_only(chain.clone());
         let size = view.size();
-        let mut sink = Sink::new(dir, size, size <= DIGEST_MAX, progress)?;
-        let told = |e: Error| match e.kind() {
-            Kind::Interrupted => Error::new(Kind::Interrupted, "the flattening was interrupted")
-                .hint("what it shows is as it was, and nothing half-made is left; run it again"),
+        let told = |e: Error| {
+            match e.kind() {
+            Kind::Interrupted => Error::new(Kind::Interrupted, "the flattening was interrupted").hint(
+                "nothing was changed; run it again, and it goes on with what it has copied (`forkdisk gc` removes that)",
+            ),
             _ => e,
-        };
-        let mut bytes = 0;
-        let mut buf = vec![0; PIECE];
-        let shares = sink.shares();
-        for step in (0..size).step_by(STEP as usize) {
-            let extents = view.extents(step, STEP.min(size - step))?;
-            let same = match shares {
-                true => extents.iter().filter_map(|e| stands_in(chain, e)).collect(),
-                false => Vec::new(),
-            };
-            for Range { start: mut at, end } in stretches(&extents) {
-                while at < end {
-                    let n = (end - at).min(PIECE as u64) as usize;
-                    view.read(&mut buf[..n], at)?;
-                    sink.hole(at).map_err(told)?;
-                    let first = same.partition_point(|s| s.at + s.len <= at);
-                    let last = same.partition_point(|s| s.at < at + n as u64);
-                    sink.data_of(&buf[..n], &same[first..last]).map_err(told)?;
-                    at += n as u64;
-                    bytes += n as u64;
-                }
-            }
         }
-        let digest = sink.finish(id, size).map_err(told)?;
+        };
+        let mut copy =
+            Copy::begin(begun, chain, &view, size <= DIGEST_MAX, progress).map_err(told)?;
+        copy_rest(&mut copy, chain, &view).map_err(|e| {
+            if e.kind() == Kind::Interrupted
+                && let Err(e) = copy.note()
+            {
+                tracing::warn!("how far it came is not known: {e}");
+            }
+            told(e)
+        })?;
+        let bytes = copy.bytes;
+        let digest = copy.sink.finish(id, size).map_err(told)?;
         let data = counted(&*dir.open("image", Access::Read)?, size)?;
         // Blocks of zeros became holes, and nothing else is another than it was: as many are the same ones.
         let before = chain.layers().first().and_then(|l| l.superblock().refer());
@@ -228,11 +238,43 @@ impl Store {
             counts_as,
             ..BaseMeta::copied(id, size, digest.clone())
         };
+        // One that an earlier attempt left says other things.
+        if dir.entry("meta")?.is_some() {
+            dir.remove("meta")?;
+        }
         let file = dir.open("meta", Access::CreateNew)?;
         file.write_at(&meta.encode((self.env.now)()), 0)?;
         file.sync()?;
         Ok(((digest, bytes), data))
     }
+}
+
+/// Copies what a chain shows from where the sink is to the end.
+fn copy_rest(copy: &mut Copy<'_>, chain: &Chain, view: &CowDisk) -> Result<()> {
+    let (from, size) = (copy.sink.at, view.size());
+    let mut buf = vec![0; PIECE];
+    let shares = copy.sink.shares();
+    for step in (from..size).step_by(STEP as usize) {
+        let extents = view.extents(step, STEP.min(size - step))?;
+        let same: Vec<Same<'_>> = match shares {
+            true => extents.iter().filter_map(|e| stands_in(chain, e)).collect(),
+            false => Vec::new(),
+        };
+        for Range { start: mut at, end } in stretches(&extents) {
+            while at < end {
+                let n = (end - at).min(PIECE as u64) as usize;
+                view.read(&mut buf[..n], at)?;
+                copy.sink.hole(at)?;
+                let first = same.partition_point(|s| s.at + s.len <= at);
+                let last = same.partition_point(|s| s.at < at + n as u64);
+                copy.sink.data_of(&buf[..n], &same[first..last])?;
+                at += n as u64;
+                copy.bytes += n as u64;
+                copy.note_now_and_then()?;
+            }
+        }
+    }
+    copy.sink.hole(size)
 }
 
 /// The file that the bytes of an extent stand in, and where.

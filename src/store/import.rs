@@ -11,6 +11,7 @@ use crate::io::{Access, Dir, File};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, MAX_DISK, blocks};
 use sha2::{Digest, Sha256};
 use std::io::Read;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -544,6 +545,28 @@ impl<'a> Sink<'a> {
             total,
         })
     }
+    /// [`Sink::new`] over files that an earlier attempt left. `until`: how much of them is sound, whole blocks.
+    pub(super) fn again(
+        dir: &dyn Dir,
+        until: u64,
+        total: u64,
+        digest: bool,
+        progress: &'a dyn Progress,
+    ) -> Result<Sink<'a>> {
+        let sink = Sink {
+            image: dir.open("image", Access::Write)?,
+            sums: dir.open("sums", Access::Write)?,
+            hasher: digest.then(Sha256::new),
+            at: 0,
+            room: until,
+            progress,
+            total,
+        };
+        // What may be behind it is to be holes.
+        sink.image.set_len(until)?;
+        sink.sums.set_len(BLOCK + until / BLOCK * 4)?;
+        Ok(sink)
+    }
     /// Can files of this filesystem have blocks in common?
     pub(super) fn shares(&self) -> bool {
         self.image.fd().is_some_and(crate::sys::fiemap::can_share)
@@ -589,47 +612,73 @@ impl<'a> Sink<'a> {
         if let Some(h) = &mut self.hasher {
             h.update(piece);
         }
-        let mut sums = Vec::with_capacity(piece.len() / BLOCK_SIZE * 4 + 4);
-        // Blocks of zeros stay holes: runs of others are written in one call.
-        let mut run: Option<usize> = None;
-        for (i, block) in piece.chunks(BLOCK_SIZE).enumerate() {
-            let zero = block.iter().all(|&b| b == 0);
-            let sum = match (zero, block.len()) {
-                (true, _) => ZERO_SUM,
-                (_, BLOCK_SIZE) => format::crc(block),
-                _ => {
-                    let mut whole = [0; BLOCK_SIZE];
-                    whole[..block.len()].copy_from_slice(block);
-                    format::crc(&whole)
-                }
-            };
-            sums.extend_from_slice(&(sum ^ ZERO_SUM).to_le_bytes());
-            match (zero, run) {
-                (false, None) => run = Some(i),
-                (true, Some(start)) => {
-                    self.put(
-                        &piece[start * BLOCK_SIZE..i * BLOCK_SIZE],
-                        self.at + (start * BLOCK_SIZE) as u64,
-                        same,
-                    )?;
-                    run = None;
-                }
-                _ => {}
-            }
-        }
-        if let Some(start) = run {
-            self.put(
-                &piece[start * BLOCK_SIZE..],
-                self.at + (start * BLOCK_SIZE) as u64,
-                same,
-            )?;
-        }
+        let (sums, runs) = blocks_of(piece);
+        self.put_runs(piece, &runs, same)?;
         if sums.iter().any(|&b| b != 0) {
             self.sums.write_at(&sums, BLOCK + self.at / BLOCK * 4)?;
         }
         self.image.start_writeback(self.at, piece.len() as u64);
         self.at += piece.len() as u64;
         self.tell()
+    }
+    fn put_runs(&self, piece: &[u8], runs: &[Range<usize>], same: &[Same<'_>]) -> Result<()> {
+        runs.iter()
+            .try_for_each(|run| self.put(&piece[run.clone()], self.at + run.start as u64, same))
+    }
+    /// What an earlier attempt put in, up to `until`, stays: it is read for the digest.
+    pub(super) fn keep(&mut self, until: u64) -> Result<()> {
+        let mut buf = Vec::new();
+        while self.at < until {
+            let n = (until - self.at).min(PIECE as u64);
+            if let Some(h) = &mut self.hasher {
+                buf.resize(n as usize, 0);
+                self.image.read_at(&mut buf, self.at)?;
+                let (sums, _) = blocks_of(&buf);
+                let mut noted = vec![0; sums.len()];
+                self.sums.read_at(&mut noted, BLOCK + self.at / BLOCK * 4)?;
+                if sums != noted {
+                    return Err(Error::new(
+                        Kind::Corrupt,
+                        format!(
+                            "what an earlier attempt copied is damaged in the 1 MiB from {:#x} on",
+                            self.at
+                        ),
+                    )
+                    .path(self.image.path())
+                    .hint("it was removed; run it again"));
+                }
+                h.update(&buf);
+                self.at += n;
+                self.tell()?;
+            } else {
+                self.at = until;
+            }
+        }
+        self.tell()
+    }
+    /// Whole blocks in the place of what an earlier attempt put in.
+    pub(super) fn replace(&mut self, piece: &[u8]) -> Result<()> {
+        if let Some(h) = &mut self.hasher {
+            h.update(piece);
+        }
+        let (sums, runs) = blocks_of(piece);
+        // What is zero now, and may not have been.
+        match self.image.punch(self.at, piece.len() as u64) {
+            Err(e) if e.kind() == Kind::Unsupported => self.image.write_at(piece, self.at)?,
+            other => {
+                other?;
+                self.put_runs(piece, &runs, &[])?;
+            }
+        }
+        self.sums.write_at(&sums, BLOCK + self.at / BLOCK * 4)?;
+        self.image.start_writeback(self.at, piece.len() as u64);
+        self.at += piece.len() as u64;
+        self.tell()
+    }
+    /// Makes durable what was put in so far.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.image.sync()?;
+        self.sums.sync()
     }
     fn put(&self, bytes: &[u8], at: u64, same: &[Same<'_>]) -> Result<()> {
         let (mut done, end) = (at, at + bytes.len() as u64);
@@ -668,6 +717,35 @@ impl<'a> Sink<'a> {
                 })
         }))
     }
+}
+
+/// What a piece is made of, which begins at a block boundary: what its sums file says of each block, and where there are others than blocks of zeros, which
+/// stay holes: neighbours are written in one call.
+fn blocks_of(piece: &[u8]) -> (Vec<u8>, Vec<Range<usize>>) {
+    let mut sums = Vec::with_capacity(piece.len() / BLOCK_SIZE * 4 + 4);
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    for block in piece.chunks(BLOCK_SIZE) {
+        let zero = block.iter().all(|&b| b == 0);
+        let sum = match (zero, block.len()) {
+            (true, _) => ZERO_SUM,
+            (_, BLOCK_SIZE) => format::crc(block),
+            _ => {
+                let mut whole = [0; BLOCK_SIZE];
+                whole[..block.len()].copy_from_slice(block);
+                format::crc(&whole)
+            }
+        };
+        sums.extend_from_slice(&(sum ^ ZERO_SUM).to_le_bytes());
+        let end = at + block.len();
+        match runs.last_mut() {
+            _ if zero => {}
+            Some(run) if run.end == at => run.end = end,
+            _ => runs.push(at..end),
+        }
+        at = end;
+    }
+    (sums, runs)
 }
 
 fn copy_file(
