@@ -347,6 +347,17 @@ fn keys_of_the_records() {
         }
     }
     forkdisk::check::scrub(&store, None, Default::default(), &Stop).expect_err("interrupted");
+    struct Later;
+    impl forkdisk::store::Progress for Later {
+        fn update(&self, done: u64, _: u64) -> bool {
+            done <= 4 << 20
+        }
+    }
+    store
+        .create(&["large".to_string()], "image", Some(16 << 20))
+        .expect("a disk");
+    store.snapshot("large", "s", None).expect("a snapshot");
+    store.flatten("large@s", &Later).expect_err("interrupted");
     fn keys(dir: &dyn Dir, file: &str, into: &mut BTreeSet<String>) {
         let file = dir.open(file, Access::Read).expect("there");
         let mut bytes = vec![0; file.len().expect("a length") as usize];
@@ -376,8 +387,17 @@ fn keys_of_the_records() {
     }
     for (id, _) in store.bases_dir().list().expect("bases") {
         let dir = store.bases_dir().subdir(&id).expect("a base");
-        keys(&*dir, "meta", written.entry("bases/*/meta").or_default());
+        let (file, record) = match id.starts_with(".tmp-") {
+            true => ("copied", "bases/.tmp-*/copied"),
+            false => ("meta", "bases/*/meta"),
+        };
+        keys(&*dir, file, written.entry(record).or_default());
     }
+    assert_eq!(
+        written.len(),
+        documented.len(),
+        "a record that nobody wrote"
+    );
     for (record, mut keys) in written {
         let documented = &documented[record];
         assert!(keys.remove("crc32"), "{record} has no checksum");

@@ -291,15 +291,15 @@ fn disks(text: &mut Text, disks: &[AttachedStats]) {
         |d| Some(d.history_bytes),
     );
     each(
-        "disk_layer_written_bytes",
-        Gauge,
-        "Bytes that users wrote into the disk's own layer, over the layer's life.",
+        "disk_life_written_bytes_total",
+        Counter,
+        "Bytes that users wrote to the disk, over its life.",
         |d| d.total_written,
     );
     each(
-        "disk_layer_host_written_bytes",
-        Gauge,
-        "Bytes written to the file of the disk's own layer, over the layer's life.",
+        "disk_life_host_written_bytes_total",
+        Counter,
+        "Bytes written to the files of the disk's layers, over its life.",
         |d| d.total_host_written,
     );
     each(

@@ -130,8 +130,12 @@ record! {
         created: U64,
         /// The disk it was made for.
         name: [u8; NAME_FIELD],
+        /// Bytes that users had written to the disk before; for people.
+        user_written: U64,
+        /// Bytes that were written to the files of its layers before; for people.
+        host_written: U64,
         /// Zeros.
-        reserved: [u8; 3764],
+        reserved: [u8; 3748],
         /// CRC of the bytes before.
         crc: U32,
     }
@@ -215,9 +219,9 @@ record! {
         runs: [RunRef; MAX_RUNS],
         /// The free list, if it is short.
         free_inline: [FreeExtent; INLINE_FREE],
-        /// Bytes that users wrote into the layer; for people.
+        /// Bytes that users wrote to the disk, up to this layer; for people.
         user_written: U64,
-        /// Bytes that were written to the layer's file; for people.
+        /// Bytes that were written to the files of the disk's layers, up to this one; for people.
         host_written: U64,
         /// Zeros.
         /// First slot of the newest history segment, 0: there is none.
@@ -582,7 +586,9 @@ impl Header {
             size: U64::new(size),
             created: U64::new(created),
             name,
-            reserved: [0; 3764],
+            user_written: U64::new(0),
+            host_written: U64::new(0),
+            reserved: [0; 3748],
             crc: U32::new(0),
         };
         header.crc = U32::new(crc(&header.as_bytes()[..BLOCK_SIZE - 4]));
@@ -620,6 +626,13 @@ impl Header {
             return Err(damaged("layer header: a field is out of range"));
         }
         Ok(header)
+    }
+    /// The header of a layer of a disk to which so many bytes were written before: by users, and to the files of its layers.
+    #[must_use]
+    pub fn after(mut self, user: u64, host: u64) -> Header {
+        (self.user_written, self.host_written) = (U64::new(user), U64::new(host));
+        self.crc = U32::new(crc(&self.as_bytes()[..BLOCK_SIZE - 4]));
+        self
     }
     /// The header of the same layer over another parent.
     pub fn over(&self, parent: Id, parent_is_layer: bool) -> Header {
@@ -663,8 +676,8 @@ impl Superblock {
             reserved2: [0; 8],
             runs: [RunRef::new_zeroed(); MAX_RUNS],
             free_inline: [FreeExtent::new_zeroed(); INLINE_FREE],
-            user_written: U64::new(0),
-            host_written: U64::new(0),
+            user_written: header.user_written,
+            host_written: header.host_written,
             history_slot: U32::new(0),
             history_slots: U32::new(0),
             history_oldest: U64::new(0),

@@ -1,4 +1,4 @@
-//! The file of a layer that is open for writing, as its writer sees it: it counts the bytes that are written.
+//! The file of a layer that is open for writing, as its writer sees it: it counts the bytes that are written, on from what was written to the disk before.
 //!
 //! The counts are for people: nothing depends on them, and they order nothing. And nothing is changed before what is [`Unsettled`] is durable.
 
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use zerocopy::little_endian::U64;
 
-/// A layer's file, and what was written to it over the layer's life.
+/// A layer's file, and what was written over the disk's life: by users, and to the files of its layers.
 pub(super) struct Written {
     inner: Arc<dyn File>,
     user: AtomicU64,
@@ -57,11 +57,11 @@ impl Written {
     pub fn by_another(&self, bytes: u64) {
         self.host.fetch_add(bytes, Relaxed);
     }
-    /// Bytes that users wrote over the layer's life.
+    /// Bytes that users wrote over the disk's life.
     pub fn user(&self) -> u64 {
         self.user.load(Relaxed)
     }
-    /// Bytes that were written to the file over the layer's life.
+    /// Bytes that were written to the files of its layers over the disk's life.
     pub fn host(&self) -> u64 {
         self.host.load(Relaxed)
     }

@@ -103,7 +103,9 @@ impl Store {
         let dir = &begun.dir;
         let done: Result<_> = (|| {
             let (copied, data) = self.copy_content(&begun, &chain, progress)?;
+            let written = self.written_before(Below::Layer(top.id()));
             let header = top.header().over(id, false);
+            let header = header.after(written.by_user, written.to_host);
             let label = self.label_of(top.id());
             let label = (label.as_deref(), top.size(), Some((data, id)));
             rewrite::write(
@@ -144,9 +146,7 @@ impl Store {
                 })
             }
             Err(e) => {
-                let kept =
-                    e.kind() == Kind::Interrupted && matches!(dir.entry(COPIED), Ok(Some(_)));
-                match kept {
+                match e.kind() == Kind::Interrupted && begun.is_worth_keeping() {
                     true => self.drop_replacement(top.id()),
                     false => self.drop_base(id, &top),
                 }

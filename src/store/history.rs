@@ -5,7 +5,7 @@
 use super::earlier::Place;
 use super::graph::TRIES;
 use super::names::{self, NameRecord, stage};
-use super::objects::must_be;
+use super::objects::{NewLayer, must_be};
 use super::past::step;
 use super::{Below, Object, ObjectKind, Progress, Quiet, Store, in_use, layer_file, parent_of};
 use crate::chain::Chain;
@@ -391,13 +391,14 @@ impl Store {
         // Too much for one commit: in a new layer, which takes the place of the old one when it is complete. Nobody else changes the disk
         // meanwhile, as its layer is locked.
         let mut past = self.past_at(&object, own, &place).map_err(tag)?;
-        let (id, new) = self.new_layer(
-            past.parent,
-            past.rank,
-            object.size,
-            (self.env.now)(),
-            &object.name,
-        )?;
+        let (id, new) = self.new_layer(&NewLayer {
+            parent: past.parent,
+            rank: past.rank,
+            size: object.size,
+            created: (self.env.now)(),
+            name: &object.name,
+            before: self.written_before(Below::Layer(object.id)),
+        })?;
         new.lock(true)?;
         drop(lock);
         let mut earlier = Vec::new();

@@ -706,8 +706,7 @@ impl<'a> Sink<'a> {
         self.image.set_len(len)?;
         self.sums.write_at(SumsHeader::new(id, n).as_bytes(), 0)?;
         self.sums.set_len(BLOCK + n * 4)?;
-        self.image.sync()?;
-        self.sums.sync()?;
+        self.sync()?;
         Ok(self.hasher.map(|h| {
             h.finalize()
                 .iter()

@@ -12,7 +12,7 @@ use super::names::{
 };
 use super::quota;
 use super::resize::whole_blocks;
-use super::{Below, Object, ObjectKind, Store, in_use, layer_file};
+use super::{Below, LifeWritten, Object, ObjectKind, Store, in_use, layer_file};
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
 use crate::format::Header;
@@ -115,7 +115,15 @@ impl Store {
         // Thousands of files need not be open at once: all are synced together.
         let kept = |file| one.then_some(file);
         let layer_of = |(id, name): &(Id, &String)| {
-            let file = self.write_layer(*id, parent, rank, size, created, name)?;
+            let new = NewLayer {
+                parent,
+                rank,
+                size,
+                created,
+                name,
+                before: LifeWritten::default(),
+            };
+            let file = self.write_layer(*id, &new)?;
             Ok(kept(file))
         };
         let name_of = |(id, name): &(Id, &String)| {
@@ -192,35 +200,21 @@ impl Store {
         Ok(made.collect())
     }
     /// Writes the header of a new layer, not durable yet.
-    pub(super) fn new_layer(
-        &self,
-        parent: Below,
-        rank: u32,
-        size: u64,
-        created: u64,
-        name: &str,
-    ) -> Result<(Id, Arc<dyn File>)> {
+    pub(super) fn new_layer(&self, new: &NewLayer<'_>) -> Result<(Id, Arc<dyn File>)> {
         let id = (self.env.id)();
-        Ok((id, self.write_layer(id, parent, rank, size, created, name)?))
+        Ok((id, self.write_layer(id, new)?))
     }
-    fn write_layer(
-        &self,
-        id: Id,
-        parent: Below,
-        rank: u32,
-        size: u64,
-        created: u64,
-        name: &str,
-    ) -> Result<Arc<dyn File>> {
+    fn write_layer(&self, id: Id, new: &NewLayer<'_>) -> Result<Arc<dyn File>> {
         let header = Header::new(
             id,
-            parent.id(),
-            matches!(parent, Below::Layer(_)),
-            rank,
-            size,
-            created,
-            name,
+            new.parent.id(),
+            matches!(new.parent, Below::Layer(_)),
+            new.rank,
+            new.size,
+            new.created,
+            new.name,
         );
+        let header = header.after(new.before.by_user, new.before.to_host);
         let file = self.layers.open(&layer_file(id), Access::CreateNew)?;
         if let Err(e) = layer::create(&*file, &header) {
             let _ = self.layers.remove(&layer_file(id));
@@ -282,7 +276,15 @@ impl Store {
         let rank = self.rank_over(Below::Layer(source.id), &source.name)?;
         let now = (self.env.now)();
         let parent = Below::Layer(source.id);
-        let (next, file) = self.new_layer(parent, rank, size, now, &source.name)?;
+        // What a seal itself writes comes to it only where the disk is open.
+        let (next, file) = self.new_layer(&NewLayer {
+            parent,
+            rank,
+            size,
+            created: now,
+            name: &source.name,
+            before: self.written_before(parent),
+        })?;
         let mut unsynced = vec![file];
         let mut staged = Vec::new();
         let written = (|| {
@@ -467,6 +469,18 @@ impl Store {
         self.names.sync()?;
         self.object(new)
     }
+}
+
+/// A layer that is to be made.
+pub(super) struct NewLayer<'a> {
+    pub(super) parent: Below,
+    pub(super) rank: u32,
+    pub(super) size: u64,
+    pub(super) created: u64,
+    /// The disk it is made for.
+    pub(super) name: &'a str,
+    /// What was written to that before.
+    pub(super) before: LifeWritten,
 }
 
 /// What a seal needs beside the layer itself.

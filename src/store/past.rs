@@ -6,9 +6,11 @@
 use super::earlier::Place;
 use super::history::{At, Point, no_disk};
 use super::names::{Extra, NameRecord, check_part, stage};
-use super::objects::{disk_size, taken};
+use super::objects::{NewLayer, disk_size, taken};
 use super::quota::settings_on;
-use super::{Below, Object, ObjectKind, Progress, Store, in_use, layer_file, parent_of};
+use super::{
+    Below, LifeWritten, Object, ObjectKind, Progress, Store, in_use, layer_file, parent_of,
+};
 use crate::chain::Chain;
 use crate::disk::{CowDisk, Disk};
 use crate::error::{Error, Kind, Result};
@@ -226,7 +228,14 @@ impl Store {
         let (id, new) = {
             let _lock = self.lock(true)?;
             free()?;
-            let (id, new) = self.new_layer(past.parent, past.rank, size, created, name)?;
+            let (id, new) = self.new_layer(&NewLayer {
+                parent: past.parent,
+                rank: past.rank,
+                size,
+                created,
+                name,
+                before: LifeWritten::default(),
+            })?;
             // Who collects garbage leaves alone what is locked: until it has its name.
             new.lock(true)?;
             (id, new)

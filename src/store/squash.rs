@@ -418,6 +418,8 @@ impl Store {
         let header = top
             .header()
             .over(plan.below.id(), matches!(plan.below, Below::Layer(_)));
+        let written = self.written_before(Below::Layer(id));
+        let header = header.after(written.by_user, written.to_host);
         let mut done = 0;
         let mut told = |bytes: u64| {
             done += bytes;

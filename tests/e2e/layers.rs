@@ -408,3 +408,80 @@ fn no_room_and_interrupts() {
     w.ok(["detach", "d"]);
     ends(&w);
 }
+
+/// A flattening that was killed goes on with what it has copied, whatever the filesystem on the disk wrote meanwhile; one that is interrupted says so.
+#[test]
+fn a_killed_flatten_goes_on() {
+    if !root() {
+        return;
+    }
+    let w = World::new();
+    w.import_ext4("base", 900);
+    w.ok(["create", "d", "--from", "base"]);
+    let m = w.mkdir("m");
+    w.ok(["attach", "d", "--mount", s(&m)]);
+    busy(&w, &m);
+    let large = m.join("large");
+    let mut content = noise(1, 300 << 20);
+    fs::write(&large, &content).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let copied = || {
+        let dirs = fs::read_dir(w.store.join("bases")).unwrap().flatten();
+        dirs.filter(|dir| dir.path().join("copied").exists())
+            .count()
+    };
+    // Whether it was quicker.
+    let end = |signal: &str| {
+        let mut child = w.command(["flatten", "d"]).spawn().unwrap();
+        let pid = || {
+            w.processes().into_iter().find(|p| {
+                fs::read_to_string(format!("/proc/{p}/cmdline"))
+                    .is_ok_and(|c| c.contains("forkdisk\0") && c.contains("flatten"))
+            })
+        };
+        while copied() == 0 && child.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if let Some(pid) = pid() {
+            kill(pid, signal);
+        }
+        child.wait().unwrap().code()
+    };
+    let code = end("KILL");
+    let killed = copied() == 1;
+    assert!(killed || code == Some(0), "{code:?}");
+    // In what was copied, and new.
+    content[30 << 20..34 << 20].copy_from_slice(&noise(9, 4 << 20));
+    let change = fs::File::options().write(true).open(&large).unwrap();
+    change
+        .write_all_at(&content[30 << 20..34 << 20], 30 << 20)
+        .unwrap();
+    drop(change);
+    fs::write(m.join("more"), noise(8, FILE)).unwrap();
+    tool("sync", ["-f", s(&m)]);
+    let flat = w.json(["flatten", "d"]);
+    let (bytes, again) = (flat["bytes"].as_u64(), flat["copied"].as_u64());
+    if killed {
+        assert!(again < bytes.map(|b| b - (150 << 20)), "{flat}");
+    }
+    assert_eq!(copied(), 0);
+    w.end_children();
+    let same = || {
+        assert!(read_direct(&m.join("more"), 0, FILE) == noise(8, FILE));
+        assert!(read_direct(&large, 0, content.len()) == content);
+    };
+    same();
+    // On a base of its own there is nothing to do, so it needs another one below it.
+    w.ok(["fork", "e", "--from", "d"]);
+    if end("INT") == Some(130) {
+        assert_eq!(copied(), 1);
+        w.ok(["gc"]);
+        assert_eq!(copied(), 0);
+    }
+    same();
+    eventually("nobody uses it", || w.run(["detach", "d"]).code == 0);
+    let device = w.ok(["attach", "d"]);
+    clean(&device);
+    w.ok(["detach", "d"]);
+    w.finish();
+}

@@ -106,7 +106,7 @@ fn what_a_disk_reads_and_writes_is_counted() {
     let heads = |text: &str| text.lines().filter(|l| l.starts_with('#')).count();
     assert_eq!(heads(&printed), heads(metrics));
 
-    // A new count after each attachment; the layer keeps its own.
+    // A new count after each attachment; the disk keeps its own.
     w.ok(["detach", "d"]);
     let rest = disk(&w.json(["stats", "d"]), "d");
     assert_eq!(rest["attached"], false);
@@ -118,7 +118,7 @@ fn what_a_disk_reads_and_writes_is_counted() {
     assert_eq!(number(&again, "written_bytes"), 0);
     assert_eq!(number(&again, "total_written_bytes"), 4 << 20);
     assert!(again["amplification"].is_null());
-    // A successor counts on what was written over the layer's life, and anew what it does itself.
+    // A successor counts on what was written over the disk's life, and anew what it does itself.
     dd(s(&data), &device, &["oflag=direct", "conv=fsync"]);
     let before = disk(&w.json(["stats", "d"]), "d");
     kill_and_wait(w.pid("server_pid"));
@@ -132,6 +132,37 @@ fn what_a_disk_reads_and_writes_is_counted() {
     w.ok(["detach", "d"]);
     let rest = disk(&w.json(["stats", "d"]), "d");
     assert_eq!(number(&rest, "total_written_bytes"), 8 << 20);
+    // They are of the disk's life, whatever layer it writes into; a fork has its own.
+    let totals = |name: &str, written: u64, host: u64| {
+        let now = disk(&w.json(["stats", name]), name);
+        assert_eq!(number(&now, "total_written_bytes"), written << 20, "{now}");
+        assert!(number(&now, total) >= host, "{now}");
+        number(&now, total)
+    };
+    let host = totals("d", 8, 8 << 20);
+    w.ok(["snapshot", "d@rest"]);
+    let host = totals("d", 8, host);
+    let device = w.ok(["attach", "d"]);
+    let host = totals("d", 8, host);
+    w.ok(["snapshot", "d@live"]);
+    let host = totals("d", 8, host);
+    dd(s(&data), &device, &["oflag=direct"]);
+    w.ok(["commit", "d", "image"]);
+    let host = totals("d", 12, host);
+    kill_and_wait(w.pid("server_pid"));
+    let host = totals("d", 12, host);
+    dd(s(&data), &device, &["oflag=direct"]);
+    w.ok(["rollback", "d@live"]);
+    let host = totals("d", 16, host);
+    w.ok(["detach", "d"]);
+    w.ok(["rollback", "d@rest"]);
+    let host = totals("d", 16, host);
+    w.ok(["squash", "d@live"]);
+    w.ok(["flatten", "d"]);
+    totals("d", 16, host);
+    totals("d@live", 8, 8 << 20);
+    w.ok(["fork", "e", "--from", "d@rest"]);
+    assert!(totals("e", 0, 0) < 1 << 20);
     w.finish();
     assert!(w.ok(["stats", "--prometheus"]).contains("forkdisk_up 0"));
 }

@@ -170,6 +170,9 @@ impl CowDisk {
     pub(super) fn go_on_in(&self, top: &mut Top, layer: Layer, chain: Arc<Chain>) {
         self.limit(&layer, &chain);
         layer.lies_over(chain.clone());
+        if let Some(former) = &top.layer {
+            layer.counts_on_from(former);
+        }
         self.size.store(layer.size(), SeqCst);
         *top = Top {
             layer: Some(layer),

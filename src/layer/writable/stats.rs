@@ -8,9 +8,9 @@ use crate::units::BLOCK;
 /// How a layer is, and what was written. The numbers are of about the same moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LayerStats {
-    /// Bytes that users wrote, over the layer's life.
+    /// Bytes that users wrote, over the disk's life up to this layer.
     pub user_written: u64,
-    /// Bytes that were written to the layer's file, over its life: data, journal, runs, superblocks.
+    /// Bytes that were written to the files of the disk's layers, over its life: data, journal, runs, superblocks.
     pub host_written: u64,
     /// The latter since the layer was opened.
     pub host_since_opened: u64,
@@ -34,6 +34,11 @@ impl Layer {
     /// Lets a successor of this process know what was written so far.
     pub(super) fn note_written(&self) {
         volatile::written(&self.volatile, self.host.user(), self.host.host());
+    }
+    /// Counts on from what was written before the disk went on in this layer.
+    pub fn counts_on_from(&self, former: &Layer) {
+        self.host.at_least((former.host.user(), former.host.host()));
+        self.note_written();
     }
     /// Counts what a user wrote, for [`LayerStats::user_written`].
     pub fn written_by_user(&self, bytes: u64) {

@@ -83,6 +83,13 @@ struct Left {
     copied: Copied,
 }
 
+impl Begun {
+    /// Has anything been copied that the next attempt can go on with?
+    pub(super) fn is_worth_keeping(&self) -> bool {
+        Copied::read(&*self.dir).is_ok_and(|copied| copied.bytes > 0)
+    }
+}
+
 impl Store {
     /// A directory for the new base: what an interrupted attempt left whose copy suits the chain, else a new one.
     pub(super) fn begin_base(&self, chain: &Chain) -> Result<Begun> {

@@ -3,7 +3,7 @@
 //!
 //! Always true: the layers that the disk wrote into are removed only after its name durably refers to another one.
 
-use super::{Prepared, in_use, must_be, reserve_superblock};
+use super::{NewLayer, Prepared, in_use, must_be, reserve_superblock};
 use crate::disk::CowDisk;
 use crate::error::{Error, Kind, Result};
 use crate::io::{Access, File};
@@ -144,7 +144,14 @@ impl Store {
         let parent = Below::Layer(snapshot.id);
         let rank = self.rank_over(parent, disk)?;
         let now = (self.env.now)();
-        let (next, file) = self.new_layer(parent, rank, snapshot.size, now, disk)?;
+        let (next, file) = self.new_layer(&NewLayer {
+            parent,
+            rank,
+            size: snapshot.size,
+            created: now,
+            name: disk,
+            before: self.written_before(record.target),
+        })?;
         let mut prepared = Prepared {
             next,
             staged: Vec::new(),
