@@ -7,9 +7,9 @@ use common::{Rng, data, env, read_all};
 use forkdisk::check::{check, scrub};
 use forkdisk::disk::{CowDisk, Disk};
 use forkdisk::error::{Error, Kind};
-use forkdisk::io::Access;
 use forkdisk::io::os::OsDir;
 use forkdisk::io::sim::{Policy, SimDisk};
+use forkdisk::io::{Access, Dir};
 use forkdisk::store::names::{read_name, stage};
 use forkdisk::store::{Below, Flattened, ImportMode, ImportSource, Progress, Quiet, Store};
 use std::collections::BTreeMap;
@@ -758,28 +758,71 @@ fn an_interrupted_flattening_goes_on() {
     sound(&store);
 }
 
-/// What an earlier attempt copied is not believed where it is not what it was.
+/// What an earlier attempt left in the store.
+fn left(store: &Store) -> Arc<dyn Dir> {
+    let names = store.bases_dir().list().expect("list");
+    let mut names = names.iter().map(|(name, _)| name);
+    let left = names.find(|name| name.starts_with(".tmp-")).expect("one");
+    store.bases_dir().subdir(left).expect("open")
+}
+
+/// What an earlier attempt copied is not believed where it is not what it was: of a small disk, and of one of which no digest is computed.
 #[test]
 fn a_damaged_copy_is_not_gone_on_with() {
+    for size in [3000 * B, 17 << 30] {
+        let (_sim, store) = simulated(3000);
+        store.resize("d", size).expect("resize");
+        store.snapshot("d", "s", None).expect("snapshot");
+        let shown = |store: &Store| {
+            let object = store.resolve("d@s").expect("resolve");
+            let disk = store.open_disk(&object, false).expect("open");
+            let mut buf = vec![0; (3000 * B) as usize];
+            disk.read(&mut buf, 0).expect("read");
+            buf
+        };
+        let now = shown(&store);
+        // Other bytes; none where there were some; and some where there were none in between.
+        for damage in 0..3 {
+            flatten(&store, "d@s", 9).expect_err("interrupted");
+            let image = left(&store).open("image", Access::Write).expect("open");
+            match damage {
+                0 => image.write_at(&[7; 10], 5 * B + 7).expect("write"),
+                1 => image.punch(100 * B, 20 * B).expect("punch"),
+                _ => image.write_at(&[0; 4096], 8 * B).expect("write"),
+            }
+            image.sync().expect("sync");
+            drop(image);
+            let error = flatten(&store, "d@s", u64::MAX).expect_err("damaged");
+            assert_eq!(error.kind(), Kind::Corrupt, "{damage}: {error:?}");
+            assert!(shown(&store) == now, "{damage}");
+        }
+        // Without its files a record is worth nothing.
+        flatten(&store, "d@s", 9).expect_err("interrupted");
+        left(&store).remove("sums").expect("remove");
+        let done = flatten(&store, "d@s", u64::MAX).expect("flattened");
+        assert_eq!(done.digest.is_some(), size < 16 << 30);
+        assert!(done.digest.is_none_or(|digest| digest == sha256(&now)));
+        assert!(shown(&store) == now);
+        store.gc(false).expect("gc");
+        sound(&store);
+    }
+}
+
+/// A death while the record is written leaves nothing that stays.
+#[test]
+fn a_half_written_record_goes() {
     let (_sim, store) = simulated(3000);
     store.snapshot("d", "s", None).expect("snapshot");
-    let now = contents(&store, "d@s");
     flatten(&store, "d@s", 9).expect_err("interrupted");
-    let names = store.bases_dir().list().expect("list");
-    let (left, _) = names
-        .iter()
-        .find(|(name, _)| name.starts_with(".tmp-"))
-        .expect("one");
-    let dir = store.bases_dir().subdir(left).expect("open");
-    let image = dir.open("image", Access::Write).expect("open");
-    image.write_at(&[7; 10], 5 * B + 7).expect("write");
-    drop((image, dir));
-    let error = flatten(&store, "d@s", u64::MAX).expect_err("damaged");
-    assert_eq!(error.kind(), Kind::Corrupt, "{error:?}");
+    left(&store)
+        .open(".tmp-copied", Access::CreateNew)
+        .expect("made");
     let done = flatten(&store, "d@s", u64::MAX).expect("flattened");
-    assert_eq!(done.digest, Some(sha256(&now)));
-    assert!(contents(&store, "d@s") == now);
-    sound(&store);
+    let base = done.base.expect("a base").to_string();
+    let dir = store.bases_dir().subdir(&base).expect("open");
+    let mut files: Vec<String> = dir.list().expect("list").into_iter().map(|f| f.0).collect();
+    files.sort();
+    assert_eq!(files, ["image", "meta", "sums"]);
 }
 
 /// Attempts that are interrupted, at any moment and by power cuts, between writes, snapshots, rollbacks, squashes and other sizes: in the end it is what the
@@ -864,5 +907,5 @@ fn interrupted_flattenings_of_a_disk_that_changes() {
         let read = scrub(&store, None, Default::default(), &Quiet).expect("scrub");
         assert!(read.corruptions.is_empty(), "{seed}: {read:?}");
     }
-    assert!(went_on > 10 && compared > 10, "{went_on}, {compared}");
+    assert!(went_on > 5 && compared > 10, "{went_on}, {compared}");
 }

@@ -13,7 +13,7 @@ use crate::format::{Header, JOURNAL_START, STATE_SEALED, STATE_WRITABLE, Superbl
 use crate::io::{Access, Dir, EntryKind, File};
 use crate::layer::recover;
 use crate::store::names::{Extra, NameRecord, TEMPORARY, check_part, split_snapshot, stage};
-use crate::store::{Below, ObjectKind, Progress, Recount, Store, layer_file};
+use crate::store::{Below, COPIED, ObjectKind, Progress, Recount, Store, layer_file};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, Slot};
 use std::collections::BTreeSet;
 use zerocopy::little_endian::U64;
@@ -470,6 +470,11 @@ fn remove_import(bases: &dyn Dir, name: &str) -> Result<()> {
         return Err(Error::new(Kind::Invalid, "not left by an import"));
     }
     let dir = bases.subdir(name)?;
+    // First what others go by.
+    match dir.remove(COPIED) {
+        Err(e) if e.kind() == Kind::NotFound => {}
+        other => other?,
+    }
     for (file, kind) in dir.list()? {
         if kind != EntryKind::Dir {
             dir.remove(&file)?;

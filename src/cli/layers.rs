@@ -178,7 +178,10 @@ impl Flatten {
         };
         let others = histories_in(&store, &[replaced])?;
         histories.extend(others.into_iter().filter(|(disk, _)| disk.name != name));
-        let done = store.flatten(&name, &*progress)?;
+        let done = store.flatten(&name, &*progress).inspect_err(|_| {
+            // What is sealed stays sealed.
+            tell_of_histories(context, &store, &histories);
+        })?;
         drop(progress);
         let freed = done.replaced + settle(context, &store, &done.former)?;
         tell_of_histories(context, &store, &histories);

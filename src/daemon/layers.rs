@@ -74,7 +74,7 @@ impl Server {
         if !done.shrunk.is_empty() {
             self.rechain();
             // Nobody reads by the former maps now.
-            done.left = done.left.max(self.store.reclaim_open()?.left);
+            done.left = self.store.reclaim_open()?.left;
             tracing::info!(
                 bytes = done.bytes,
                 layers = done.shrunk.len(),

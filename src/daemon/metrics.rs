@@ -291,14 +291,14 @@ fn disks(text: &mut Text, disks: &[AttachedStats]) {
         |d| Some(d.history_bytes),
     );
     each(
-        "disk_life_written_bytes_total",
-        Counter,
+        "disk_life_written_bytes",
+        Gauge,
         "Bytes that users wrote to the disk, over its life.",
         |d| d.total_written,
     );
     each(
-        "disk_life_host_written_bytes_total",
-        Counter,
+        "disk_life_host_written_bytes",
+        Gauge,
         "Bytes written to the files of the disk's layers, over its life.",
         |d| d.total_host_written,
     );

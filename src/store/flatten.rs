@@ -15,8 +15,8 @@ use crate::io::Access;
 use crate::layer::refer::Below as _;
 use crate::layer::rewrite::{self, Measure};
 use crate::units::{BLOCK, Id};
-pub(super) use copied::COPIED;
-use copied::{Begun, Copy};
+pub use copied::COPIED;
+use copied::{Begun, Copy, STAGED};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ pub struct Flattened {
     pub digest: Option<String>,
     /// Bytes of data in it.
     pub bytes: u64,
-    /// Bytes that were copied: less than it has, if an earlier attempt had copied some.
+    /// Bytes that were copied, or shared: less if an earlier attempt had copied some.
     pub copied: u64,
     /// Layers from the object down to the base, before.
     pub depth: u32,
@@ -118,7 +118,7 @@ impl Store {
             )?;
             let _lock = self.lock(true)?;
             // From here on the lock of the names keeps `gc` away.
-            for file in [COPIED, RUNNING] {
+            for file in [COPIED, STAGED, RUNNING] {
                 if dir.entry(file)?.is_some() {
                     dir.remove(file)?;
                 }
@@ -184,7 +184,8 @@ impl Store {
     fn remove_unfinished(&self, id: Id) {
         for name in [format!("{TEMPORARY}{id}"), id.to_string()] {
             if let Ok(dir) = self.bases.subdir(&name) {
-                for file in ["meta", "sums", "image", COPIED, RUNNING] {
+                // First what others go by.
+                for file in ["meta", COPIED, STAGED, "sums", "image", RUNNING] {
                     let _ = dir.remove(file);
                 }
                 let _ = self.bases.remove_dir(&name);
@@ -205,7 +206,7 @@ impl Store {
         let told = |e: Error| {
             match e.kind() {
             Kind::Interrupted => Error::new(Kind::Interrupted, "the flattening was interrupted").hint(
-                "nothing was changed; run it again, and it goes on with what it has copied (`forkdisk gc` removes that)",
+                "what it shows is as it was; run it again, and it goes on with what it has copied (`forkdisk gc` removes that)",
             ),
             _ => e,
         }

@@ -39,7 +39,7 @@ mod written;
 pub use changes::{Change, Changes, State, changes};
 pub use digest::{Calls, Effort};
 pub use earlier::MAX_EARLIER;
-pub use flatten::Flattened;
+pub use flatten::{COPIED, Flattened};
 pub use kept::Recount;
 pub use objects::Member;
 pub use quota::{QuotaChange, QuotaUse};

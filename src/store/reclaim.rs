@@ -346,18 +346,20 @@ impl Store {
             Err(e) => tracing::debug!("former block maps stay for now: {e}"),
         }
     }
-    /// Gives back the former block maps of layers that were open here and are not any more; returns how many are left. The names lock is held.
+    /// Gives back the former block maps of layers that were open here and are not any more; returns how many of these are left. The names lock is held.
     fn punch_former_maps(&self) -> usize {
         let open: HashSet<Id> = {
             let open = self.open_layers.lock();
             let open = open.iter().filter(|(_, layer)| layer.strong_count() > 0);
             open.map(|(id, _)| *id).collect()
         };
-        let ids: Vec<Id> = self.former_maps.lock().iter().copied().collect();
+        let mut ids: Vec<Id> = self.former_maps.lock().iter().copied().collect();
+        ids.retain(|id| !open.contains(id));
         if !ids.is_empty() && !matches!(self.scrubbing(), Ok(false)) {
             return ids.len();
         }
-        for id in ids.into_iter().filter(|id| !open.contains(id)) {
+        let mut left = 0;
+        for id in ids {
             let punched = (|| {
                 let file = self.layers.open(&layer_file(id), Access::Write)?;
                 file.lock(true)?;
@@ -365,13 +367,16 @@ impl Store {
             })();
             match punched {
                 // Another process reads the layer, or a chain that came to its former file.
-                Err(e) if e.kind() == Kind::Busy => continue,
+                Err(e) if e.kind() == Kind::Busy => {
+                    left += 1;
+                    continue;
+                }
                 Err(e) => tracing::debug!(layer = %id, "the former block map stays: {e}"),
                 Ok(()) => {}
             }
             self.former_maps.lock().remove(&id);
         }
-        self.former_maps.lock().len()
+        left
     }
     /// Is a layer what a snapshot shows that is open here? Its name may be gone.
     fn is_shown(&self, id: Id) -> bool {

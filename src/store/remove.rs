@@ -1,5 +1,6 @@
 //! Taking away: names, and what nothing needs any more.
 
+use super::flatten::COPIED;
 use super::graph::Graph;
 use super::names::{self, TEMPORARY};
 use super::objects::object_target;
@@ -404,8 +405,8 @@ impl Store {
     /// Removes a directory of `bases/` with what is in it.
     fn remove_base(&self, name: &str) -> Result<()> {
         let dir = self.bases.subdir(name)?;
-        // `meta` first: without it the directory is plainly garbage.
-        for file in ["meta", "sums", "image"] {
+        // First what others go by: without it the directory is plainly garbage.
+        for file in ["meta", COPIED, "sums", "image"] {
             match dir.remove(file) {
                 Err(e) if e.kind() == Kind::NotFound => {}
                 other => other?,

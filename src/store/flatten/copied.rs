@@ -22,7 +22,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// File in the directory of the base that is being made.
-pub(in super::super) const COPIED: &str = "copied";
+pub const COPIED: &str = "copied";
+/// The same while it is written.
+pub(super) const STAGED: &str = ".tmp-copied";
 
 /// What the files of a base that is being made hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,13 +57,19 @@ impl Copied {
             .with("with", self.with.to_string())
             .with("bytes", self.bytes.to_string());
         let (staged, file) = stage(dir, COPIED, &record.encode())?;
+        debug_assert_eq!(staged, STAGED);
         file.sync()?;
         dir.rename(&staged, COPIED)?;
         dir.sync()
     }
-    /// Can who stands on these layers go on with it?
-    fn suits(&self, layers: &HashSet<Id>) -> bool {
-        self.bytes > 0 && layers.contains(&self.of) && layers.contains(&self.with)
+    /// Can who stands on these layers go on with what is in the directory?
+    fn suits(&self, dir: &dyn Dir, layers: &HashSet<Id>) -> Result<bool> {
+        let has = |file, len| Ok(dir.open(file, Access::Read)?.len()? >= len);
+        Ok(self.bytes > 0
+            && layers.contains(&self.of)
+            && layers.contains(&self.with)
+            && has("image", self.bytes)?
+            && has("sums", BLOCK + self.bytes / BLOCK * 4)?)
     }
 }
 
@@ -134,19 +142,23 @@ impl Store {
             let Some(id) = id.filter(|_| kind == EntryKind::Dir) else {
                 continue;
             };
-            let dir = self.bases.subdir(&name)?;
             // One that cannot be read is nobody's.
-            match Copied::read(&*dir) {
-                Ok(copied) if copied.suits(&layers) => found.push(Left { id, dir, copied }),
-                _ => {}
-            }
+            let left = self.bases.subdir(&name).and_then(|dir| {
+                let copied = Copied::read(&*dir)?;
+                let suits = copied.suits(&*dir, &layers)?;
+                Ok(suits.then_some(Left { id, dir, copied }))
+            });
+            found.extend(left.ok().flatten());
         }
         found.sort_by_key(|left| (Reverse(left.copied.bytes), left.id));
         Ok(found)
     }
     /// Host bytes of what an interrupted attempt left that the next one goes on with.
     pub(super) fn left_bytes(&self, chain: &Chain) -> Result<u64> {
-        match self.left_of(chain)?.first() {
+        let _lock = self.lock(false)?;
+        let left = self.left_of(chain)?.into_iter();
+        let idle = |left: &Left| !self.import_running(&format!("{TEMPORARY}{}", left.id));
+        match left.into_iter().find(idle) {
             Some(left) => left.dir.open("image", Access::Read)?.allocated(),
             None => Ok(0),
         }
