@@ -300,6 +300,61 @@ fn a_disk_that_is_closed_meanwhile_leaves_no_map_behind() {
     assert!(contents(&store, "d@s2") == now);
 }
 
+/// Who dies between the reclaim and the look at its new block map leaves the former map: `gc` finds it, and says what it frees.
+#[test]
+fn what_a_death_leaves_behind_is_told_and_freed() {
+    let (sim, store) = simulated(2000);
+    let disk = stacked(&store);
+    remove(&store, "d@s1");
+    assert_eq!(reclaim(&store).bytes, 900 * B);
+    disk.close().expect("close");
+    drop((disk, store));
+    let store = again(&sim, 2);
+    let report = check(&store, None, &Quiet).expect("check");
+    assert!(!report.leaks.is_empty());
+    let would = store.gc(true).expect("gc");
+    assert!(would.bytes > 0, "{would:?}");
+    let used = sim.used();
+    let done = store.gc(false).expect("gc");
+    assert_eq!((done.bytes, used - sim.used()), (would.bytes, would.bytes));
+    assert_eq!(store.gc(true).expect("gc").bytes, 0);
+    sound(&store);
+    // Another server of the store has its layers open then, and may not know of it.
+    let (sim, store) = simulated(2000);
+    let disk = stacked(&store);
+    remove(&store, "d@s1");
+    assert_eq!(reclaim(&store).bytes, 900 * B);
+    disk.close().expect("close");
+    drop((disk, store));
+    let store = again(&sim, 2);
+    let disk = open(&store, "d", true);
+    store.inherit();
+    disk.close().expect("close");
+    drop(disk);
+    store.closed();
+    sound(&store);
+}
+
+/// What would cost more than it gives is not promised.
+#[test]
+fn a_block_of_a_full_region_is_not_worth_a_new_map() {
+    let (sim, store) = simulated(2000);
+    let disk = open(&store, "d", true);
+    write(&disk, 1, 0, 512);
+    snapshot(&store, &disk, "s1");
+    write(&disk, 2, 7, 1);
+    snapshot(&store, &disk, "s2");
+    disk.close().expect("close");
+    drop(disk);
+    let used = sim.used();
+    assert_eq!(remove(&store, "d@s1"), 0);
+    let would = store.gc(true).expect("gc");
+    assert_eq!((would.bytes, would.shrunk.len()), (0, 0));
+    assert_eq!(store.gc(false).expect("gc"), would);
+    assert!(used - sim.used() <= B, "the name");
+    sound(&store);
+}
+
 /// The power goes at each step: what is seen stays the same, and later the rest comes back.
 #[test]
 fn one_that_is_cut_changes_nothing() {

@@ -808,6 +808,45 @@ fn a_damaged_copy_is_not_gone_on_with() {
     }
 }
 
+/// Who takes away what is being flattened, or squashed, finds its files in use: they go with the attempt.
+#[test]
+fn what_is_rolled_back_under_a_flatten_leaves_nothing() {
+    struct Meanwhile<'a>(&'a Store, AtomicU64);
+    impl Progress for Meanwhile<'_> {
+        fn update(&self, _: u64, _: u64) -> bool {
+            if self.1.fetch_add(1, SeqCst) == 1 {
+                self.0.rollback("d", "s").expect("rollback");
+            }
+            true
+        }
+    }
+    for squash in [false, true] {
+        let (_sim, store) = simulated(3000);
+        let before = contents(&store, "d");
+        let write = |seed: u64| {
+            let disk = open(&store, "d");
+            disk.write(&data(seed, 2600 * B), 100 * B).expect("write");
+            disk.close().expect("close");
+        };
+        store.snapshot("d", "s", None).expect("snapshot");
+        for seed in 1..3 {
+            write(seed);
+            store.seal("d").expect("seal");
+        }
+        let meanwhile = Meanwhile(&store, AtomicU64::new(0));
+        let error = match squash {
+            false => store.flatten("d", &meanwhile).expect_err("gone"),
+            true => {
+                let plan = store.plan_squash("d", false).expect("plan");
+                store.squash(plan, &meanwhile).expect_err("gone")
+            }
+        };
+        assert_eq!(error.kind(), Kind::NotFound, "{error:?}");
+        assert!(contents(&store, "d") == before);
+        sound(&store);
+    }
+}
+
 /// A death while the record is written leaves nothing that stays.
 #[test]
 fn a_half_written_record_goes() {

@@ -113,7 +113,7 @@ impl Server {
         let Some(squash) = found else {
             return Ok(false);
         };
-        let (layers, top, members) = (squash.layers, squash.top, squash.members());
+        let (layers, top) = (squash.layers, squash.top);
         let gently = Gently {
             server: self,
             name,
@@ -122,10 +122,6 @@ impl Server {
         let done = self.store.squash(squash, &gently).inspect_err(|e| {
             if e.kind() == Kind::Interrupted {
                 self.store.drop_replacement(top);
-            }
-            // Whoever made garbage of them could not remove what was open here.
-            if let Err(e) = self.store.collect_former(&members) {
-                tracing::debug!(disk = name, "{e}");
             }
         })?;
         self.rechain();

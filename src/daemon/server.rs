@@ -186,6 +186,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
     server.note_session()?;
     server.export_inherited();
     if before > 0 {
+        server.store.inherit();
         let attached = server.table.lock().len();
         tracing::info!(
             attached,

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What a daemon counts. Counts of requests begin with its present server.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -186,6 +187,10 @@ fn cached(file: &dyn File) -> Option<u64> {
 impl Server {
     /// What is counted now.
     fn stats(&self) -> DaemonStats {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let began = now.map_or(0, |now| {
+            now.saturating_sub(self.started.elapsed()).as_secs()
+        });
         let open: Vec<(Attached, u64, Option<Arc<CowDisk>>)> = {
             let table = self.table.lock();
             table
@@ -208,7 +213,7 @@ impl Server {
             });
             base.disks += 1;
             let file = self.files.get(ino);
-            let since = file.as_ref().map_or(0, |f| f.since());
+            let since = file.as_ref().map_or(0, |f| f.since().max(began));
             let requests = file.and_then(|f| f.info()).map(|i| i.stats);
             let requests = requests.unwrap_or_default();
             let waiting = self.session.waiting(Some(ino)) as u64;

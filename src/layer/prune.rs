@@ -28,11 +28,20 @@ use zerocopy::{FromZeros, IntoBytes};
 /// Says which blocks of a region nobody can see: one bit a block.
 pub type Hidden<'a> = &'a dyn Fn(Region) -> Result<[u64; WORDS]>;
 
-/// What can be given back, and what was.
+/// What can be given back, or was.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pruned {
     /// Data blocks that nobody sees.
     pub blocks: u64,
+    /// Host bytes behind what is not in use: a power cut, or readers, kept a predecessor from giving them back.
+    pub leaked: u64,
+}
+
+impl Pruned {
+    /// Host bytes in all.
+    pub fn bytes(&self) -> u64 {
+        self.blocks * BLOCK + self.leaked
+    }
 }
 
 /// Who may have a map of the layer in memory.
@@ -190,8 +199,34 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
     Ok(freed * BLOCK)
 }
 
+/// What [`prune`] would give back of a layer.
+pub fn would_prune(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<Pruned> {
+    let (file, superblock) = (&**layer.file(), layer.superblock());
+    let found = count(layer, hidden)?;
+    let end = superblock.high_water.get().saturating_mul(BLOCK);
+    let mut leaked = data_in(file, end, u64::MAX)?;
+    for (start, slots) in read_free_list(file, superblock)?.iter() {
+        let at = Slot(start).at();
+        leaked += data_in(file, at, at + u64::from(slots) * BLOCK)?;
+    }
+    Ok(Pruned {
+        blocks: if is_worth(found, superblock) {
+            found
+        } else {
+            0
+        },
+        leaked,
+    })
+}
+
+/// Is it worth a new block map to give back so many blocks?
+fn is_worth(blocks: u64, superblock: &Superblock) -> bool {
+    let run_bytes: u64 = superblock.run_refs().iter().map(|r| r.len.get()).sum();
+    blocks > 0 && blocks * BLOCK >= run_bytes
+}
+
 /// How many data blocks of a layer nobody sees.
-pub fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
+fn count(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<u64> {
     let mut blocks = 0;
     for item in layer.items(Region(0)) {
         if let Item::Region(region, map) = item? {
@@ -216,16 +251,18 @@ pub fn prune(
     let superblock = settled(&**file, header)?;
     // What a predecessor wrote that no superblock ever named.
     let end = superblock.high_water.get().saturating_mul(BLOCK);
+    let tail = data_in(&**file, end, u64::MAX)?;
     if file.len()? > end {
         file.set_len(end)?;
     }
     let layer = ReadLayer::open(file.clone())?;
     let found = count(&layer, hidden)?;
-    let run_bytes: u64 = superblock.run_refs().iter().map(|r| r.len.get()).sum();
-    if found == 0 || found * BLOCK < run_bytes {
+    if !is_worth(found, &superblock) {
         // What a power cut kept a predecessor from giving back, or readers.
-        punch_listed(&**file, &superblock)?;
-        return Ok(Pruned::default());
+        return Ok(Pruned {
+            blocks: 0,
+            leaked: tail + punch_listed(&**file, &superblock)?,
+        });
     }
     before()?;
     let id = layer.id();
@@ -249,7 +286,10 @@ pub fn prune(
     if users == Users::Nobody {
         punch_listed(&**file, &work.next)?;
     }
-    Ok(Pruned { blocks: found })
+    Ok(Pruned {
+        blocks: found,
+        leaked: tail,
+    })
 }
 
 /// Gives back what a sealed layer does not use: what an earlier [`prune`] left, for power cuts or readers. The caller has the file's lock for himself, and
@@ -262,25 +302,38 @@ pub fn punch_free(file: &dyn File, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Punches what the free list names.
-fn punch_listed(file: &dyn File, superblock: &Superblock) -> Result<()> {
+/// Punches what the free list names; returns the host bytes.
+fn punch_listed(file: &dyn File, superblock: &Superblock) -> Result<u64> {
     punch(file, read_free_list(file, superblock)?.iter())
 }
 
-fn punch(file: &dyn File, extents: impl Iterator<Item = (u32, u32)>) -> Result<()> {
+/// Bytes of a range of the file, as far as it goes, that hold data on the host.
+fn data_in(file: &dyn File, at: u64, end: u64) -> Result<u64> {
+    let end = file.len()?.min(end);
+    if at >= end {
+        return Ok(0);
+    }
+    let ranges = file.data_ranges(at, end - at)?;
+    Ok(ranges.iter().map(|(_, len)| len).sum())
+}
+
+/// Gives slots back to the host; returns the bytes.
+fn punch(file: &dyn File, extents: impl Iterator<Item = (u32, u32)>) -> Result<u64> {
+    let mut bytes = 0;
     for (start, slots) in extents {
         let (at, len) = (Slot(start).at(), u64::from(slots) * BLOCK);
-        let end = file.len()?;
-        if at >= end || file.data_ranges(at, len.min(end - at))?.is_empty() {
+        let data = data_in(file, at, at + len)?;
+        if data == 0 {
             continue;
         }
         match file.punch(at, len) {
             // Then it stays allocated.
-            Err(e) if e.kind() == Kind::Unsupported => return Ok(()),
+            Err(e) if e.kind() == Kind::Unsupported => return Ok(0),
             other => other?,
         }
+        bytes += data;
     }
-    Ok(())
+    Ok(bytes)
 }
 
 /// What becomes of the superblock and the free slots.

@@ -47,6 +47,10 @@ impl Written {
     pub fn by_user(&self, bytes: u64) {
         self.user.fetch_add(bytes, Relaxed);
     }
+    /// Users wrote no more than so many bytes.
+    pub fn forget_users(&self, bytes: u64) {
+        self.user.store(bytes, Relaxed);
+    }
     /// A predecessor had counted as many, by users and to the file.
     pub fn at_least(&self, (user, host): (u64, u64)) {
         self.user.fetch_max(user, Relaxed);

@@ -150,6 +150,13 @@ impl Store {
                     true => self.drop_replacement(top.id()),
                     false => self.drop_base(id, &top),
                 }
+                // Whoever made garbage of it meanwhile could not remove what was open here.
+                former.push(Below::Layer(top.id()));
+                drop((chain, top, layer));
+                self.forget_replaced();
+                if let Err(e) = self.collect_former(&former) {
+                    tracing::debug!("left to gc: {e}");
+                }
                 Err(e.context(format!("cannot flatten `{name}`")))
             }
         }

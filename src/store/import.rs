@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::text::Record;
 use crate::format::{self, SumsHeader, ZERO_SUM};
 use crate::io::os::OsDir;
-use crate::io::{Access, Dir, File};
+use crate::io::{Access, Dir, EntryKind, File};
 use crate::units::{BLOCK, BLOCK_SIZE, Id, MAX_DISK, blocks};
 use sha2::{Digest, Sha256};
 use std::io::Read;
@@ -179,14 +179,7 @@ impl Store {
     }
     /// Host bytes of a base's directory.
     pub(super) fn base_allocated(&self, id: Id) -> Result<u64> {
-        let dir = self.bases.subdir(&id.to_string())?;
-        let mut bytes = 0;
-        for (name, kind) in dir.list()? {
-            if kind == crate::io::EntryKind::File {
-                bytes += dir.open(&name, Access::Read)?.allocated()?;
-            }
-        }
-        Ok(bytes)
+        allocated_in(&*self.bases.subdir(&id.to_string())?)
     }
     /// Fails with `Busy` if anyone has the base open.
     pub(super) fn base_idle(&self, id: Id) -> Result<()> {
@@ -315,6 +308,17 @@ impl Store {
             .and_then(|dir| dir.open(RUNNING, Access::Read));
         open.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
+}
+
+/// Host bytes of the files in a directory.
+pub(super) fn allocated_in(dir: &dyn Dir) -> Result<u64> {
+    let mut bytes = 0;
+    for (name, kind) in dir.list()? {
+        if kind == EntryKind::File {
+            bytes += dir.open(&name, Access::Read)?.allocated()?;
+        }
+    }
+    Ok(bytes)
 }
 
 /// How many blocks of an image hold data.

@@ -419,6 +419,7 @@ impl Store {
             next = behind;
         }
         copy.flush().map_err(tag)?;
+        disk.not_by_users();
         disk.close()
     }
 }

@@ -334,6 +334,17 @@ impl Store {
         let done = prune::prune(&file, &header, &hidden, Users::Here, before)?;
         Ok(Some(done.blocks * BLOCK))
     }
+    /// After another server of the same store ended, whose layers are open here now: it may have left former block maps.
+    pub fn inherit(&self) {
+        let open: Vec<Arc<ReadLayer>> = {
+            let open = self.open_layers.lock();
+            open.values().filter_map(Weak::upgrade).collect()
+        };
+        let nameless = open.iter().filter(|l| l.superblock().name().is_none());
+        self.former_maps
+            .lock()
+            .extend(nameless.map(|layer| layer.id()));
+    }
     /// After a disk was closed: gives back the former block maps of layers below it that gave back blocks while they were open here. Not while somebody
     /// changes names: [`Store::reclaim_open`] comes back to them.
     pub fn closed(&self) {
@@ -418,14 +429,14 @@ impl Store {
             return Ok(0);
         }
         let hidden = |region: Region| hiding.region(region);
-        let blocks = match how {
-            How::Count | How::CountNamed => prune::count(&ReadLayer::open(file)?, &hidden)?,
+        let pruned = match how {
+            How::Count | How::CountNamed => prune::would_prune(&ReadLayer::open(file)?, &hidden)?,
             How::Do => {
                 let before = || self.uncount(&hiding);
-                prune::prune(&file, &header, &hidden, Users::Nobody, before)?.blocks
+                prune::prune(&file, &header, &hidden, Users::Nobody, before)?
             }
         };
-        Ok(blocks * BLOCK)
+        Ok(pruned.bytes())
     }
     /// What will go may be seen through a layer that does not hide it itself. Nobody sees that layer, but it says how many blocks it shows.
     fn uncount(&self, hiding: &Hiding) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use super::flatten::COPIED;
 use super::graph::Graph;
+use super::import::allocated_in;
 use super::names::{self, TEMPORARY};
 use super::objects::object_target;
 use super::{Below, GcReport, Object, ObjectKind, RemovePlan, Store, layer_file};
@@ -185,7 +186,8 @@ impl Store {
     }
     /// Fails if an object is attached.
     fn check_idle(&self, object: &Object) -> Result<()> {
-        let busy = |e: Error| match (e.kind(), object.kind) {
+        let busy = |e: Error| {
+            match (e.kind(), object.kind) {
             (Kind::Busy, ObjectKind::Disk) => {
                 Error::new(Kind::Busy, format!("{} is attached", object.name))
                     .hint(format!("`forkdisk detach {}` first", object.name))
@@ -193,12 +195,13 @@ impl Store {
             (Kind::Busy, _) => Error::new(
                 Kind::Busy,
                 format!(
-                    "{} is attached, or something that stands on it",
+                    "{} is in use, or something that stands on it",
                     object.name
                 ),
             )
-            .hint("`forkdisk ls attached` shows what is attached; `forkdisk detach` ends it"),
+            .hint("`forkdisk ls attached` shows what is attached, and `forkdisk detach` ends it; what another command reads is free when that ends"),
             _ => e,
+        }
         };
         match object.kind {
             ObjectKind::Base => self.base_idle(object.id).map_err(busy),
@@ -371,10 +374,19 @@ impl Store {
                     {
                         continue;
                     }
+                    _ => {}
+                }
+                let bytes = match kind {
+                    EntryKind::Dir => allocated_in(&*dir.subdir(&name)?)?,
+                    EntryKind::File => dir.open(&name, Access::Read)?.allocated()?,
+                    EntryKind::Other => 0,
+                };
+                match kind {
                     _ if dry_run => {}
                     EntryKind::Dir => self.remove_base(&name)?,
                     _ => dir.remove(&name)?,
                 }
+                report.bytes += bytes;
                 report.files.push(if what.is_empty() {
                     name
                 } else {

@@ -65,6 +65,9 @@ impl Squash {
     }
 }
 
+/// `EXT4_SUPER_MAGIC`.
+const EXT4: i64 = 0xEF53;
+
 /// Name of the file that is to replace a layer's.
 fn replacement(id: Id) -> String {
     format!("{TEMPORARY}{id}")
@@ -247,6 +250,15 @@ impl Store {
         let blocks = match rustix::process::geteuid().is_root() {
             true => found.f_bfree,
             false => found.f_bavail,
+        };
+        // What ext4 keeps for itself nobody gets, and it counts as free: 2 %, 16 MiB at most.
+        let kept = match rustix::fs::statfs(self.path.join("layers")).ok()?.f_type {
+            EXT4 => (found.f_blocks / 50).min((16 << 20) / found.f_frsize.max(1)),
+            _ => 0,
+        };
+        let blocks = match rustix::process::geteuid().is_root() {
+            true => blocks.saturating_sub(kept),
+            false => blocks,
         };
         Some(blocks.saturating_mul(found.f_frsize))
     }
@@ -460,7 +472,14 @@ impl Store {
                 if e.kind() != Kind::Interrupted {
                     self.drop_replacement(id);
                 }
-                return Err(e.context(format!("cannot squash `{}`", plan.name)));
+                // Whoever made garbage of them meanwhile could not remove what was open here.
+                let (name, members) = (plan.name.clone(), plan.members());
+                drop((plan, top, file));
+                self.forget_replaced();
+                if let Err(e) = self.collect_former(&members) {
+                    tracing::debug!("left to gc: {e}");
+                }
+                return Err(e.context(format!("cannot squash `{name}`")));
             }
         };
         let mut former: Vec<Below> = members[1..].iter().copied().map(Below::Layer).collect();

@@ -219,7 +219,7 @@ pub struct LayerInfo {
 }
 
 /// What a collection of garbage took away (or would).
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct GcReport {
     /// Layers and bases that nothing named or needed.
     pub layers: Vec<Id>,

@@ -163,6 +163,26 @@ fn what_a_disk_reads_and_writes_is_counted() {
     totals("d@live", 8, 8 << 20);
     w.ok(["fork", "e", "--from", "d@rest"]);
     assert!(totals("e", 0, 0) < 1 << 20);
+    // What was acknowledged and never flushed is known after the death of a server, and after a takeover; the count of the attachment begins anew.
+    w.ok(["create", "f", "--from", "base", "--history", "1h"]);
+    let device = w.ok(["attach", "f"]);
+    dd(s(&data), &device, &["oflag=direct"]);
+    let host = totals("f", 4, 4 << 20);
+    let began = disk(&w.json(["stats", "f"]), "f")["since"].as_u64();
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    kill_and_wait(w.pid("server_pid"));
+    let host = totals("f", 4, host);
+    assert!(disk(&w.json(["stats", "f"]), "f")["since"].as_u64() > began);
+    dd(s(&data), &device, &["oflag=direct"]);
+    w.ok(["daemon", "takeover"]);
+    totals("f", 8, host);
+    w.ok(["detach", "f"]);
+    totals("f", 8, host);
+    // A fork of an earlier point was written to by nobody.
+    let points = w.json(["ls", "--history", "f"]);
+    let last = points["points"].as_array().unwrap().last().unwrap()["point"].clone();
+    w.ok(["create", "g", "--from", "f", "--at", &format!("#{last}")]);
+    totals("g", 0, 0);
     w.finish();
     assert!(w.ok(["stats", "--prometheus"]).contains("forkdisk_up 0"));
 }

@@ -46,6 +46,12 @@ impl CowDisk {
             layer,
         }
     }
+    /// What was written to it since it was made was not written by users.
+    pub fn not_by_users(&self) {
+        if let Some(layer) = &self.top.read().layer {
+            layer.not_by_users();
+        }
+    }
     /// Its base: id and image. Whoever has the file open shows it to all disks over it from one place in memory.
     pub fn base(&self) -> (Id, Arc<dyn File>) {
         let top = self.top.read();

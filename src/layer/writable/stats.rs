@@ -43,5 +43,11 @@ impl Layer {
     /// Counts what a user wrote, for [`LayerStats::user_written`].
     pub fn written_by_user(&self, bytes: u64) {
         self.host.by_user(bytes);
+        self.note_written();
+    }
+    /// What was written since the layer was made was not written by users.
+    pub fn not_by_users(&self) {
+        self.host.forget_users(self.header().user_written.get());
+        self.note_written();
     }
 }
