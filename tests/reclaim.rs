@@ -335,6 +335,91 @@ fn what_a_death_leaves_behind_is_told_and_freed() {
     sound(&store);
 }
 
+/// A disk, snapshotted as `d@s1` while it is used, whose sealed layer has many pieces that it does not use.
+fn scattered(store: &Store) -> (Arc<CowDisk>, Vec<u8>) {
+    let disk = open(store, "d", true);
+    write(&disk, 1, 0, 800);
+    disk.flush().expect("flush");
+    for at in 0..400 {
+        write(&disk, 1000 + at, at * 2, 1);
+    }
+    disk.flush().expect("flush");
+    snapshot(store, &disk, "s1");
+    let now = read_all(&*disk).expect("read");
+    (disk, now)
+}
+
+/// Nobody waits for a seal to give back what is in many pieces: that comes later, and is no leak until then.
+#[test]
+fn what_a_seal_leaves_is_given_back_later() {
+    let (sim, store) = simulated(2000);
+    let (disk, now) = scattered(&store);
+    sound(&store);
+    let used = sim.used();
+    while store.give_back_idle(7) {}
+    assert!(sim.used() + 300 * B < used, "{} of {used}", sim.used());
+    disk.close().expect("close");
+    drop(disk);
+    assert!(contents(&store, "d@s1") == now);
+    assert_eq!(store.gc(true).expect("gc").bytes, 0);
+    sound(&store);
+    // Who dies before leaves it to `gc`, or to the next who has the layer open.
+    for inherits in [false, true] {
+        let (sim, store) = simulated(2000);
+        let (disk, now) = scattered(&store);
+        disk.close().expect("close");
+        drop((disk, store));
+        let store = again(&sim, 2);
+        sound(&store);
+        let used = sim.used();
+        if inherits {
+            let disk = open(&store, "d", true);
+            assert!(!store.give_back_idle(7), "nobody knows of it");
+            store.inherit();
+            while store.give_back_idle(7) {}
+            disk.close().expect("close");
+        } else {
+            let would = store.gc(true).expect("gc");
+            assert!(would.bytes > 300 * B, "{would:?}");
+            assert_eq!(store.gc(false).expect("gc").bytes, would.bytes);
+        }
+        assert!(sim.used() + 300 * B < used, "{} of {used}", sim.used());
+        assert_eq!(store.gc(true).expect("gc").bytes, 0);
+        assert!(contents(&store, "d@s1") == now);
+        sound(&store);
+    }
+}
+
+/// What a layer did not use when it was sealed it may use when its file was changed since.
+#[test]
+fn what_a_seal_left_and_is_used_again_stays() {
+    for squash in [false, true] {
+        let (sim, store) = simulated(2000);
+        let (disk, _) = scattered(&store);
+        write(&disk, 9, 100, 500);
+        snapshot(&store, &disk, "s2");
+        write(&disk, 10, 0, 3);
+        let now = read_all(&*disk).expect("read");
+        remove(&store, "d@s1");
+        if squash {
+            let plan = store.plan_squash("d", true).expect("plan");
+            store.squash(plan, &Quiet).expect("squash");
+        } else {
+            assert!(reclaim(&store).bytes > 0);
+        }
+        while store.give_back_idle(7) {}
+        store.rechain(&disk).expect("rechain");
+        assert!(read_all(&*disk).expect("read") == now, "{squash}");
+        disk.close().expect("close");
+        drop(disk);
+        assert!(contents(&store, "d") == now, "{squash}");
+        store.gc(false).expect("gc");
+        let read = scrub(&store, None, Default::default(), &Quiet).expect("scrub");
+        assert!(read.corruptions.is_empty(), "{squash}: {read:?}");
+        assert!(contents(&again(&sim, 2), "d") == now, "{squash}");
+    }
+}
+
 /// What would cost more than it gives is not promised.
 #[test]
 fn a_block_of_a_full_region_is_not_worth_a_new_map() {

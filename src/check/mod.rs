@@ -312,7 +312,8 @@ impl<'a> Check<'a> {
         let empty = "left over from a command that was interrupted, and holds nothing; `forkdisk gc` removes it";
         for id in self.survey.layers.clone() {
             let below = Below::Layer(id);
-            if !needed.contains(&below) && self.survey.header_of(id).is_some() {
+            let left = !needed.contains(&below) && self.survey.header_of(id).is_some();
+            if left && !self.in_use(below) {
                 let text = match self.survey.fresh.contains(&id) {
                     true => empty,
                     false => garbage,
@@ -322,11 +323,22 @@ impl<'a> Check<'a> {
             }
         }
         for id in bases {
-            if !needed.contains(&Below::Base(id)) {
+            if !needed.contains(&Below::Base(id)) && !self.in_use(Below::Base(id)) {
                 let finding = self.about(Below::Base(id), garbage);
                 self.leak(finding);
             }
         }
+    }
+    /// Has anybody a layer or base open? Then it is being made, or goes when he lets go of it, as what was replaced below an attached disk does.
+    fn in_use(&self, below: Below) -> bool {
+        let file = match below {
+            Below::Layer(id) => self.store.layers_dir().open(&layer_file(id), Access::Read),
+            Below::Base(id) => {
+                let dir = self.store.bases_dir().subdir(&id.to_string());
+                dir.and_then(|dir| dir.open("meta", Access::Read))
+            }
+        };
+        file.is_ok_and(|file| file.lock(true).is_err_and(|e| e.kind() == Kind::Busy))
     }
     fn leftovers(&mut self) -> Result<()> {
         for name in leftovers(self.store)? {

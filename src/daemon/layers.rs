@@ -28,6 +28,10 @@ const STRETCH: usize = 16;
 const RATE: u64 = 64 << 20;
 /// How often chains are looked at.
 const PAUSE: Duration = Duration::from_secs(2);
+/// So long, at each look, space that seals left is given back to the host; it costs those who write and sync.
+const GIVING: Duration = Duration::from_millis(200);
+/// So many pieces of it while nobody can change names.
+const PIECES: usize = 16;
 /// To look at nameless layers takes at most one part in so many of the time: nobody else uses the names meanwhile.
 const SHARE: u32 = 50;
 /// How long a chain in which nothing was found is left alone at most; at first it is [`PAUSE`].
@@ -245,6 +249,8 @@ pub(super) fn look_after(server: &Server) {
             continue;
         }
         nameless.look(server);
+        let began = Instant::now();
+        while began.elapsed() < GIVING && server.store.give_back_idle(PIECES) {}
         if !wanted() {
             continue;
         }

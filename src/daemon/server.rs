@@ -865,6 +865,8 @@ impl Server {
                 tracing::error!(disk = name, "{e:?}");
             }
         }
+        // What is more is left to `gc`.
+        while Instant::now() < deadline + LAST_ANSWERS && self.store.give_back_idle(64) {}
         // Of layers that are being joined nothing is left lying about. It ends by itself, as nothing is attached any more.
         let _joining = self.joining.try_lock_for(CALM);
         // Not before: a server that dies while it closes is followed by one that has all.

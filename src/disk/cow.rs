@@ -78,7 +78,12 @@ pub struct CowDisk {
     filling: AtomicBool,
     counters: Counters,
     stream: Stream,
+    /// What seals left to be given back to the host: layers, and slots of each.
+    idle: Mutex<Vec<(Id, IdleSlots)>>,
 }
+
+/// Slots that a sealed layer does not use: the first, and how many.
+pub type IdleSlots = Vec<(u32, u32)>;
 
 /// Where the next blocks are, as the disk sees it.
 #[derive(Clone, Copy, PartialEq)]
@@ -145,6 +150,7 @@ impl CowDisk {
             filling: AtomicBool::new(false),
             counters: Counters::default(),
             stream: Stream::default(),
+            idle: Mutex::default(),
         }
     }
     /// What was read and written so far.
@@ -241,12 +247,23 @@ impl CowDisk {
         let Some(layer) = &top.layer else {
             return Err(read_only());
         };
-        layer.close(State::Sealed, name)?;
+        self.seal_layer(layer, name)?;
         let cost = layer.stats().host_since_opened;
         self.counters.host_sealed.fetch_add(cost, Relaxed);
         let (layer, chain) = next(layer.file().clone(), layer.volatile().clone())?;
         self.go_on_in(&mut top, layer, chain);
         Ok(())
+    }
+    pub(super) fn seal_layer(&self, layer: &Layer, name: Option<&str>) -> Result<()> {
+        let idle = layer.seal_at_once(name)?;
+        if !idle.is_empty() {
+            self.idle.lock().push((layer.id(), idle));
+        }
+        Ok(())
+    }
+    /// What the layers that were sealed since the last call do not use, and was not given back to the host while requests waited.
+    pub fn take_idle(&self) -> Vec<(Id, IdleSlots)> {
+        std::mem::take(&mut self.idle.lock())
     }
     /// Flushes, checkpoints and closes. Requests that come later are refused.
     pub fn close(&self) -> Result<()> {

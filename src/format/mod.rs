@@ -213,8 +213,10 @@ record! {
         reserved: U32,
         /// The latest name.
         name: [u8; NAME_FIELD],
+        /// 1: of a sealed layer, there may be host space behind slots that are not in use; else 0.
+        unpunched: U32,
         /// Zeros.
-        reserved2: [u8; 8],
+        reserved2: [u8; 4],
         /// The newest first.
         runs: [RunRef; MAX_RUNS],
         /// The free list, if it is short.
@@ -673,7 +675,8 @@ impl Superblock {
             name_len: U32::new(0),
             reserved: U32::new(0),
             name: [0; NAME_FIELD],
-            reserved2: [0; 8],
+            unpunched: U32::new(0),
+            reserved2: [0; 4],
             runs: [RunRef::new_zeroed(); MAX_RUNS],
             free_inline: [FreeExtent::new_zeroed(); INLINE_FREE],
             user_written: header.user_written,

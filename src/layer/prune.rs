@@ -10,11 +10,11 @@
 use super::history::{Segment, read_segment, segments};
 use super::recover;
 use super::writable::read_free_list;
-use super::{ReadLayer, State};
+use super::{ReadLayer, State, read_header};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    self, FreeExtent, Header, INLINE_FREE, JOURNAL_START, MAX_RUNS, Pointer, RunRef, SLOT_ZERO,
-    Step, Superblock,
+    self, FreeExtent, Header, INLINE_FREE, JOURNAL_SLOTS, JOURNAL_START, MAX_RUNS, Pointer, RunRef,
+    SLOT_ZERO, Step, Superblock,
 };
 use crate::io::File;
 use crate::layer::space::FreeSet;
@@ -197,6 +197,67 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
         put(file, &mut work.next)?;
     }
     Ok(freed * BLOCK)
+}
+
+/// How a layer's slots are in use: what differs when [`prune`], or another file in its place, has changed that.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Places {
+    file: u64,
+    high_water: u64,
+    free: (u32, u32),
+    runs: Vec<u8>,
+}
+
+impl Places {
+    /// Those of a sealed layer.
+    pub fn of(file: &dyn File) -> Result<Places> {
+        let header = read_header(file)?;
+        let superblock = recover::superblock(file, &header)?.superblock;
+        Ok(Places {
+            file: file.number()?,
+            high_water: superblock.high_water.get(),
+            free: (superblock.free_count.get(), superblock.free_crc.get()),
+            runs: superblock.run_refs().as_bytes().to_vec(),
+        })
+    }
+}
+
+/// Gives back what a seal left: slots that a sealed layer does not use, whose places are what they were when it was sealed. Nobody prunes it
+/// meanwhile. Its readers need not care.
+pub fn give_back(file: &dyn File, slots: &[(u32, u32)]) -> Result<()> {
+    punch(file, slots.iter().copied()).map(drop)
+}
+
+/// What a seal left that nobody gave back: how much it is.
+pub fn left_by_seal(file: &dyn File, superblock: &Superblock) -> Result<u64> {
+    if State::of(superblock) != State::Sealed || superblock.unpunched.get() == 0 {
+        return Ok(0);
+    }
+    let mut bytes = 0;
+    for (start, slots) in left(file, superblock)? {
+        let at = Slot(start).at();
+        bytes += data_in(file, at, at + u64::from(slots) * BLOCK)?;
+    }
+    Ok(bytes)
+}
+
+/// Gives that back; returns the bytes. The caller has the file's lock for himself, and nobody a map of the layer in memory.
+pub fn finish_seal(file: &dyn File, header: &Header) -> Result<u64> {
+    let mut superblock = settled(file, header)?;
+    if State::of(&superblock) != State::Sealed || superblock.unpunched.get() == 0 {
+        return Ok(0);
+    }
+    let bytes = punch(file, left(file, &superblock)?.into_iter())?;
+    superblock.unpunched = U32::new(0);
+    put(file, &mut superblock)?;
+    Ok(bytes)
+}
+
+/// The slots that a seal may have left, as far as its superblock tells.
+pub fn left(file: &dyn File, superblock: &Superblock) -> Result<Vec<(u32, u32)>> {
+    let mut all: Vec<(u32, u32)> = read_free_list(file, superblock)?.iter().collect();
+    all.push((JOURNAL_START, JOURNAL_SLOTS));
+    Ok(all)
 }
 
 /// What [`prune`] would give back of a layer.

@@ -10,6 +10,7 @@
 //! Order of locks: `commit`, `gate`, a shard of `table`, `log`, `space`. None is held over data I/O; `commit` is held over the I/O
 //! of a commit. The latter is in `commit.rs`.
 
+mod close;
 mod commit;
 mod expiry;
 mod history;
@@ -36,7 +37,7 @@ use super::written::Written;
 use super::{MappedRun, State, open_runs, read_blocks, read_header, region_of};
 use crate::error::{Error, Kind, Result};
 use crate::format::{
-    CommitEntry, Header, JOURNAL_SLOTS, JOURNAL_START, MAX_DIRTY, Pointer, Superblock, commit_slots,
+    CommitEntry, Header, JOURNAL_SLOTS, MAX_DIRTY, Pointer, Superblock, commit_slots,
 };
 use crate::io::{Dir, File};
 use crate::map::{Memtable, Ranges, RegionMap, WORDS, undo};
@@ -50,7 +51,7 @@ use commit::use_slot;
 use history::History;
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::U64;
 
 /// Shards of the table of resident regions.
 const SHARDS: usize = 64;
@@ -924,72 +925,5 @@ impl Layer {
             let epoch = self.quiesce.now();
             self.space.lock().retire(epoch, extents.iter());
         }
-    }
-
-    /// Ends writing: flush, checkpoint, freed space given back, state clean or sealed in both copies. No other call may be under way. On a
-    /// full host disk the layer stays as recovery can take it up; nothing is lost.
-    pub fn close(&self, state: State, name: Option<&str>) -> Result<()> {
-        self.flush()?;
-        let mut commit = self.commit.lock();
-        let c = &mut *commit;
-        self.check_poison()?;
-        self.finish_first(c)?;
-        if c.head > 0 {
-            self.checkpoint(c, State::Writable)?;
-        }
-        // Copy 2 of that checkpoint, before anything it could be needed for is destroyed.
-        if c.second_pending {
-            self.sync(c)?;
-        }
-        let (hot, reserved) = {
-            let mut space = self.space.lock();
-            for _ in 0..3 {
-                space.settle(&self.quiesce);
-            }
-            let hot = std::iter::from_fn(|| space.hot.take_some(u32::MAX)).collect::<Vec<_>>();
-            let inherited = std::mem::take(&mut space.inherited);
-            let reserve = Some(std::mem::take(&mut space.reserve)).filter(|r| r.1 > 0);
-            (
-                [hot, inherited, reserve.into_iter().collect()].concat(),
-                std::mem::take(&mut space.journal_reserved),
-            )
-        };
-        // For a seal this is tidying only, and no reason to stop half-way.
-        let tidied = |done: Result<()>| match done {
-            Err(e) if e.kind() == Kind::NoSpace && state == State::Sealed => Ok(()),
-            other => other,
-        };
-        for &(start, len) in &hot {
-            // Slots past the committed high-water mark go with the tail below.
-            if u64::from(start) < c.high {
-                tidied(self.punch(start, len))?;
-            }
-        }
-        // Also what a writer before us left, when there was nothing to write since.
-        if reserved > 0 || self.opened.recovered {
-            tidied(self.punch(JOURNAL_START, JOURNAL_SLOTS))?;
-        }
-        let end = Slot(c.high as u32).at();
-        if self.file.len()? > end {
-            self.file.set_len(end)?;
-        }
-        if let Some(name) = name {
-            c.superblock.set_name(name);
-        }
-        let mut next = c.superblock;
-        next.advance();
-        next.state = U32::new(state.number());
-        self.host.note(&mut next);
-        let bytes = next.encode().to_vec();
-        for copy in [1, 2] {
-            self.file
-                .write_at(&bytes, Slot(copy).at())
-                .and_then(|()| self.file.sync())
-                .map_err(|e| self.poison(e))?;
-        }
-        c.superblock = next;
-        self.poisoned.store(true, SeqCst);
-        *self.poison.lock() = Some(Error::new(Kind::Poisoned, "it was closed"));
-        Ok(())
     }
 }

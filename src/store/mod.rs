@@ -15,6 +15,7 @@ mod earlier;
 mod flatten;
 mod graph;
 pub mod history;
+mod idle;
 mod import;
 mod kept;
 mod leaf;
@@ -65,7 +66,7 @@ use crate::sys::private;
 use crate::sys::shared::SharedMemory;
 use crate::units::{BLOCK, Id, blocks};
 use names::{NameRecord, read_name, read_record};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -140,6 +141,8 @@ pub struct Store {
     open_chains: Mutex<HashMap<Below, Weak<Chain>>>,
     /// Snapshots and images that are open themselves, by their layers.
     views: Mutex<Vec<(Id, Weak<CowDisk>)>>,
+    /// What sealed layers do not use, and was not given back yet.
+    idle: Mutex<BTreeMap<Id, idle::Idle>>,
     /// Layers that gave back blocks while they were open here, whose former block maps are not given back yet.
     former_maps: Mutex<BTreeSet<Id>>,
 }
@@ -330,6 +333,7 @@ impl Store {
             open_bases: Mutex::default(),
             open_chains: Mutex::default(),
             views: Mutex::default(),
+            idle: Mutex::default(),
             former_maps: Mutex::default(),
         })
     }

@@ -385,6 +385,7 @@ impl Store {
             self.install(&prepared)?;
             self.layer_above(&source.name, sealed, &prepared, memory)
         });
+        self.note_idle(running);
         match &done {
             Ok(()) => self.note_opened(&source.name),
             Err(_) if !sealed_at => self.abandon(&prepared),

@@ -336,6 +336,7 @@ impl Store {
     }
     /// After another server of the same store ended, whose layers are open here now: it may have left former block maps.
     pub fn inherit(&self) {
+        self.inherit_idle();
         let open: Vec<Arc<ReadLayer>> = {
             let open = self.open_layers.lock();
             open.values().filter_map(Weak::upgrade).collect()

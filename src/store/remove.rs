@@ -324,6 +324,9 @@ impl Store {
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
         report.reclaimed += bytes;
         report.shrunk.extend(of_histories);
+        let (bytes, layers) = self.collect_idle(&graph, dry_run)?;
+        report.reclaimed += bytes;
+        report.shrunk.extend(layers);
         report.shrunk.sort();
         report.shrunk.dedup();
         report.bytes += report.reclaimed;

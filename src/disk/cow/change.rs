@@ -206,7 +206,7 @@ impl Halted<'_> {
     /// Seals its layer; returns the layer's file and the memory of its volatile log, for the next layer. Until [`Halted::go_on`] the disk accepts nothing.
     pub fn seal(&self, name: Option<&str>) -> Result<(Arc<dyn File>, Arc<SharedMemory>)> {
         let layer = self.layer()?;
-        layer.close(State::Sealed, name)?;
+        self.disk.seal_layer(layer, name)?;
         Ok((layer.file().clone(), layer.volatile().clone()))
     }
     /// The file of its layer.

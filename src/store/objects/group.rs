@@ -59,7 +59,11 @@ impl Store {
             sources.push(source);
         }
         let parts = self.prepare_group(&order, sources, message)?;
-        self.seal_group(parts)?;
+        let sealed = self.seal_group(parts);
+        for running in order.iter().filter_map(|m| m.running) {
+            self.note_idle(running);
+        }
+        sealed?;
         members
             .iter()
             .map(|m| self.object(&format!("{}@{}", m.disk, m.name)))
