@@ -159,7 +159,7 @@ impl Check<'_> {
         file: &dyn File,
         sb: &Superblock,
         free: Vec<(u64, u64)>,
-        used: SlotSet,
+        mut used: SlotSet,
         len: u64,
     ) -> Result<Accounts> {
         let high = sb.high_water.get();
@@ -182,6 +182,18 @@ impl Check<'_> {
             );
             self.leak(finding);
         }
+        // What a seal left so that nobody had to wait for it is given back by the daemon, or by `gc`.
+        if sb.unpunched.get() != 0 {
+            let journal = (
+                u64::from(format::JOURNAL_START),
+                u64::from(format::JOURNAL_SLOTS),
+            );
+            for (start, n) in free.iter().copied().chain([journal]) {
+                for slot in start..start + n {
+                    used.insert(slot as u32);
+                }
+            }
+        }
         // Host space behind what is not in use: the journal of a closed layer, free slots, the tail.
         let start = Slot(format::JOURNAL_START).at();
         let mut idle: Vec<(u64, u64)> = Vec::new();
@@ -197,10 +209,7 @@ impl Check<'_> {
             }
         }
         let bytes = idle.iter().map(|&(_, n)| n * BLOCK).sum::<u64>();
-        // What a seal left so that nobody had to wait for it is given back by the daemon, or by `gc`.
-        if sb.unpunched.get() != 0 {
-            idle.clear();
-        } else if bytes > 0 {
+        if bytes > 0 {
             let finding = self.about(
                 Below::Layer(id),
                 format!("{bytes} bytes of host space are behind slots that are not in use"),

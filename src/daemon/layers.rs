@@ -250,7 +250,10 @@ pub(super) fn look_after(server: &Server) {
         }
         nameless.look(server);
         let began = Instant::now();
-        while began.elapsed() < GIVING && server.store.give_back_idle(PIECES) {}
+        while began.elapsed() < GIVING && server.store.give_back_idle(PIECES) {
+            // Whoever waits for the names comes in between.
+            std::thread::sleep(Duration::from_millis(3));
+        }
         if !wanted() {
             continue;
         }

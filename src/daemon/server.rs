@@ -49,6 +49,9 @@ const GRACE: Duration = Duration::from_secs(3);
 /// How long the end waits until those who wait for room were told that there is none.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
+/// How long the end of the daemon may take for space that seals left.
+const LAST_GIFTS: Duration = Duration::from_secs(1);
+
 /// How long a takeover waits for commands that attach or detach.
 const CALM: Duration = Duration::from_secs(10);
 
@@ -866,7 +869,8 @@ impl Server {
             }
         }
         // What is more is left to `gc`.
-        while Instant::now() < deadline + LAST_ANSWERS && self.store.give_back_idle(64) {}
+        let giving = Instant::now();
+        while giving.elapsed() < LAST_GIFTS && self.store.give_back_idle(64) {}
         // Of layers that are being joined nothing is left lying about. It ends by itself, as nothing is attached any more.
         let _joining = self.joining.try_lock_for(CALM);
         // Not before: a server that dies while it closes is followed by one that has all.

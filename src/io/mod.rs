@@ -142,6 +142,10 @@ pub trait File: Send + Sync {
     }
     /// Bytes the host has allocated for this file.
     fn allocated(&self) -> Result<u64>;
+    /// Bytes that are free on the filesystem of the file, and all that it has, where that can be told.
+    fn host_room(&self) -> Option<(u64, u64)> {
+        None
+    }
     /// Where this is, for messages.
     fn path(&self) -> std::path::PathBuf;
     /// The operating system's descriptor where there is one (never for the simulated disk).

@@ -613,6 +613,11 @@ impl File for OsFile {
         Ok(ranges)
     }
 
+    fn host_room(&self) -> Option<(u64, u64)> {
+        let host = fs::fstatvfs(&self.fd).ok()?;
+        let bytes = |blocks: u64| blocks.saturating_mul(host.f_frsize);
+        Some((bytes(host.f_bavail), bytes(host.f_blocks)))
+    }
     fn allocated(&self) -> Result<u64> {
         let stat = fs::fstat(&self.fd).map_err(|e| self.fail("look at", e))?;
         // In units of 512 bytes, whatever the filesystem's own.

@@ -204,7 +204,8 @@ pub fn forget_history(file: &dyn File, header: &Header, number: u64) -> Result<u
 pub struct Places {
     file: u64,
     high_water: u64,
-    free: (u32, u32),
+    /// The list: how many pieces, their CRC, and where it stands.
+    free: [u32; 4],
     runs: Vec<u8>,
 }
 
@@ -212,12 +213,12 @@ impl Places {
     /// Those of a sealed layer.
     pub fn of(file: &dyn File) -> Result<Places> {
         let header = read_header(file)?;
-        let superblock = recover::superblock(file, &header)?.superblock;
+        let s = recover::superblock(file, &header)?.superblock;
         Ok(Places {
             file: file.number()?,
-            high_water: superblock.high_water.get(),
-            free: (superblock.free_count.get(), superblock.free_crc.get()),
-            runs: superblock.run_refs().as_bytes().to_vec(),
+            high_water: s.high_water.get(),
+            free: [s.free_count, s.free_crc, s.free_slot, s.free_slots].map(U32::get),
+            runs: s.run_refs().as_bytes().to_vec(),
         })
     }
 }
@@ -228,11 +229,13 @@ pub fn give_back(file: &dyn File, slots: &[(u32, u32)]) -> Result<()> {
     punch(file, slots.iter().copied()).map(drop)
 }
 
+/// Does the superblock of a sealed layer say that its seal left something?
+pub fn is_unpunched(superblock: &Superblock) -> bool {
+    State::of(superblock) == State::Sealed && superblock.unpunched.get() != 0
+}
+
 /// What a seal left that nobody gave back: how much it is.
 pub fn left_by_seal(file: &dyn File, superblock: &Superblock) -> Result<u64> {
-    if State::of(superblock) != State::Sealed || superblock.unpunched.get() == 0 {
-        return Ok(0);
-    }
     let mut bytes = 0;
     for (start, slots) in left(file, superblock)? {
         let at = Slot(start).at();
@@ -241,20 +244,30 @@ pub fn left_by_seal(file: &dyn File, superblock: &Superblock) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Gives that back; returns the bytes. The caller has the file's lock for himself, and nobody a map of the layer in memory.
+/// Gives that back, and says in the superblock that nothing is left; returns the bytes. The caller has the file's lock for himself, and nobody a map of
+/// the layer in memory.
 pub fn finish_seal(file: &dyn File, header: &Header) -> Result<u64> {
-    let mut superblock = settled(file, header)?;
-    if State::of(&superblock) != State::Sealed || superblock.unpunched.get() == 0 {
-        return Ok(0);
-    }
+    let superblock = settled(file, header)?;
     let bytes = punch(file, left(file, &superblock)?.into_iter())?;
-    superblock.unpunched = U32::new(0);
-    put(file, &mut superblock)?;
+    nothing_left(file, header)?;
     Ok(bytes)
+}
+
+/// Notes in a sealed layer that nothing is left of its seal. Its readers need not care.
+pub fn nothing_left(file: &dyn File, header: &Header) -> Result<()> {
+    let mut superblock = settled(file, header)?;
+    if !is_unpunched(&superblock) {
+        return Ok(());
+    }
+    superblock.unpunched = U32::new(0);
+    put(file, &mut superblock)
 }
 
 /// The slots that a seal may have left, as far as its superblock tells.
 pub fn left(file: &dyn File, superblock: &Superblock) -> Result<Vec<(u32, u32)>> {
+    if !is_unpunched(superblock) {
+        return Ok(Vec::new());
+    }
     let mut all: Vec<(u32, u32)> = read_free_list(file, superblock)?.iter().collect();
     all.push((JOURNAL_START, JOURNAL_SLOTS));
     Ok(all)
@@ -266,7 +279,12 @@ pub fn would_prune(layer: &ReadLayer, hidden: Hidden<'_>) -> Result<Pruned> {
     let found = count(layer, hidden)?;
     let end = superblock.high_water.get().saturating_mul(BLOCK);
     let mut leaked = data_in(file, end, u64::MAX)?;
-    for (start, slots) in read_free_list(file, superblock)?.iter() {
+    let mut free = read_free_list(file, superblock)?;
+    if is_unpunched(superblock) {
+        // It is counted as such.
+        free = FreeSet::default();
+    }
+    for (start, slots) in free.iter() {
         let at = Slot(start).at();
         leaked += data_in(file, at, at + u64::from(slots) * BLOCK)?;
     }

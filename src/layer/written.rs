@@ -143,6 +143,9 @@ impl File for Written {
     fn written_ranges(&self, at: u64, len: u64) -> Result<Vec<(u64, u64)>> {
         self.inner.written_ranges(at, len)
     }
+    fn host_room(&self) -> Option<(u64, u64)> {
+        self.inner.host_room()
+    }
     fn allocated(&self) -> Result<u64> {
         self.inner.allocated()
     }

@@ -317,16 +317,16 @@ impl Store {
         let mut garbage: HashSet<Below> = graph.garbage(|_| true).into_iter().collect();
         garbage.retain(|below| report.layers.contains(&below.id()));
         graph.without(&garbage);
+        // Before whatever else gives back space of a layer, and counts less of it.
+        let (of_seals, sealed) = self.collect_idle(&graph, dry_run)?;
         // What is left of a history keeps a layer as it is.
         let stays = |id: Id| !report.layers.contains(&id);
         let (bytes, of_histories) = self.collect_histories(&graph, stays, dry_run)?;
         graph.ended = of_histories.iter().copied().collect();
         (report.reclaimed, report.shrunk) = self.reclaim_all(&graph, dry_run)?;
-        report.reclaimed += bytes;
+        report.reclaimed += bytes + of_seals;
         report.shrunk.extend(of_histories);
-        let (bytes, layers) = self.collect_idle(&graph, dry_run)?;
-        report.reclaimed += bytes;
-        report.shrunk.extend(layers);
+        report.shrunk.extend(sealed);
         report.shrunk.sort();
         report.shrunk.dedup();
         report.bytes += report.reclaimed;

@@ -3,7 +3,7 @@
 use super::{Layer, State};
 use crate::error::{Error, Kind, Result};
 use crate::format::{JOURNAL_SLOTS, JOURNAL_START};
-use crate::units::Slot;
+use crate::units::{BLOCK, Slot};
 use std::sync::atomic::Ordering::SeqCst;
 use zerocopy::little_endian::U32;
 
@@ -20,6 +20,12 @@ impl Layer {
     /// called gives them back later ([`prune::give_back`](crate::layer::prune::give_back)); the superblock says that there are some.
     pub fn seal_at_once(&self, name: Option<&str>) -> Result<Vec<(u32, u32)>> {
         self.close_how(State::Sealed, name, true)
+    }
+    /// Does the host have so much room that nobody misses these slots for a while?
+    fn host_can_wait(&self, slots: &[(u32, u32)]) -> bool {
+        let bytes: u64 = slots.iter().map(|&(_, n)| u64::from(n) * BLOCK).sum();
+        let room = self.file.host_room();
+        room.is_none_or(|(free, all)| free >= all / 10 && free >= bytes * 8)
     }
     fn close_how(&self, state: State, name: Option<&str>, later: bool) -> Result<Vec<(u32, u32)>> {
         self.flush()?;
@@ -62,7 +68,7 @@ impl Layer {
         if reserved > 0 || self.opened.recovered {
             idle.push((JOURNAL_START, JOURNAL_SLOTS));
         }
-        if !later || idle.len() <= AT_ONCE {
+        if !later || idle.len() <= AT_ONCE || !self.host_can_wait(&idle) {
             for (start, len) in idle.drain(..) {
                 tidied(self.punch(start, len))?;
             }
