@@ -109,8 +109,8 @@ impl Squash {
 /// Make a disk, snapshot or image independent of all it stands on
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Its whole content becomes a base of its own, without a name. Nothing that anyone sees changes; a disk can be attached and\n\
-        busy meanwhile."
+    after_help = "Its whole content becomes a base of its own, without a name. Nothing that anyone sees changes; a disk can be attached and \
+        busy meanwhile. An interrupted flatten goes on where it stopped when it is run again, with what was written since."
 )]
 pub(crate) struct Flatten {
     /// A disk, snapshot or committed image
