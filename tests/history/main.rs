@@ -260,6 +260,10 @@ impl World {
             _ => {
                 self.close();
                 let kept = self.number();
+                // A layer that nobody has opened yet has none of its own, and those below it may have gone with a snapshot.
+                if kept.is_empty() {
+                    return;
+                }
                 let number = kept[rng.below(kept.len() as u64) as usize];
                 if self.points.contains_key(&number) {
                     self.rewind(number);
