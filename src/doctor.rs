@@ -5,8 +5,12 @@
 
 use crate::{
     daemon::{Client, Transport},
+    serve::awake,
     store::Store,
-    sys::private,
+    sys::{
+        latency::{self, Latency},
+        private,
+    },
     units::BLOCK,
 };
 use rustix::{
@@ -105,7 +109,7 @@ pub fn examine(path: &Path) -> Vec<Probe> {
     if !root {
         probes.push(fusermount());
     }
-    probes.extend([uring(), files(), store(path)]);
+    probes.extend([uring(), idle(), files(), store(path)]);
     let place = existing(path);
     probes.push(filesystem(&place));
     match scratch(&place) {
@@ -300,6 +304,28 @@ fn uring() -> Probe {
             let how = e.hint_text().map(|h| format!("; {h}")).unwrap_or_default();
             ok(name, format!("optional, not used by default: {e}{how}"))
         }
+    }
+}
+
+/// Do processors stay awake while somebody waits for each request? It is a choice too.
+fn idle() -> Probe {
+    let name = "idle processors";
+    if !awake::Mode::Auto.is_meant() {
+        let why = "sleep as they like; FORKDISK_AWAKE=on in the daemon's environment keeps them awake while somebody waits for each request";
+        return ok(name, why);
+    }
+    match Latency::open() {
+        Ok(_) => ok(
+            name,
+            "stay awake while somebody waits for each request (FORKDISK_AWAKE=off lets them sleep)",
+        ),
+        Err(e) => ok(
+            name,
+            format!(
+                "sleep while somebody waits for a request, as {} cannot be opened: {e}",
+                latency::DEVICE
+            ),
+        ),
     }
 }
 

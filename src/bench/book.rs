@@ -239,6 +239,7 @@ impl Book {
             if options.peers.contains(&PeerKind::Raw) {
                 kinds.push(PeerKind::CachedLoop);
             }
+            kinds.extend(super::awake_or_not(options));
         }
         if options.groups.contains(&Group::Sharing) && kinds.contains(&PeerKind::Qcow2) {
             kinds.push(PeerKind::Qcow2Cached);

@@ -85,7 +85,7 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
         } else {
             rounds
         },
-        peers: PeerKind::has_devices,
+        peers: PeerKind::waits,
         measure: Box::new(|lab, peer, gauge, _| {
             peer.fork(lab.work, None, "files")?;
             let device = peer.attach(lab.work, "files")?;
@@ -103,7 +103,7 @@ pub fn jobs<'a>(lab: &Lab<'_>, book: &mut Book) -> Result<Vec<Job<'a>>> {
             let dir = lab.work.mkdir("files-on")?;
             mounts::mount(&device, &dir, &mounts::Options::default())?;
             settle(&dir);
-            let readings = programs(lab, &dir, gauge);
+            let readings = peer.measure(|| programs(lab, &dir, gauge));
             unmount(&dir)?;
             peer.remove(lab.work, "files")?;
             settle(peer.home());

@@ -34,6 +34,7 @@ pub use quiet::Others;
 
 use crate::{
     error::{Error, Kind, Result},
+    serve::awake::Mode,
     sys::signals,
 };
 use book::{Book, Reading};
@@ -282,6 +283,7 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
             if kinds.contains(&PeerKind::Raw) {
                 wanted.push(PeerKind::CachedLoop);
             }
+            wanted.extend(awake_or_not(options));
         }
         let mut peers = set_up(&lab, &mut book, &wanted, &dir, &base, true)?;
         gate(&lab, &mut book, &mut peers);
@@ -361,6 +363,15 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
     }
     drop(work);
     Ok(book.close(started.elapsed()))
+}
+
+/// Where the daemon keeps processors awake by itself: raw with such, and forkdisk with others.
+fn awake_or_not(options: &Options) -> Vec<PeerKind> {
+    let raw = options.peers.contains(&PeerKind::Raw);
+    match options.level == Level::Full && raw && Mode::Auto.is_meant() {
+        true => vec![PeerKind::RawAwake, PeerKind::Asleep],
+        false => Vec::new(),
+    }
 }
 
 /// What must be there before anything is made.

@@ -8,7 +8,10 @@ use crate::{
     error::{Error, Kind, Result},
     serve::fuse::Transport,
     store::Store,
-    sys::{loopdev, mounts, signals},
+    sys::{
+        latency::{self, Latency},
+        loopdev, mounts, signals,
+    },
 };
 use std::{
     cell::RefCell,
@@ -28,6 +31,8 @@ use std::{
 pub enum PeerKind {
     /// A loop device over a file: no copy-on-write.
     Raw,
+    /// The same while the processors are kept awake, as the daemon keeps them.
+    RawAwake,
     /// The file itself.
     Plain,
     /// The same through the page cache: what the memory of this machine allows anybody who uses it.
@@ -50,6 +55,8 @@ pub enum PeerKind {
     Overlayfs,
     /// This.
     Forkdisk,
+    /// This where processors may sleep.
+    Asleep,
     /// This through its other door, where single requests are timed.
     IoUring,
 }
@@ -59,6 +66,7 @@ impl PeerKind {
     pub fn id(self) -> &'static str {
         match self {
             PeerKind::Raw => "raw",
+            PeerKind::RawAwake => "raw-awake",
             PeerKind::Plain => "plain",
             PeerKind::Cached => "cached",
             PeerKind::CachedLoop => "cached-loop",
@@ -70,6 +78,7 @@ impl PeerKind {
             PeerKind::Qcow2Cached => "qcow2-cached",
             PeerKind::Overlayfs => "overlayfs",
             PeerKind::Forkdisk => "forkdisk",
+            PeerKind::Asleep => "asleep",
             PeerKind::IoUring => "io_uring",
         }
     }
@@ -77,6 +86,9 @@ impl PeerKind {
     pub fn title(self) -> &'static str {
         match self {
             PeerKind::Raw => "a loop device over a file: no copy-on-write, the limit",
+            PeerKind::RawAwake => {
+                "raw while the processors are kept awake for it, as forkdisk's daemon keeps them for its disks"
+            }
             PeerKind::Plain => "a file on the same filesystem, without a device over it",
             PeerKind::Cached => "the same file through the page cache, as forkdisk uses it",
             PeerKind::CachedLoop => "a loop device over a file, through the page cache",
@@ -88,6 +100,7 @@ impl PeerKind {
             PeerKind::Qcow2Cached => "qcow2 through the host's page cache (cache.direct=off)",
             PeerKind::Overlayfs => "overlayfs, which copies files",
             PeerKind::Forkdisk => "forkdisk",
+            PeerKind::Asleep => "forkdisk with FORKDISK_AWAKE=off: processors sleep while it waits",
             PeerKind::IoUring => "forkdisk attached with --transport io_uring: no takeover",
         }
     }
@@ -100,19 +113,28 @@ impl PeerKind {
     }
     /// Is it this program, by whatever door?
     pub fn is_forkdisk(self) -> bool {
-        matches!(self, PeerKind::Forkdisk | PeerKind::IoUring)
+        matches!(
+            self,
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring
+        )
     }
     /// Does it show disks as devices, and is it a way of its own to make and to keep them?
     pub fn is_block(self) -> bool {
         !self.is_file()
             && !matches!(
                 self,
-                PeerKind::CachedLoop
+                PeerKind::RawAwake
+                    | PeerKind::CachedLoop
                     | PeerKind::Copy
                     | PeerKind::Qcow2Cached
                     | PeerKind::Overlayfs
+                    | PeerKind::Asleep
                     | PeerKind::IoUring
             )
+    }
+    /// Does it show disks as devices, and is it worth a sample where one request waits for the other?
+    pub fn waits(self) -> bool {
+        self.has_devices() || matches!(self, PeerKind::RawAwake | PeerKind::Asleep)
     }
     /// Does it show disks as devices?
     pub fn has_devices(self) -> bool {
@@ -147,6 +169,16 @@ pub struct Peer {
     kept: HashSet<String>,
     /// Disks that stand on another disk, not on the base.
     stacked: RefCell<HashSet<String>>,
+    latency: Option<Latency>,
+}
+
+/// Keeps the processors awake.
+struct Awake<'a>(&'a Latency);
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.sleep();
+    }
 }
 
 /// Needed for a filesystem of its own: beside the data.
@@ -172,6 +204,7 @@ impl Peer {
             shown: HashMap::new(),
             kept: HashSet::new(),
             stacked: RefCell::default(),
+            latency: None,
         };
         match kind {
             PeerKind::Xfs | PeerKind::Btrfs => {
@@ -193,7 +226,7 @@ impl Peer {
                 work.need("qemu-img", "qemu-utils")?;
                 work.need("qemu-storage-daemon", "qemu-utils")?;
             }
-            PeerKind::Forkdisk | PeerKind::IoUring => {
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring => {
                 if kind == PeerKind::IoUring {
                     Transport::IoUring.available()?;
                 }
@@ -205,10 +238,26 @@ impl Peer {
             }
             PeerKind::Raw if one_file => copy(work, base, &peer.home.join("disk.img"))?,
             // That of raw: one more would take the room of a base, and they are never used at the same time.
+            PeerKind::RawAwake => {
+                peer.base = parent.join("raw/disk.img");
+                let open = Latency::open();
+                peer.latency = Some(open.map_err(|e| Error::io("open", latency::DEVICE, &e))?);
+            }
             PeerKind::CachedLoop => peer.base = parent.join("raw/disk.img"),
             _ => {}
         }
         Ok(peer)
+    }
+    /// Calls what is measured, with processors that stay awake if that is what this peer is about.
+    pub fn measure<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
+        let awake = self.latency.as_ref().map(|latency| {
+            let kept = latency.awake();
+            kept.map(|()| Awake(latency))
+        });
+        let _until_the_end = awake
+            .transpose()
+            .map_err(|e| Error::io("write to", latency::DEVICE, &e))?;
+        call()
     }
     /// The store of forkdisk.
     pub fn store(&self) -> PathBuf {
@@ -224,7 +273,7 @@ impl Peer {
     }
     fn image(&self, name: &str) -> PathBuf {
         match (self.kind, name) {
-            (PeerKind::Plain | PeerKind::CachedLoop, _) => self.base.clone(),
+            (PeerKind::RawAwake | PeerKind::Plain | PeerKind::CachedLoop, _) => self.base.clone(),
             // What is only read.
             (PeerKind::Cached, "reader") => self.base.clone(),
             (PeerKind::Raw, _) if self.one_file => self.home.join("disk.img"),
@@ -237,7 +286,7 @@ impl Peer {
     /// The files that hold the bytes below a disk, for the page cache.
     pub fn files(&self, name: &str) -> Vec<PathBuf> {
         match self.kind {
-            PeerKind::Forkdisk | PeerKind::IoUring => {
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring => {
                 let mut files = Vec::new();
                 for dir in ["bases", "layers"] {
                     below(&self.store().join(dir), &mut files);
@@ -270,9 +319,11 @@ impl Peer {
                     .and_then(|base| File::create(&to)?.set_len(base.len()));
                 len.map_err(|e| Error::io("create", to, &e))
             }
-            PeerKind::Plain | PeerKind::Cached | PeerKind::CachedLoop | PeerKind::Overlayfs => {
-                Ok(())
-            }
+            PeerKind::RawAwake
+            | PeerKind::Plain
+            | PeerKind::Cached
+            | PeerKind::CachedLoop
+            | PeerKind::Overlayfs => Ok(()),
             PeerKind::Xfs | PeerKind::Btrfs => {
                 let from = from.map_or(self.base.clone(), |n| self.image(n));
                 let mut command = work.command("cp");
@@ -295,7 +346,7 @@ impl Peer {
                 })
                 .map(drop)
             }
-            PeerKind::Forkdisk | PeerKind::IoUring => {
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring => {
                 let mut command = work.forkdisk(&self.store());
                 command.args(["create", name, "--from", from.unwrap_or("base")]);
                 work.short(command).map(drop)
@@ -315,7 +366,7 @@ impl Peer {
                     .map_err(|e| Error::io("sync", &self.home, &e))?;
                 sync_dir(&self.home)?;
             }
-            PeerKind::Forkdisk | PeerKind::IoUring => {
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring => {
                 let store = Store::open(&self.store())?;
                 started = Instant::now();
                 store.create(&[name.to_string()], from.unwrap_or("base"), None)?;
@@ -336,7 +387,7 @@ impl Peer {
         let name = |i: u32| format!("{prefix}-{i}");
         let started = Instant::now();
         match self.kind {
-            PeerKind::Forkdisk | PeerKind::IoUring => {
+            PeerKind::Forkdisk | PeerKind::Asleep | PeerKind::IoUring => {
                 let store = Store::open(&self.store())?;
                 let names: Vec<String> = (0..count).map(name).collect();
                 store.create(&names, "base", None)?;
@@ -382,7 +433,7 @@ impl Peer {
     pub fn remove(&mut self, work: &Work, name: &str) -> Result<()> {
         self.detach(work, name)?;
         match self.kind {
-            PeerKind::Plain => return Ok(()),
+            PeerKind::RawAwake | PeerKind::Plain => return Ok(()),
             PeerKind::Raw if self.one_file => return Ok(()),
             PeerKind::CachedLoop => {
                 // Raw goes round what is in memory of its file, and would have to look for it.
@@ -418,6 +469,10 @@ impl Peer {
         if self.kind.is_forkdisk() {
             let mut command = work.forkdisk(&self.store());
             command.args(["attach", name]);
+            if self.kind == PeerKind::Asleep {
+                // Starts the daemon.
+                command.env("FORKDISK_AWAKE", "off");
+            }
             if self.kind == PeerKind::IoUring {
                 command.args(["--transport", Transport::IoUring.word()]);
             }

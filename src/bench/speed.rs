@@ -113,9 +113,13 @@ pub fn reads<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             name: title.to_string(),
             rounds: size.rounds,
             peers: match (cache, load.depth) {
+                (Cache::Warm, 1) => |kind| kind.waits() || kind == PeerKind::Plain,
                 (Cache::Warm, _) => |kind| kind.has_devices() || kind == PeerKind::Plain,
                 // Its one thread serves requests one by one.
                 (Cache::Cold, 32) => |kind| kind.has_devices() || kind.is_file(),
+                (Cache::Cold, 1) => {
+                    |kind| kind.waits() || kind.is_file() || kind == PeerKind::CachedLoop
+                }
                 (Cache::Cold, _) => {
                     |kind| kind.has_devices() || kind.is_file() || kind == PeerKind::CachedLoop
                 }
@@ -128,7 +132,7 @@ pub fn reads<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
                 }
                 let direct = peer.kind != PeerKind::Cached;
                 let run = || fio::run(lab.work, &device, &load, direct, lab.seed());
-                let figures = gauge.during(run)?;
+                let figures = peer.measure(|| gauge.during(run))?;
                 let value = match load.block > 4096 {
                     true => figures.megabytes(0.0),
                     false => figures.iops(0.0),
@@ -269,7 +273,8 @@ pub fn writes<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
                 ("write.sequential.first", _) => |kind| {
                     kind.has_devices() || matches!(kind, PeerKind::Cached | PeerKind::CachedLoop)
                 },
-                (_, true) => |kind| kind.has_devices() || kind == PeerKind::CachedLoop,
+                (_, true) => |kind| kind.waits() || kind == PeerKind::CachedLoop,
+                _ if load.depth == 1 => PeerKind::waits,
                 _ => PeerKind::has_devices,
             },
             measure: Box::new(move |lab, peer, gauge, _| {
@@ -306,7 +311,7 @@ fn write(
         prime(peer, "fresh", load.area)?;
     }
     settle(peer.home());
-    let measured = gauge.during(|| {
+    let write = || {
         let figures = fio::run(
             lab.work,
             &device,
@@ -319,7 +324,8 @@ fn write(
         open.and_then(|f| f.sync_all())
             .map_err(|e| Error::io("flush", &device, &e))?;
         Ok((figures, started.elapsed().as_secs_f64()))
-    });
+    };
+    let measured = peer.measure(|| gauge.during(write));
     if disk == Disk::Fresh {
         peer.remove(lab.work, "fresh")?;
         settle(peer.home());

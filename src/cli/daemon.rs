@@ -203,6 +203,7 @@ fn status_text(status: &Value) -> String {
             ("uptime" | "uptime_seconds", Value::Number(n)) => {
                 n.as_u64().map_or(n.to_string(), time::span)
             }
+            ("awake_seconds", Value::Null) => "never".to_string(),
             (_, Value::String(text)) => text.clone(),
             (_, Value::Array(items)) => items.len().to_string(),
             (_, Value::Object(counts)) => counts_text(counts),

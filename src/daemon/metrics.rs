@@ -117,6 +117,12 @@ pub fn text(store: Id, stats: Option<&DaemonStats>) -> String {
         "Servers that another one followed while disks stayed attached.",
         stats.takeovers,
     );
+    text.family(
+        "awake_seconds_total",
+        Counter,
+        "Seconds that idle processors were kept awake for those who wait for a request.",
+        stats.awake_seconds.map(|s| (Vec::new(), s)),
+    );
     requests(&mut text, &stats.requests);
     let bases = |value: fn(&super::stats::BaseStats) -> Option<u64>| {
         stats
@@ -430,12 +436,14 @@ mod tests {
                 disks: 2,
             }],
             takeovers: 3,
+            awake_seconds: Some(1.5),
             ..DaemonStats::default()
         };
         let samples = parse(&text(Id([1; 16]), Some(&stats)));
         assert_eq!(samples["forkdisk_up"], 1.0);
         assert_eq!(samples["forkdisk_attached_disks"], 2.0);
         assert_eq!(samples["forkdisk_takeovers_total"], 3.0);
+        assert_eq!(samples["forkdisk_awake_seconds_total"], 1.5);
         assert_eq!(
             samples["forkdisk_disk_written_bytes_total{disk=\"web-1\"}"],
             7.0

@@ -18,12 +18,13 @@ use super::running::TakenUp;
 use super::{Attached, LOG, MOUNT, NBD, SOCKET, Via, file_name, layers, log, place_of};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
+use crate::serve::awake::{Awake, Mode};
 use crate::serve::files::Files;
 use crate::serve::fuse::session::{Init, Negotiated, Options, Session, Transport};
 use crate::serve::nbd::Exports;
 use crate::store::{ObjectKind, Store};
 use crate::sys::process::{self, Process};
-use crate::sys::{fdpass, loopdev};
+use crate::sys::{fdpass, latency, loopdev};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+/// In the environment of the daemon: when processors are kept awake for those who wait ([`Mode`]).
+const AWAKE: &str = "FORKDISK_AWAKE";
 /// How often disks are looked after: freed space goes back to the host.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
@@ -102,6 +105,19 @@ pub(super) enum End {
     Handover,
 }
 
+/// What keeps processors awake, as the environment has it.
+fn awake() -> Awake {
+    let word = std::env::var(AWAKE).unwrap_or_default();
+    let mode = Mode::of(&word).unwrap_or_else(|| {
+        tracing::warn!("{AWAKE}={word}: it can be auto, on or off; taken for off");
+        Mode::Off
+    });
+    Awake::begin(mode).unwrap_or_else(|e| {
+        tracing::info!("processors are not kept awake: {}: {e}", latency::DEVICE);
+        Awake::off()
+    })
+}
+
 /// Becomes the server: the descriptors come over standard input.
 pub fn run(store: Store, transport: Transport) -> Result<()> {
     log::begin(&store.run_dir(), false)?;
@@ -130,7 +146,7 @@ fn serve(store: Store, transport: Transport) -> Result<()> {
         .try_into()
         .map_err(|_| Error::new(Kind::Invalid, "the keeper sent no descriptors"))?;
     let listener = UnixListener::from(listener);
-    let files = Arc::new(Files::new());
+    let files = Arc::new(Files::with(awake()));
     let handover = Handover::open(File::from(memory))?;
     let said = handover.session()?;
     let (init, table, before) = match &said {
@@ -819,6 +835,12 @@ impl Server {
         }
     }
 
+    /// How long processors were kept awake, to the millisecond; `None`: they never are.
+    pub(super) fn awake_seconds(&self) -> Option<f64> {
+        let total = self.files.awake().total()?;
+        Some(total.as_millis() as f64 / 1e3)
+    }
+
     pub(super) fn status(&self) -> Value {
         let run_dir = place_of(&self.run_dir);
         let (threads, peak) = self.session.threads();
@@ -836,6 +858,7 @@ impl Server {
             "threads": threads,
             "peak_threads": peak,
             "requests": total,
+            "awake_seconds": self.awake_seconds(),
             "transport": self.session.negotiated().transport().word(),
             "can_take_over": self.session.negotiated().can_resend(),
             "takeovers": self.before,

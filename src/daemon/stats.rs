@@ -29,6 +29,8 @@ pub struct DaemonStats {
     pub threads: u64,
     /// Servers that another one followed.
     pub takeovers: u64,
+    /// Seconds that processors were kept awake for those who wait; `None`: they never are.
+    pub awake_seconds: Option<f64>,
     /// Requests for all files that there were.
     pub requests: Stats,
     /// What is attached, by name.
@@ -228,6 +230,7 @@ impl Server {
             uptime_seconds: self.started.elapsed().as_secs(),
             threads: self.session.threads().0 as u64,
             takeovers: self.before,
+            awake_seconds: self.awake_seconds(),
             requests: self.files.total(),
             disks,
             bases: bases.into_values().collect(),

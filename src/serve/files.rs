@@ -7,7 +7,7 @@
 //!   [`Files::quiesce`] wait for those under way, and return when no worker touches the disk any more;
 //! - removing never waits for requests that come after it: they are refused at once.
 
-use super::depth::Depth;
+use super::{awake::Awake, depth::Depth};
 use crate::{
     disk::Disk,
     error::{Error, Kind, Result},
@@ -93,16 +93,15 @@ impl Counters {
             self.max_in_flight.fetch_max(now, Relaxed);
         }
     }
-    /// Returns how many of its kind there were before.
-    fn leave(&self, op: Op, ok: bool) -> u64 {
+    /// Returns how many of its kind there were before, and how many of any kind are under way still.
+    fn leave(&self, op: Op, ok: bool) -> (u64, u64) {
         let (count, bytes) = match op {
             Op::Read(len) => (&self.reads, Some((&self.bytes_read, len))),
             Op::Write(len) => (&self.writes, Some((&self.bytes_written, len))),
             Op::Discard(len) => (&self.discards, Some((&self.bytes_discarded, len))),
             Op::Flush => (&self.flushes, None),
             Op::Seek => {
-                self.in_flight.fetch_sub(1, Relaxed);
-                return 0;
+                return (0, self.in_flight.fetch_sub(1, Relaxed) - 1);
             }
         };
         let before = count.fetch_add(1, Relaxed);
@@ -115,8 +114,7 @@ impl Counters {
         if !ok {
             self.errors.fetch_add(1, Relaxed);
         }
-        self.in_flight.fetch_sub(1, Relaxed);
-        before
+        (before, self.in_flight.fetch_sub(1, Relaxed) - 1)
     }
     /// The values now.
     pub fn stats(&self) -> Stats {
@@ -150,6 +148,7 @@ pub struct ServedFile {
     opens: AtomicI64,
     counters: Counters,
     total: Arc<Counters>,
+    awake: Arc<Awake>,
     depth: Depth,
 }
 
@@ -213,8 +212,10 @@ impl ServedFile {
         self.counters.enter();
         self.total.enter();
         let result = serve(&*disk);
-        self.depth.count(self.counters.leave(op, result.is_ok()));
-        self.total.leave(op, result.is_ok());
+        let (before, _) = self.counters.leave(op, result.is_ok());
+        self.depth.count(before);
+        let (_, others) = self.total.leave(op, result.is_ok());
+        self.awake.served(others);
         Some(result)
     }
     /// Is [`ServedFile::look`] due?
@@ -276,6 +277,7 @@ struct Table {
 pub struct Files {
     table: RwLock<Table>,
     total: Arc<Counters>,
+    awake: Arc<Awake>,
 }
 
 impl Default for Files {
@@ -287,12 +289,17 @@ impl Default for Files {
 impl Files {
     /// None yet.
     pub fn new() -> Files {
+        Files::with(Awake::off())
+    }
+    /// None yet; their requests may keep processors awake.
+    pub fn with(awake: Awake) -> Files {
         Files {
             table: RwLock::new(Table {
                 next_ino: FIRST_INO,
                 ..Table::default()
             }),
             total: Arc::default(),
+            awake: Arc::new(awake),
         }
     }
     /// Shows a disk under a new name and returns its number. It can be opened at once: the kernel
@@ -363,6 +370,7 @@ impl Files {
             opens: AtomicI64::new(0),
             counters: Counters::default(),
             total: Arc::clone(&self.total),
+            awake: Arc::clone(&self.awake),
             depth: Depth::default(),
         };
         table.by_ino.insert(ino, Arc::new(file));
@@ -448,6 +456,10 @@ impl Files {
     pub fn list(&self) -> Vec<FileInfo> {
         let files: Vec<_> = self.table.read().by_ino.values().cloned().collect();
         files.iter().filter_map(|f| f.info()).collect()
+    }
+    /// What keeps processors awake for them.
+    pub fn awake(&self) -> &Awake {
+        &self.awake
     }
     /// Counters over all files there ever were.
     pub fn total(&self) -> Stats {

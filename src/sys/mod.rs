@@ -12,6 +12,7 @@ pub mod fiemap;
 pub mod freeze;
 pub mod holders;
 pub mod idle;
+pub mod latency;
 pub mod loopdev;
 pub mod mounts;
 pub mod passthrough;

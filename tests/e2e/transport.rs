@@ -1,7 +1,8 @@
 //! The ways requests reach the daemon, as a user chooses them.
 
 use crate::{rig::*, uring::Switch};
-use forkdisk::sys::loopdev;
+use forkdisk::sys::{latency, loopdev};
+use serde_json::Value;
 use std::{
     fs::{self, File},
     os::unix::fs::{FileExt, OpenOptionsExt},
@@ -54,6 +55,55 @@ fn a_device_suits_its_load() {
     suits("32", "1");
     suits("1", where_made);
     w.ok(["detach", "d"]);
+}
+
+/// Seconds that processors were kept awake, of the daemon of a world with this in its environment; before and after `reads` of a block, each after the other.
+fn awake(word: &str, reads: u64) -> (Value, Value) {
+    let w = World::with_base();
+    w.ok(["create", "d", "--from", "base"]);
+    // It starts the daemon.
+    let mut attach = w.command(["attach", "d"]);
+    let attached = attach.env("FORKDISK_AWAKE", word).output().unwrap();
+    let device = String::from_utf8(attached.stdout).unwrap();
+    w.note(&device);
+    let device = device.trim_end();
+    let before = w.status()["awake_seconds"].clone();
+    let open = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(device)
+        .unwrap();
+    let mut memory = vec![0u8; 8192];
+    let from = memory.as_ptr().align_offset(4096);
+    for n in 0..reads {
+        let block = &mut memory[from..from + 4096];
+        open.read_exact_at(block, n % 1000 * 4096).unwrap();
+    }
+    drop(open);
+    let after = w.status()["awake_seconds"].clone();
+    w.ok(["detach", "d"]);
+    (before, after)
+}
+
+/// Where each request waits for the one before it.
+#[test]
+fn processors_stay_awake_for_those_who_wait() {
+    if !root() {
+        return;
+    }
+    // Machines without this file let nobody say how their processors sleep.
+    let can = File::options().write(true).open(latency::DEVICE).is_ok();
+    let (before, after) = awake("on", 20_000);
+    match can {
+        true => {
+            assert!(before.as_f64().unwrap() < 0.5, "{before}");
+            assert!(after.as_f64().unwrap() > 0.0, "{after}");
+        }
+        false => assert_eq!((before, after), (Value::Null, Value::Null)),
+    }
+    for word in ["off", "sideways"] {
+        assert_eq!(awake(word, 100), (Value::Null, Value::Null), "{word}");
+    }
 }
 
 #[test]
