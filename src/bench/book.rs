@@ -206,7 +206,7 @@ pub struct Book {
 }
 
 /// How the figures come about.
-const REMARKS: [&str; 10] = [
+const REMARKS: [&str; 12] = [
     "Devices are loop devices with direct I/O over what each peer makes; 512-byte sectors (XFS: 4096, which its reflinks need); load by fio (libaio, direct I/O).",
     "Cold: the host's page cache was dropped before. Warm: the files below the disk were read once before, through the page cache, \
      where that is used at all (by forkdisk and overlayfs; the others go round it).",
@@ -216,6 +216,8 @@ const REMARKS: [&str; 10] = [
     "Sharing and amplification are counted at a loop device with a filesystem of its own, so that what others do is not in them; \
      page cache by cachestat(2).",
     "Ratios are medians of the ratios to raw within one round.",
+    "PLAIN is the file itself, by direct I/O; where it is written it is a new one, whose blocks are allocated but were never written.",
+    "The daemon of forkdisk keeps idle processors awake while requests wait for each other. RAW-AWAKE is raw while they are kept awake for it, ASLEEP is forkdisk where they are not.",
     "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first, by one thread \
      (at depth 32 by as many, each in a part of its own). CACHED-LOOP is the same file with a loop device over it: forkdisk's way without FUSE and without forkdisk.",
     "qcow2 is stacked 64 deep at most: to open more takes QEMU longer than all other rows together.",
@@ -228,14 +230,11 @@ impl Book {
     pub fn new(machine: Machine, options: &Options, rounds: u32) -> Book {
         let mut kinds = options.peers.clone();
         kinds.push(PeerKind::Forkdisk);
-        if options.groups.contains(&Group::Read) {
-            kinds.push(PeerKind::Plain);
-        }
         if [Group::Read, Group::Write]
             .iter()
             .any(|g| options.groups.contains(g))
         {
-            kinds.push(PeerKind::Cached);
+            kinds.extend([PeerKind::Plain, PeerKind::Cached]);
             if options.peers.contains(&PeerKind::Raw) {
                 kinds.push(PeerKind::CachedLoop);
             }

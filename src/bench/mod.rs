@@ -275,11 +275,8 @@ pub fn run(options: &Options, watch: &dyn Watch) -> Result<Report> {
         make_base(&lab, &base, size.base)?;
         let dir = work.mkdir("timed")?;
         let mut wanted = kinds.clone();
-        if has(Group::Read) {
-            wanted.push(PeerKind::Plain);
-        }
         if has(Group::Read) || has(Group::Write) {
-            wanted.push(PeerKind::Cached);
+            wanted.extend([PeerKind::Plain, PeerKind::Cached]);
             if kinds.contains(&PeerKind::Raw) {
                 wanted.push(PeerKind::CachedLoop);
             }
@@ -392,7 +389,9 @@ fn check(options: &Options, lab: &Lab<'_>) -> Result<()> {
         .iter()
         .filter(|k| matches!(k, PeerKind::Raw | PeerKind::Copy | PeerKind::IoUring))
         .count() as u64;
-    let timed = size.base * (3 + 2 * own + whole) + size.large_file * 4;
+    // Another one where forkdisk is measured a third time.
+    let asleep = u64::from(!awake_or_not(options).is_empty());
+    let timed = size.base * (4 + 2 * own + whole + asleep) + size.large_file * 4;
     let counted = size.shared * (u64::from(size.disks) + 6 + 2 * own);
     // What forkdisk and qcow2 write in a few seconds, the forks, and the host's own metadata.
     let wanted = timed.max(counted) * 5 / 4 + (1 << 28);

@@ -273,9 +273,9 @@ impl Peer {
     }
     fn image(&self, name: &str) -> PathBuf {
         match (self.kind, name) {
-            (PeerKind::RawAwake | PeerKind::Plain | PeerKind::CachedLoop, _) => self.base.clone(),
+            (PeerKind::RawAwake | PeerKind::CachedLoop, _) => self.base.clone(),
             // What is only read.
-            (PeerKind::Cached, "reader") => self.base.clone(),
+            (PeerKind::Plain | PeerKind::Cached, "reader") => self.base.clone(),
             (PeerKind::Raw, _) if self.one_file => self.home.join("disk.img"),
             (PeerKind::Qcow2 | PeerKind::Qcow2L2 | PeerKind::Qcow2Cached, _) => {
                 self.home.join(format!("{name}.qcow2"))
@@ -318,6 +318,16 @@ impl Peer {
                 let len = fs::metadata(&self.base)
                     .and_then(|base| File::create(&to)?.set_len(base.len()));
                 len.map_err(|e| Error::io("create", to, &e))
+            }
+            // Its blocks are found before: what is left is how the disk below takes such as were never written.
+            PeerKind::Plain if to != self.base => {
+                let made = fs::metadata(&self.base).and_then(|base| {
+                    let file = File::create(&to)?;
+                    let none = rustix::fs::FallocateFlags::empty();
+                    rustix::fs::fallocate(&file, none, 0, base.len())?;
+                    file.sync_all()
+                });
+                made.map_err(|e| Error::io("create", to, &e))
             }
             PeerKind::RawAwake
             | PeerKind::Plain
@@ -433,7 +443,8 @@ impl Peer {
     pub fn remove(&mut self, work: &Work, name: &str) -> Result<()> {
         self.detach(work, name)?;
         match self.kind {
-            PeerKind::RawAwake | PeerKind::Plain => return Ok(()),
+            PeerKind::RawAwake => return Ok(()),
+            PeerKind::Plain if self.image(name) == self.base => return Ok(()),
             PeerKind::Raw if self.one_file => return Ok(()),
             PeerKind::CachedLoop => {
                 // Raw goes round what is in memory of its file, and would have to look for it.

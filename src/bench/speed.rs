@@ -270,9 +270,9 @@ pub fn writes<'a>(size: &Sizes, book: &mut Book) -> Vec<Job<'a>> {
             name: title.to_string(),
             rounds: size.rounds,
             peers: match (id, load.sync) {
-                ("write.sequential.first", _) => |kind| {
-                    kind.has_devices() || matches!(kind, PeerKind::Cached | PeerKind::CachedLoop)
-                },
+                ("write.sequential.first", _) => {
+                    |kind| kind.has_devices() || kind.is_file() || kind == PeerKind::CachedLoop
+                }
                 (_, true) => |kind| kind.waits() || kind == PeerKind::CachedLoop,
                 _ if load.depth == 1 => PeerKind::waits,
                 _ => PeerKind::has_devices,
