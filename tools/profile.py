@@ -116,7 +116,7 @@ def table():
 
 # Who does it, by the first that fits: a part of a thread's name, a function anywhere in the stack, what it is called.
 KINDS = [
-    ("", r"^(pv_native_safe_halt|default_idle|cpuidle_)", "asleep"),
+    ("", r"^(pv_native_safe_halt|default_idle|cpuidle_|poll_idle)", "idle"),
     ("fio", r"", "the program that asks (fio), and its system calls"),
     ("perf", r"", "other"),
     ("fuse-worker", r"^fuse_dev_(do_)?read|^fuse_dev_read", "daemon: takes a request from FUSE"),
@@ -164,7 +164,7 @@ def processors(title, rate, seconds, frequency, picture):
     for comm, stack in samples(sys.stdin):
         name = kind(comm, stack)
         kinds[name] += 1
-        if name != "asleep":
+        if name != "idle":
             comm = re.sub(r"[:/][\w:]+", "", comm)
             stacks[(comm, *stack)] += 1
     print(f"\n{title}: {rate:,.0f} requests a second, processor time of each in us")
