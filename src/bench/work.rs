@@ -393,7 +393,8 @@ fn reader<R: Read + Send + 'static>(from: Option<R>) -> thread::JoinHandle<Strin
 
 /// The signal was caught.
 pub fn interrupted() -> Error {
-    Error::new(Kind::Interrupted, "interrupted").hint("what the run had made is taken away; a warning tells of what stays")
+    Error::new(Kind::Interrupted, "interrupted")
+        .hint("what the run had made is taken away; a warning tells of what stays")
 }
 
 fn failed(command: &Command, said: &str) -> Error {

@@ -408,16 +408,34 @@ impl CowDisk {
 
     /// Begins to read what a sequential reader will ask for next. Damage is met when it is read.
     fn read_ahead(&self, top: &Top, range: Range<u64>) {
-        let last = Lba::of(range.end.min(self.size.load(SeqCst))).0;
-        let mut next = Lba::of(range.start);
-        let mut places = [At::OwnZero; REGION_BLOCKS];
         let mut cold = false;
+        self.in_files::<REGION_BLOCKS>(top, range, |file, at, len| {
+            // What is in memory at the beginning is taken to be there as a whole.
+            cold = cold || !file.is_cached(at);
+            if cold {
+                file.prefetch(at, len);
+            }
+            cold
+        });
+    }
+
+    /// Tells where the blocks of a range stand, stretch by stretch, `N` blocks of a region at a time, until `each` has enough (`false`), or a block map cannot be read.
+    fn in_files<const N: usize>(
+        &self,
+        top: &Top,
+        range: Range<u64>,
+        mut each: impl FnMut(&dyn File, u64, u64) -> bool,
+    ) {
+        let size = self.size.load(SeqCst);
+        let last = Lba::of(range.end.min(size).next_multiple_of(BLOCK)).0;
+        let mut next = Lba::of(range.start);
+        let mut places = [At::OwnZero; N];
         while next.0 < last {
-            let n = (REGION_BLOCKS - next.index()).min((last - next.0) as usize);
+            let n = (REGION_BLOCKS - next.index())
+                .min((last - next.0) as usize)
+                .min(N);
             let _guard = top.layer.as_ref().map(Layer::enter);
-            if Self::locate::<REGION_BLOCKS>(top, next.region(), next.index(), &mut places[..n])
-                .is_err()
-            {
+            if Self::locate::<N>(top, next.region(), next.index(), &mut places[..n]).is_err() {
                 return;
             }
             let mut i = 0;
@@ -432,13 +450,10 @@ impl CowDisk {
                     At::OwnZero => None,
                     At::Below(place) => top.chain.file_of(place, lba),
                 };
-                if let Some((file, at)) = there {
-                    // What is in memory at the beginning is taken to be there as a whole.
-                    if !cold && file.is_cached(at) {
-                        return;
-                    }
-                    cold = true;
-                    file.prefetch(at, len as u64 * BLOCK);
+                if let Some((file, at)) = there
+                    && !each(&**file, at, len as u64 * BLOCK)
+                {
+                    return;
                 }
                 i += len;
             }
@@ -653,6 +668,21 @@ impl Disk for CowDisk {
             rest = &mut rest[n..];
         }
         Ok(())
+    }
+    fn begin_read(&self, at: u64, len: u64) -> bool {
+        let mut begun = false;
+        let top = self.top.read();
+        self.in_files::<32>(&top, at..at.saturating_add(len), |file, at, len| {
+            if !file.is_cached(at) {
+                // To ask for its first page was to begin with it.
+                if len > BLOCK {
+                    file.prefetch(at, len);
+                }
+                begun = true;
+            }
+            true
+        });
+        begun
     }
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         let top = self.top.read();

@@ -32,6 +32,11 @@ pub trait Disk: Send + Sync {
     fn read_only(&self) -> bool;
     /// Fills `buf` from `at`: never short; out of range is `Invalid`.
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()>;
+    /// Begins to read what of the range is not in memory, and does not wait for it; `false` if nothing had to be begun, as far as can be known. A hint: the
+    /// range is one that [`Disk::read`] is about to be asked for.
+    fn begin_read(&self, _at: u64, _len: u64) -> bool {
+        false
+    }
     /// Writes `buf` at `at`: visible on return, durable after [`Disk::flush`].
     fn write(&self, buf: &[u8], at: u64) -> Result<()>;
     /// Makes exactly the bytes of the range read as zeros (never what lies below) and gives the space of

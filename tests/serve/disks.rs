@@ -8,6 +8,7 @@ use forkdisk::{
 };
 use parking_lot::{Mutex, RwLock};
 use std::{
+    collections::BTreeSet,
     fs::File,
     os::unix::fs::FileExt,
     path::Path,
@@ -32,6 +33,9 @@ pub struct Asked {
     pub writes: AtomicU64,
     pub flushes: AtomicU64,
     pub tidied: AtomicU64,
+    pub begun: AtomicU64,
+    /// Where reads were begun or served.
+    pub places: Mutex<BTreeSet<u64>>,
     pub discards: Mutex<Vec<(u64, u64)>>,
     pub zeroes: Mutex<Vec<(u64, u64)>>,
 }
@@ -57,6 +61,8 @@ pub struct MemDisk {
     pub write_delay: Duration,
     /// Do they say so, as a file of the host does?
     pub says_so: bool,
+    /// Can a read be begun before it is asked for?
+    pub begins: bool,
 }
 
 impl MemDisk {
@@ -72,6 +78,7 @@ impl MemDisk {
             read_delay: Duration::ZERO,
             write_delay: Duration::ZERO,
             says_so: true,
+            begins: false,
         }
     }
     fn failing(&self) -> Result<()> {
@@ -119,6 +126,7 @@ impl Disk for MemDisk {
     }
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
         self.asked.reads.fetch_add(1, SeqCst);
+        self.asked.places.lock().insert(at);
         self.failing()?;
         check(self.size(), at, buf.len() as u64)?;
         if !self.read_delay.is_zero() {
@@ -137,6 +145,13 @@ impl Disk for MemDisk {
             },
         );
         Ok(())
+    }
+    fn begin_read(&self, at: u64, _: u64) -> bool {
+        if self.begins {
+            self.asked.begun.fetch_add(1, SeqCst);
+            self.asked.places.lock().insert(at);
+        }
+        self.begins
     }
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         self.asked.writes.fetch_add(1, SeqCst);

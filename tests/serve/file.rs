@@ -395,6 +395,47 @@ fn thirty_two_requests_are_served_at_once() {
     panic!("still {:?} threads", rig.session.threads());
 }
 
+/// Many reads that wait for the disk are begun by one and finished by another; a session that stops has answered them all.
+#[test]
+fn reads_that_were_begun_are_answered_whoever_finishes_them() {
+    if !root() {
+        return;
+    }
+    for round in 0..4 {
+        let rig = Rig::new();
+        let mut disk = MemDisk::new(4 * MIB);
+        disk.read_delay = Duration::from_millis(2);
+        disk.begins = true;
+        let disk = Arc::new(disk);
+        rig.serve("disk", disk.clone());
+        let file = rig.open("disk");
+        for i in 0..1024u64 {
+            file.write_all_at(&[i as u8; 4096], i * 4096).unwrap();
+        }
+        let read = |block: u64| {
+            let mut buf = [0; 4096];
+            file.read_exact_at(&mut buf, block * 4096).unwrap();
+            assert!(buf == [block as u8; 4096], "{block}");
+        };
+        thread::scope(|s| {
+            for i in 0..24 {
+                s.spawn(move || (0..50).for_each(|n| read((n * 24 + i) % 1024)));
+            }
+        });
+        assert!(disk.asked.begun.load(SeqCst) > 100);
+        // All of them are taken, and then it stops.
+        disk.asked.places.lock().clear();
+        thread::scope(|s| {
+            for i in 0..24 {
+                s.spawn(move || read(i * 7 + round));
+            }
+            eventually("they are taken", || disk.asked.places.lock().len() == 24);
+            assert_eq!(rig.session.stop(), Ended::Stopped);
+        });
+        assert_eq!(rig.files.total().in_flight, 0);
+    }
+}
+
 /// What writes leave is done after they were answered, and holds up nobody.
 #[test]
 fn what_requests_leave_is_done_after_the_answer() {

@@ -11,6 +11,7 @@
 
 use super::{
     abi,
+    begun::{self, Begun},
     ops::{Message, Reply, Service},
     session::{MAX_DATA, Options, readable},
 };
@@ -22,6 +23,7 @@ use crate::{
 use memmap2::{Advice, MmapMut, MmapOptions};
 use rustix::io::Errno;
 use std::{
+    cell::Cell,
     num::NonZero,
     os::fd::OwnedFd,
     sync::{
@@ -133,6 +135,12 @@ pub(super) struct Pool {
     taken: AtomicU64,
     /// Is there a watch?
     watched: AtomicBool,
+    begun: Begun,
+}
+
+thread_local! {
+    /// This worker finishes what others began: it is none of those at work, and that it waits is no news.
+    static FINISHES: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Pool {
@@ -159,6 +167,7 @@ impl Pool {
             threads: AtomicUsize::new(0),
             taken: AtomicU64::new(0),
             watched: AtomicBool::new(false),
+            begun: Begun::new(),
         });
         for n in 0..options.keep_threads.clamp(1, options.max_threads) {
             pool.start_worker(n >= pool.limit)?;
@@ -168,7 +177,7 @@ impl Pool {
 
     /// Starts one worker, which rests at first or is at work; then it counts as idle from now on, so that no other is started in its place.
     fn start_worker(self: &Arc<Pool>, rests: bool) -> Result<()> {
-        let buffer = Buffer::new()?;
+        let mut buffer = Buffer::new()?;
         self.threads.fetch_add(1, AcqRel);
         if !rests {
             self.enters();
@@ -176,7 +185,7 @@ impl Pool {
         let pool = Arc::clone(self);
         let started = self.crew.start("fuse-worker", move || {
             blocking::attend(Arc::new(Arc::clone(&pool)));
-            let ended = match rests && !pool.rest() {
+            let ended = match rests && !pool.rest(&mut buffer) {
                 true => None,
                 false => pool.work(buffer),
             };
@@ -248,29 +257,72 @@ impl Pool {
     /// While all are at work: calls others when no request is taken for a while, and twice as many each time.
     fn watch(self: &Arc<Pool>) {
         let (mut last, mut calls, mut quiet) = (0, 1, 0);
+        let mut last_finished = 0;
         while !self.crew.is_over() {
             thread::sleep(LOOK);
+            let finished = self.begun.finished();
+            if self.begun.is_any() && finished == last_finished {
+                self.begun.call(|| self.crew.call());
+            }
+            last_finished = finished;
             let (taken, busy) = (self.taken.load(Relaxed), self.idle.load(Acquire) == 0);
             calls = match busy && taken == last {
                 true => (0..calls).take_while(|_| self.more()).count().max(1) * 2,
                 false => 1,
             };
-            quiet = if busy { 0 } else { quiet + 1 };
+            quiet = match busy || self.begun.is_any() {
+                true => 0,
+                false => quiet + 1,
+            };
             last = taken;
             if quiet > QUIET {
                 self.watched.store(false, Release);
-                if self.idle.load(Acquire) > 0 || self.watched.swap(true, AcqRel) {
+                let calm = self.idle.load(Acquire) > 0 && !self.begun.is_any();
+                if calm || self.watched.swap(true, AcqRel) {
                     return;
                 }
             }
         }
     }
 
+    /// Begins a read that would have to wait for the disk, and leaves it to others. Not if there is nothing to wait for, or it is no such request.
+    fn leaves_to_others(self: &Arc<Pool>, buffer: &mut Buffer, n: usize) -> bool {
+        let Some(head) = self.begun.head(&buffer.request()[..n]) else {
+            return false;
+        };
+        if !self.service.begin_read(head) {
+            self.begun.nothing();
+            return false;
+        }
+        match self.begun.leave(head, || self.crew.call()) {
+            Ok(false) => {}
+            Ok(true) => self.finish(buffer),
+            Err(()) => return false,
+        }
+        if self.options.max_threads > self.limit {
+            self.begin_watch();
+        }
+        true
+    }
+    /// Serves what others began, until nothing is left of that. This worker was counted as one who does so.
+    fn finish(&self, buffer: &mut Buffer) {
+        while let Some(head) = self.begun.next() {
+            buffer.request_mut()[..begun::HEAD].copy_from_slice(&head);
+            self.serve(buffer, begun::HEAD);
+            self.begun.answered();
+        }
+    }
+
     /// Until this worker is needed; false: it never is.
-    fn rest(&self) -> bool {
+    fn rest(&self, buffer: &mut Buffer) -> bool {
         loop {
             let one_too_many = self.threads.load(Acquire) > self.options.keep_threads;
             match self.crew.rest(one_too_many.then_some(SURPLUS_AGE)) {
+                Woken::Called if self.begun.is_called() => {
+                    FINISHES.set(true);
+                    self.finish(buffer);
+                    FINISHES.set(false);
+                }
                 Woken::Called => return true,
                 Woken::Stopping => return false,
                 Woken::Late => {
@@ -313,12 +365,18 @@ impl Pool {
                 }
             };
             self.taken.fetch_add(1, Relaxed);
-            if self.idle.fetch_sub(1, AcqRel) == 1 {
+            let last = self.idle.fetch_sub(1, AcqRel) == 1;
+            if (last || self.begun.is_any()) && self.leaves_to_others(&mut buffer, n) {
+                self.idle.fetch_add(1, AcqRel);
+                continue;
+            }
+            if last {
                 self.is_busy();
             }
             self.serve(&mut buffer, n);
             if self.steps_back() {
-                if !self.rest() {
+                if !self.rest(&mut buffer) {
+                    self.last(&mut buffer);
                     return None;
                 }
             } else {
@@ -326,7 +384,13 @@ impl Pool {
             }
         };
         self.leaves();
+        self.last(&mut buffer);
         ended
+    }
+    /// A worker ends: what it took and began is answered before, by whomever.
+    fn last(&self, buffer: &mut Buffer) {
+        self.begun.ends();
+        self.finish(buffer);
     }
 
     /// Serves the request in the first `n` bytes of the buffer and answers it.
@@ -367,13 +431,19 @@ impl Pool {
 
 impl Attendant for Arc<Pool> {
     fn waits(&self) {
+        if FINISHES.get() {
+            return;
+        }
         self.active.fetch_sub(1, AcqRel);
         if self.idle.load(Acquire) == 0 {
+            self.begun.waits();
             self.more();
         }
     }
     fn goes_on(&self) {
-        self.active.fetch_add(1, AcqRel);
+        if !FINISHES.get() {
+            self.active.fetch_add(1, AcqRel);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! - [`abi`]: the protocol's numbers and structures (pure);
 //! - [`mod@mount`]: makes a mount and its descriptor;
 //! - [`session`]: the greeting, and the threads that take requests and answer them;
-//! - `device` and `ring`: the two ways requests come;
+//! - `device` and `ring`: the two ways requests come; `begun`: reads that wait for the disk below, of the first;
 //! - `ops`: what each request does.
 //!
 //! A server must never use its own mount, nor a loop device over it, from one of its own threads: if
@@ -15,6 +15,7 @@
 //! before its thread, and a successor would wait for the process.
 
 pub mod abi;
+mod begun;
 mod device;
 pub mod mount;
 mod ops;

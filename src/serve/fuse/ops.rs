@@ -28,6 +28,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 const ATTR_VALID: u64 = 24 * 3600;
 /// Block size told to programs.
 const BLKSIZE: u32 = 4096;
+/// The longest read that is begun before it is served: longer ones ask the disk for all of it at once anyway.
+const SHORT: u32 = 32 << 10;
 /// First look of LSEEK, in bytes; it doubles up to [`SEEK_MAX`], so that a seek over a large empty disk takes
 /// few steps and one into data costs little.
 const SEEK_FIRST: u64 = 256 << 10;
@@ -79,6 +81,17 @@ impl Reply {
     }
 }
 
+/// Is this a request to read no more than what is worth to be begun before it is served?
+pub(super) fn is_short_read(request: &[u8]) -> bool {
+    let Ok((header, fixed)) = abi::InHeader::read_from_prefix(request) else {
+        return false;
+    };
+    let short = |(arg, _): (abi::IoIn, _)| arg.size <= SHORT;
+    header.opcode == op::READ
+        && header.len as usize == request.len()
+        && abi::IoIn::read_from_prefix(fixed).is_ok_and(short)
+}
+
 /// What requests are served from, by whatever transport they come.
 pub(super) struct Service {
     files: Arc<Files>,
@@ -113,6 +126,18 @@ impl Service {
         if left.disk {
             file.tidy();
         }
+    }
+    /// Begins a [short read](is_short_read) without waiting for the disk; `false` if there is nothing to wait for.
+    pub(super) fn begin_read(&self, request: &[u8]) -> bool {
+        let Ok((header, fixed)) = abi::InHeader::ref_from_prefix(request) else {
+            return false;
+        };
+        let Ok((arg, _)) = abi::IoIn::read_from_prefix(fixed) else {
+            return false;
+        };
+        let file = self.files.get(header.nodeid);
+        let disk = file.as_ref().and_then(|file| file.disk());
+        disk.is_some_and(|disk| disk.begin_read(arg.offset, arg.size.into()))
     }
     /// Serves one request; `None` if no answer is expected.
     pub(super) fn serve(&self, header: &abi::InHeader, message: &mut dyn Message) -> Option<Reply> {
@@ -574,4 +599,34 @@ fn seek(disk: &dyn Disk, at: u64, want_data: bool) -> Result<Option<u64>> {
         step = (step * 2).min(SEEK_MAX);
     }
     Ok(if want_data { None } else { Some(size) })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use zerocopy::FromZeros;
+
+    /// A request to read so many bytes.
+    pub(crate) fn read_of(size: u32) -> Vec<u8> {
+        let header = abi::InHeader {
+            len: (abi::IN_HEADER + size_of::<abi::IoIn>()) as u32,
+            opcode: op::READ,
+            ..abi::InHeader::new_zeroed()
+        };
+        let arg = abi::IoIn {
+            size,
+            ..abi::IoIn::new_zeroed()
+        };
+        [header.as_bytes(), arg.as_bytes()].concat()
+    }
+
+    #[test]
+    fn short_reads_are_told() {
+        assert!(is_short_read(&read_of(SHORT)) && !is_short_read(&read_of(SHORT + 1)));
+        let read = read_of(4096);
+        assert!(!is_short_read(&read[..read.len() - 1]) && !is_short_read(&[]));
+        let mut write = read;
+        write[4..8].copy_from_slice(&op::WRITE.to_ne_bytes());
+        assert!(!is_short_read(&write));
+    }
 }
