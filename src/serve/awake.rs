@@ -1,8 +1,8 @@
-//! Processors stay awake while requests come one after the other, each as soon as the last was answered.
+//! Processors stay awake while requests are served one after the other.
 //!
 //! A request passes through three or four threads, which wait for each other and for the disk. On a virtual machine a processor that waits is given back to the hypervisor, and to
-//! get it again takes 30 to 50 us each time: longer than everything else that is done for the request. Where many requests are under way there is always something
-//! to do, and nothing to be gained.
+//! get it again takes 30 to 50 us each time: longer than everything else that is done for the request. Where so many requests are under way that no processor idles, nothing is
+//! changed by it.
 //!
 //! The kernel is asked for it ([`Latency`]), for all processors of the machine; so it is done by itself only where they are few and a hypervisor has them ([`Mode::Auto`]). A thread takes the wish back as soon as no such requests come
 //! any more; if the process dies, the kernel does.
@@ -74,9 +74,7 @@ pub struct Awake {
 struct Inner {
     latency: Latency,
     began: Instant,
-    /// A request among fewer others than this is one that somebody waits for.
-    few: u64,
-    /// When the last such request ended, in nanoseconds since `began`; how many there were in a row.
+    /// When the last request ended, in nanoseconds since `began` (not exactly, while processors are kept awake); how many there were in a row.
     last: AtomicU64,
     row: AtomicU32,
     /// As in `state`, to be looked at without the lock.
@@ -104,13 +102,12 @@ impl Awake {
         if !mode.is_meant() {
             return Ok(Awake::off());
         }
-        Awake::with(Latency::open()?, process::cpus("online").len() as u64)
+        Awake::with(Latency::open()?)
     }
-    fn with(latency: Latency, few: u64) -> io::Result<Awake> {
+    fn with(latency: Latency) -> io::Result<Awake> {
         let inner = Arc::new(Inner {
             latency,
             began: Instant::now(),
-            few: few.max(1),
             last: AtomicU64::new(0),
             row: AtomicU32::new(0),
             held: AtomicBool::new(false),
@@ -124,11 +121,9 @@ impl Awake {
             .spawn(move || watched.watch())?;
         Ok(Awake { inner: Some(inner) })
     }
-    /// A request was served, while `others` were under way.
-    pub(super) fn served(&self, others: u64) {
-        if let Some(inner) = &self.inner
-            && others < inner.few
-        {
+    /// A request was served.
+    pub(super) fn served(&self) {
+        if let Some(inner) = &self.inner {
             inner.one_more(inner.now());
         }
     }
@@ -152,15 +147,20 @@ impl Inner {
     fn now(&self) -> u64 {
         self.began.elapsed().as_nanos() as u64
     }
-    /// A request that somebody waited for ended now.
+    /// A request ended now.
     fn one_more(&self, now: u64) {
         // Relaxed, and not in one step: of two that end at one time it does not matter which counts.
         let before = self.last.load(Relaxed);
-        self.last.store(now, Relaxed);
+        let since = Duration::from_nanos(now.saturating_sub(before));
         if self.held.load(Relaxed) {
+            // Not each time: all who serve would write to one place.
+            if since > OVER / 8 {
+                self.last.store(now, Relaxed);
+            }
             return;
         }
-        let row = match now.saturating_sub(before) > QUICK.as_nanos() as u64 {
+        self.last.store(now, Relaxed);
+        let row = match since > QUICK {
             true => 1,
             false => self.row.load(Relaxed).saturating_add(1),
         };
@@ -228,12 +228,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("latency");
         fs::write(&path, "").unwrap();
-        let awake = Awake::with(Latency::at(&path).unwrap(), 2).unwrap();
+        let awake = Awake::with(Latency::at(&path).unwrap()).unwrap();
         let inner = awake.inner.clone().unwrap();
-        // Many at a time, and such as are rare.
-        for _ in 0..100 {
-            awake.served(2);
-        }
+        // Such as are rare.
         for n in 1..100 {
             inner.one_more(n * 1_100_000);
         }
@@ -263,7 +260,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("latency");
         fs::write(&path, "").unwrap();
-        let awake = Awake::with(Latency::at(&path).unwrap(), 1).unwrap();
+        let awake = Awake::with(Latency::at(&path).unwrap()).unwrap();
         let inner = awake.inner.clone().unwrap();
         inner.hold();
         // As if requests came for ever.

@@ -93,15 +93,16 @@ impl Counters {
             self.max_in_flight.fetch_max(now, Relaxed);
         }
     }
-    /// Returns how many of its kind there were before, and how many of any kind are under way still.
-    fn leave(&self, op: Op, ok: bool) -> (u64, u64) {
+    /// Returns how many of its kind there were before.
+    fn leave(&self, op: Op, ok: bool) -> u64 {
         let (count, bytes) = match op {
             Op::Read(len) => (&self.reads, Some((&self.bytes_read, len))),
             Op::Write(len) => (&self.writes, Some((&self.bytes_written, len))),
             Op::Discard(len) => (&self.discards, Some((&self.bytes_discarded, len))),
             Op::Flush => (&self.flushes, None),
             Op::Seek => {
-                return (0, self.in_flight.fetch_sub(1, Relaxed) - 1);
+                self.in_flight.fetch_sub(1, Relaxed);
+                return 0;
             }
         };
         let before = count.fetch_add(1, Relaxed);
@@ -114,7 +115,8 @@ impl Counters {
         if !ok {
             self.errors.fetch_add(1, Relaxed);
         }
-        (before, self.in_flight.fetch_sub(1, Relaxed) - 1)
+        self.in_flight.fetch_sub(1, Relaxed);
+        before
     }
     /// The values now.
     pub fn stats(&self) -> Stats {
@@ -212,10 +214,9 @@ impl ServedFile {
         self.counters.enter();
         self.total.enter();
         let result = serve(&*disk);
-        let (before, _) = self.counters.leave(op, result.is_ok());
-        self.depth.count(before);
-        let (_, others) = self.total.leave(op, result.is_ok());
-        self.awake.served(others);
+        self.depth.count(self.counters.leave(op, result.is_ok()));
+        self.total.leave(op, result.is_ok());
+        self.awake.served();
         Some(result)
     }
     /// Is [`ServedFile::look`] due?
