@@ -307,22 +307,22 @@ fn uring() -> Probe {
     }
 }
 
-/// Do processors stay awake while somebody waits for each request? It is a choice too.
+/// Do processors stay awake while requests follow each other? It is a choice too.
 fn idle() -> Probe {
     let name = "idle processors";
     if !awake::Mode::Auto.is_meant() {
-        let why = "sleep as they like; FORKDISK_AWAKE=on in the daemon's environment keeps them awake while somebody waits for each request";
+        let why = "sleep as they like; FORKDISK_AWAKE=on in the daemon's environment keeps them awake while requests follow each other";
         return ok(name, why);
     }
     match Latency::open() {
         Ok(_) => ok(
             name,
-            "stay awake while somebody waits for each request (FORKDISK_AWAKE=off lets them sleep)",
+            "stay awake while requests follow each other (FORKDISK_AWAKE=off lets them sleep)",
         ),
         Err(e) => ok(
             name,
             format!(
-                "sleep while somebody waits for a request, as {} cannot be opened: {e}",
+                "sleep as they like, as {} cannot be opened: {e}",
                 latency::DEVICE
             ),
         ),

@@ -217,7 +217,7 @@ const REMARKS: [&str; 12] = [
      page cache by cachestat(2).",
     "Ratios are medians of the ratios to raw within one round.",
     "PLAIN is the file itself, by direct I/O; where it is written it is a new one, whose blocks are allocated but were never written.",
-    "The daemon of forkdisk keeps idle processors awake while requests wait for each other. RAW-AWAKE is raw while they are kept awake for it, ASLEEP is forkdisk where they are not.",
+    "The daemon of forkdisk keeps idle processors awake while requests follow each other. RAW-AWAKE is raw while they are kept awake for it, ASLEEP is forkdisk where they are not.",
     "CACHED is what forkdisk stands on: a file read and written through the page cache, where memory that was not in use yet has to be had first, by one thread \
      (at depth 32 by as many, each in a part of its own). CACHED-LOOP is the same file with a loop device over it: forkdisk's way without FUSE and without forkdisk.",
     "qcow2 is stacked 64 deep at most: to open more takes QEMU longer than all other rows together.",

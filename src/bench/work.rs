@@ -111,6 +111,7 @@ impl Work {
             .env(MARK, &self.mark)
             .env_remove("FORKDISK_LOG")
             .env_remove("FORKDISK_STORE")
+            .env_remove("FORKDISK_AWAKE")
             .current_dir(&self.dir)
             .stdin(Stdio::null());
         command

@@ -120,7 +120,7 @@ pub fn text(store: Id, stats: Option<&DaemonStats>) -> String {
     text.family(
         "awake_seconds_total",
         Counter,
-        "Seconds that idle processors were kept awake for those who wait for a request.",
+        "Seconds that idle processors were kept awake while requests followed each other.",
         stats.awake_seconds.map(|s| (Vec::new(), s)),
     );
     requests(&mut text, &stats.requests);

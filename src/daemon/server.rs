@@ -38,7 +38,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// In the environment of the daemon: when processors are kept awake for those who wait ([`Mode`]).
+/// In the environment of the daemon: when processors are kept awake while requests follow each other ([`Mode`]).
 const AWAKE: &str = "FORKDISK_AWAKE";
 /// How often disks are looked after: freed space goes back to the host.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);

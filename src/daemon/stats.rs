@@ -29,7 +29,7 @@ pub struct DaemonStats {
     pub threads: u64,
     /// Servers that another one followed.
     pub takeovers: u64,
-    /// Seconds that processors were kept awake for those who wait; `None`: they never are.
+    /// Seconds that processors were kept awake while requests followed each other; `None`: they never are.
     pub awake_seconds: Option<f64>,
     /// Requests for all files that there were.
     pub requests: Stats,

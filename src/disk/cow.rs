@@ -426,13 +426,14 @@ impl CowDisk {
         range: Range<u64>,
         mut each: impl FnMut(&dyn File, u64, u64) -> bool,
     ) {
-        let size = self.size.load(SeqCst);
-        let last = Lba::of(range.end.min(size).next_multiple_of(BLOCK)).0;
-        let mut next = Lba::of(range.start);
+        let end = range.end.min(self.size.load(SeqCst)).div_ceil(BLOCK);
+        let mut from = range.start / BLOCK;
         let mut places = [At::OwnZero; N];
-        while next.0 < last {
+        while from < end {
+            // Within the disk, and so a number of a block.
+            let next = Lba(from as u32);
             let n = (REGION_BLOCKS - next.index())
-                .min((last - next.0) as usize)
+                .min((end - from) as usize)
                 .min(N);
             let _guard = top.layer.as_ref().map(Layer::enter);
             if Self::locate::<N>(top, next.region(), next.index(), &mut places[..n]).is_err() {
@@ -457,7 +458,7 @@ impl CowDisk {
                 }
                 i += len;
             }
-            next = Lba(next.0 + n as u32);
+            from += n as u64;
         }
     }
 
@@ -674,10 +675,7 @@ impl Disk for CowDisk {
         let top = self.top.read();
         self.in_files::<32>(&top, at..at.saturating_add(len), |file, at, len| {
             if !file.is_cached(at) {
-                // To ask for its first page was to begin with it.
-                if len > BLOCK {
-                    file.prefetch(at, len);
-                }
+                file.prefetch(at, len);
                 begun = true;
             }
             true

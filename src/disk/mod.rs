@@ -32,8 +32,8 @@ pub trait Disk: Send + Sync {
     fn read_only(&self) -> bool;
     /// Fills `buf` from `at`: never short; out of range is `Invalid`.
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()>;
-    /// Begins to read what of the range is not in memory, and does not wait for it; `false` if nothing had to be begun, as far as can be known. A hint: the
-    /// range is one that [`Disk::read`] is about to be asked for.
+    /// Begins to read what of the range is not in memory, and does not wait for the data; `false` if nothing had to be begun, as far as can be known. A hint: the
+    /// range is one that [`Disk::read`] is about to be asked for, which refuses what is out of range.
     fn begin_read(&self, _at: u64, _len: u64) -> bool {
         false
     }

@@ -490,7 +490,14 @@ impl File for OsFile {
     }
 
     fn is_cached(&self, at: u64) -> bool {
-        self.read_cached(&mut [0], at) == 1
+        let mut byte = [0];
+        let mut parts = [std::io::IoSliceMut::new(&mut byte)];
+        match rustix::io::preadv2(&self.fd, &mut parts, at, ReadWriteFlags::NOWAIT) {
+            Ok(n) => n == 1,
+            // This filesystem cannot tell.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => true,
+            Err(_) => false,
+        }
     }
 
     fn await_writeback(&self, at: u64, len: u64) {

@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Requests follow each other if there is no more time between their ends. What takes longer (a disk that turns, a network) gains little by it.
+/// Requests follow each other if there is no more time between the ends of two, of whatever disks. Where each takes longer (a disk that turns, a network) little is gained by it.
 const QUICK: Duration = Duration::from_millis(1);
 /// So many of them in a row are worth it.
 const ROW: u32 = 16;
@@ -90,6 +90,8 @@ struct State {
     /// How long they were, before that.
     total: Duration,
     ends: bool,
+    /// The kernel did not take the wish: it is not asked again.
+    fails: bool,
 }
 
 impl Awake {
@@ -173,7 +175,12 @@ impl Inner {
         let Some(mut state) = self.state.try_lock() else {
             return;
         };
-        if state.since.is_none() && self.latency.awake().is_ok() {
+        if state.since.is_none() && !state.fails {
+            if let Err(e) = self.latency.awake() {
+                tracing::warn!("processors are not kept awake any more: {e}");
+                state.fails = true;
+                return;
+            }
             state.since = Some(Instant::now());
             self.held.store(true, Release);
             self.changed.notify_one();

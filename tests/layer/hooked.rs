@@ -13,15 +13,20 @@ const SYNC: u64 = u64::MAX;
 /// Before the next write at or behind an offset.
 const WRITE: u64 = 1 << 63;
 
+/// What was asked for ahead of being read, of files of which nothing is in memory; `None`: they are what they are.
+type Cold = Arc<Mutex<Option<Vec<(u64, u64)>>>>;
+
 #[derive(Clone)]
 pub struct Hooked {
     inner: Arc<dyn Dir>,
     hook: Hook,
+    cold: Cold,
 }
 
 struct HookedFile {
     inner: Arc<dyn File>,
     hook: Hook,
+    cold: Cold,
     layer: bool,
 }
 
@@ -30,7 +35,12 @@ impl Hooked {
         Hooked {
             inner,
             hook: Hook::default(),
+            cold: Cold::default(),
         }
+    }
+    /// From now on nothing is in memory. Returns what was asked for since the last call.
+    pub fn cold(&self) -> Vec<(u64, u64)> {
+        self.cold.lock().replace(Vec::new()).unwrap_or_default()
     }
     pub fn before_read(&self, from: u64, f: impl FnOnce() + Send + 'static) {
         *self.hook.lock() = Some((from, Box::new(f)));
@@ -51,6 +61,7 @@ impl Dir for Hooked {
         Ok(Arc::new(HookedFile {
             inner: self.inner.open(name, access)?,
             hook: self.hook.clone(),
+            cold: self.cold.clone(),
             layer: name.ends_with(".layer"),
         }))
     }
@@ -58,6 +69,7 @@ impl Dir for Hooked {
         Ok(Arc::new(Hooked {
             inner: self.inner.subdir(name)?,
             hook: self.hook.clone(),
+            cold: self.cold.clone(),
         }))
     }
     fn create_dir(&self, name: &str) -> Result<()> {
@@ -137,10 +149,13 @@ impl File for HookedFile {
         self.inner.start_writeback(at, len);
     }
     fn prefetch(&self, at: u64, len: u64) {
-        self.inner.prefetch(at, len);
+        match &mut *self.cold.lock() {
+            Some(asked) => asked.push((at, len)),
+            None => self.inner.prefetch(at, len),
+        }
     }
     fn is_cached(&self, at: u64) -> bool {
-        self.inner.is_cached(at)
+        self.cold.lock().is_none() && self.inner.is_cached(at)
     }
     fn await_writeback(&self, at: u64, len: u64) {
         self.inner.await_writeback(at, len);

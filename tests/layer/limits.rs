@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::common::read_all;
+use crate::hooked::Hooked;
 use forkdisk::disk::Source;
 use forkdisk::error::Kind;
 use forkdisk::format::MAX_DEPTH;
@@ -9,6 +10,44 @@ use forkdisk::io::sim::Policy;
 use forkdisk::store::Env;
 use forkdisk::store::history::Limits;
 use forkdisk::units::MAX_DISK;
+
+/// A read is begun before anybody looks whether it is within the disk.
+#[test]
+fn what_is_begun_lies_within_the_disk() {
+    let sim = SimDisk::new(1);
+    let store = store_with(&sim, &[1; 40 * 4096 + 1]);
+    fork(&store, "image", "big", Some(MAX_DISK));
+    let hooked = Hooked::new(sim.root());
+    let root = Arc::new(hooked.clone());
+    let store = Store::open_on(root, Path::new("/sim"), env(2 << 20)).expect("a store");
+    let d = open(&store, "d").expect("d");
+    d.write(&[2; 4096], 5 * B).expect("write");
+    assert!(!d.begin_read(0, B), "all of it is in memory");
+    hooked.cold();
+    let begun = |disk: &CowDisk, at: u64, len: u64| {
+        let begun = disk.begin_read(at, len);
+        let asked = hooked.cold();
+        assert_eq!(begun, !asked.is_empty());
+        asked
+    };
+    assert_eq!(begun(&d, 0, B), [(0, B)]);
+    assert_eq!(begun(&d, B + 100, B), [(B, 2 * B)]);
+    // One of these blocks is its own.
+    let asked = begun(&d, 4 * B, 3 * B);
+    assert_eq!(asked.iter().map(|(_, len)| len).sum::<u64>(), 3 * B);
+    assert_eq!((asked[0], asked[2]), ((4 * B, B), (6 * B, B)));
+    let end = d.size();
+    assert_eq!(begun(&d, end - B, 8 * B), [(end - B, B)]);
+    for at in [end, end + B, MAX_DISK, MAX_DISK * 2, u64::MAX - B, u64::MAX] {
+        assert_eq!(begun(&d, at, B), [], "{at}");
+    }
+    let big = open(&store, "big").expect("big");
+    // Zeros, of which there is nothing to be read.
+    assert_eq!(begun(&big, MAX_DISK - B, B), []);
+    big.write(&[3; 4096], MAX_DISK - B).expect("write");
+    assert_eq!(begun(&big, MAX_DISK - 2 * B, 4 * B).len(), 1);
+    assert_eq!(begun(&big, MAX_DISK, B), []);
+}
 
 #[test]
 fn sixteen_tebibytes_are_written_at_both_ends_and_discarded_as_a_whole() {

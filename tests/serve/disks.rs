@@ -55,6 +55,8 @@ pub struct MemDisk {
     pub filling: AtomicBool,
     /// Who holds it keeps whoever tidies.
     pub untidy: Mutex<()>,
+    /// Who holds it keeps whoever reads.
+    pub held: Mutex<()>,
     /// How long each read takes at least.
     pub read_delay: Duration,
     /// How long each write takes at least, before it is seen.
@@ -75,6 +77,7 @@ impl MemDisk {
             full: AtomicBool::new(false),
             filling: AtomicBool::new(false),
             untidy: Mutex::new(()),
+            held: Mutex::new(()),
             read_delay: Duration::ZERO,
             write_delay: Duration::ZERO,
             says_so: true,
@@ -129,6 +132,7 @@ impl Disk for MemDisk {
         self.asked.places.lock().insert(at);
         self.failing()?;
         check(self.size(), at, buf.len() as u64)?;
+        drop(self.held.lock());
         if !self.read_delay.is_zero() {
             let sleep = || std::thread::sleep(self.read_delay);
             match self.says_so {

@@ -436,6 +436,59 @@ fn reads_that_were_begun_are_answered_whoever_finishes_them() {
     }
 }
 
+/// Those who finish reads are stuck with a disk, and nobody rests: reads of another disk are finished all the same.
+#[test]
+fn a_disk_that_does_not_answer_keeps_no_reads_of_others() {
+    if !root() {
+        return;
+    }
+    for keep_threads in [1, 8] {
+        let rig = Rig::with(Options {
+            keep_threads,
+            ..Options::default()
+        });
+        let cold = |name: &str| {
+            let mut disk = MemDisk::new(MIB);
+            disk.read_delay = Duration::from_millis(1);
+            disk.begins = true;
+            let disk = Arc::new(disk);
+            rig.serve(name, disk.clone());
+            disk
+        };
+        let (stuck, other) = (cold("stuck"), cold("other"));
+        let read = |name: &str, block: u64| {
+            rig.open(name)
+                .read_exact_at(&mut [0; 4096], block * 4096)
+                .unwrap();
+        };
+        thread::scope(|s| {
+            for block in 0..24 {
+                s.spawn(move || (0..20).for_each(|_| read("other", block)));
+            }
+        });
+        assert!(other.asked.begun.load(SeqCst) > 0);
+        let held = stuck.held.lock();
+        thread::scope(|s| {
+            for block in 0..16 {
+                s.spawn(move || read("stuck", block));
+            }
+            eventually("they wait", || stuck.asked.places.lock().len() == 16);
+            let start = std::time::Instant::now();
+            thread::scope(|s| {
+                for block in 0..24 {
+                    s.spawn(move || (0..20).for_each(|_| read("other", block)));
+                }
+            });
+            assert!(
+                start.elapsed() < Duration::from_secs(5),
+                "{:?}",
+                start.elapsed()
+            );
+            drop(held);
+        });
+    }
+}
+
 /// What writes leave is done after they were answered, and holds up nobody.
 #[test]
 fn what_requests_leave_is_done_after_the_answer() {

@@ -1,7 +1,6 @@
 //! Requests by read(2) from `/dev/fuse`, answers by write(2): the transport that every kernel has, and that a successor can take over.
 //!
-//! Each worker blocks in read(2) with a buffer of its own, serves what it got from beginning to end,
-//! and answers with one write(2). As many are at work as there are processors, and one more: others would only
+//! Each worker blocks in read(2) with a buffer of its own, serves what it got, and answers with one write(2). As many are at work as there are processors, and one more: others would only
 //! take turns with them, and each turn costs as much as a small request. One that is about to wait for a disk says so, and
 //! another one takes its place, so as many requests wait for disks as are in flight, up to a limit. Not all
 //! waits are announced (for a lock, for memory, for a host that throttles): while all are at work a watch looks whether requests are
@@ -11,7 +10,7 @@
 
 use super::{
     abi,
-    begun::{self, Begun},
+    begun::{self, Begun, Left},
     ops::{Message, Reply, Service},
     session::{MAX_DATA, Options, readable},
 };
@@ -30,7 +29,7 @@ use std::{
         Arc,
         atomic::{
             AtomicBool, AtomicU64, AtomicUsize,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
+            Ordering::{AcqRel, Acquire, Relaxed, SeqCst},
         },
     },
     thread,
@@ -138,6 +137,15 @@ pub(super) struct Pool {
     begun: Begun,
 }
 
+/// What a new worker does at first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    Works,
+    Rests,
+    /// Finishes reads that others began; it is counted as one who does.
+    Finishes,
+}
+
 thread_local! {
     /// This worker finishes what others began: it is none of those at work, and that it waits is no news.
     static FINISHES: Cell<bool> = const { Cell::new(false) };
@@ -170,22 +178,28 @@ impl Pool {
             begun: Begun::new(),
         });
         for n in 0..options.keep_threads.clamp(1, options.max_threads) {
-            pool.start_worker(n >= pool.limit)?;
+            pool.start_worker(match n < pool.limit {
+                true => First::Works,
+                false => First::Rests,
+            })?;
         }
         Ok(())
     }
 
-    /// Starts one worker, which rests at first or is at work; then it counts as idle from now on, so that no other is started in its place.
-    fn start_worker(self: &Arc<Pool>, rests: bool) -> Result<()> {
+    /// Starts one worker. One that works counts as idle from now on, so that no other is started in its place.
+    fn start_worker(self: &Arc<Pool>, first: First) -> Result<()> {
         let mut buffer = Buffer::new()?;
         self.threads.fetch_add(1, AcqRel);
-        if !rests {
+        if first == First::Works {
             self.enters();
         }
         let pool = Arc::clone(self);
         let started = self.crew.start("fuse-worker", move || {
             blocking::attend(Arc::new(Arc::clone(&pool)));
-            let ended = match rests && !pool.rest(&mut buffer) {
+            if first == First::Finishes {
+                pool.finish_apart(&mut buffer);
+            }
+            let ended = match first != First::Works && !pool.rest(&mut buffer) {
                 true => None,
                 false => pool.work(buffer),
             };
@@ -194,7 +208,7 @@ impl Pool {
         });
         if started.is_err() {
             self.threads.fetch_sub(1, AcqRel);
-            if !rests {
+            if first == First::Works {
                 self.leaves();
             }
         }
@@ -219,10 +233,14 @@ impl Pool {
             return true;
         }
         self.leaves();
+        self.one_more_thread(First::Works)
+    }
+    /// A new worker, if the limit allows. Says whether there is one.
+    fn one_more_thread(self: &Arc<Pool>, first: First) -> bool {
         if self.threads.load(Acquire) >= self.options.max_threads {
             return false;
         }
-        let started = self.start_worker(false);
+        let started = self.start_worker(first);
         if let Err(e) = &started
             && self.service.may_log()
         {
@@ -241,7 +259,7 @@ impl Pool {
     }
 
     fn begin_watch(self: &Arc<Pool>) {
-        if self.watched.load(Relaxed) || self.watched.swap(true, AcqRel) {
+        if self.watched.load(SeqCst) || self.watched.swap(true, AcqRel) {
             return;
         }
         let pool = Arc::clone(self);
@@ -257,14 +275,13 @@ impl Pool {
     /// While all are at work: calls others when no request is taken for a while, and twice as many each time.
     fn watch(self: &Arc<Pool>) {
         let (mut last, mut calls, mut quiet) = (0, 1, 0);
-        let mut last_finished = 0;
         while !self.crew.is_over() {
             thread::sleep(LOOK);
-            let finished = self.begun.finished();
-            if self.begun.is_any() && finished == last_finished {
-                self.begun.call(|| self.crew.call());
+            if self.begun.look(|| self.crew.call()) == Left::Finisher
+                && !self.one_more_thread(First::Finishes)
+            {
+                self.begun.is_not_started();
             }
-            last_finished = finished;
             let (taken, busy) = (self.taken.load(Relaxed), self.idle.load(Acquire) == 0);
             calls = match busy && taken == last {
                 true => (0..calls).take_while(|_| self.more()).count().max(1) * 2,
@@ -276,8 +293,9 @@ impl Pool {
             };
             last = taken;
             if quiet > QUIET {
-                self.watched.store(false, Release);
-                let calm = self.idle.load(Acquire) > 0 && !self.begun.is_any();
+                // Whoever comes now sees that there is none, or is seen.
+                self.watched.store(false, SeqCst);
+                let calm = self.idle.load(SeqCst) > 0 && !self.begun.is_any();
                 if calm || self.watched.swap(true, AcqRel) {
                     return;
                 }
@@ -290,18 +308,24 @@ impl Pool {
         let Some(head) = self.begun.head(&buffer.request()[..n]) else {
             return false;
         };
+        // To look for it may take longer than it should, as it may to wait for it.
+        if self.options.max_threads > self.limit {
+            self.begin_watch();
+        }
         if !self.service.begin_read(head) {
             self.begun.nothing();
             return false;
         }
         match self.begun.leave(head, || self.crew.call()) {
-            Ok(false) => {}
-            Ok(true) => self.finish(buffer),
-            Err(()) => return false,
+            Left::Nothing => {}
+            Left::Finisher if self.one_more_thread(First::Finishes) => {}
+            Left::Finisher => {
+                self.is_busy();
+                self.finish(buffer);
+            }
+            Left::All => return false,
         }
-        if self.options.max_threads > self.limit {
-            self.begin_watch();
-        }
+        self.begin_watch();
         true
     }
     /// Serves what others began, until nothing is left of that. This worker was counted as one who does so.
@@ -313,16 +337,19 @@ impl Pool {
         }
     }
 
+    /// The same of a worker that is none of those at work.
+    fn finish_apart(&self, buffer: &mut Buffer) {
+        FINISHES.set(true);
+        self.finish(buffer);
+        FINISHES.set(false);
+    }
+
     /// Until this worker is needed; false: it never is.
     fn rest(&self, buffer: &mut Buffer) -> bool {
         loop {
             let one_too_many = self.threads.load(Acquire) > self.options.keep_threads;
             match self.crew.rest(one_too_many.then_some(SURPLUS_AGE)) {
-                Woken::Called if self.begun.is_called() => {
-                    FINISHES.set(true);
-                    self.finish(buffer);
-                    FINISHES.set(false);
-                }
+                Woken::Called if self.begun.is_called() => self.finish_apart(buffer),
                 Woken::Called => return true,
                 Woken::Stopping => return false,
                 Woken::Late => {
@@ -366,14 +393,13 @@ impl Pool {
             };
             self.taken.fetch_add(1, Relaxed);
             let last = self.idle.fetch_sub(1, AcqRel) == 1;
-            if (last || self.begun.is_any()) && self.leaves_to_others(&mut buffer, n) {
-                self.idle.fetch_add(1, AcqRel);
-                continue;
+            let left = (last || self.begun.is_any()) && self.leaves_to_others(&mut buffer, n);
+            if !left {
+                if last {
+                    self.is_busy();
+                }
+                self.serve(&mut buffer, n);
             }
-            if last {
-                self.is_busy();
-            }
-            self.serve(&mut buffer, n);
             if self.steps_back() {
                 if !self.rest(&mut buffer) {
                     self.last(&mut buffer);
@@ -390,7 +416,7 @@ impl Pool {
     /// A worker ends: what it took and began is answered before, by whomever.
     fn last(&self, buffer: &mut Buffer) {
         self.begun.ends();
-        self.finish(buffer);
+        self.finish_apart(buffer);
     }
 
     /// Serves the request in the first `n` bytes of the buffer and answers it.

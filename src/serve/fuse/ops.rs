@@ -127,9 +127,9 @@ impl Service {
             file.tidy();
         }
     }
-    /// Begins a [short read](is_short_read) without waiting for the disk; `false` if there is nothing to wait for.
+    /// Begins a [short read](is_short_read), and does not wait for its data; `false` if there is nothing to wait for.
     pub(super) fn begin_read(&self, request: &[u8]) -> bool {
-        let Ok((header, fixed)) = abi::InHeader::ref_from_prefix(request) else {
+        let Ok((header, fixed)) = abi::InHeader::read_from_prefix(request) else {
             return false;
         };
         let Ok((arg, _)) = abi::IoIn::read_from_prefix(fixed) else {
