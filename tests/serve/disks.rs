@@ -241,7 +241,7 @@ impl FileDisk {
         FileDisk { file, size, delay }
     }
     fn io<R>(&self, r: std::io::Result<R>) -> Result<R> {
-        std::thread::sleep(self.delay);
+        blocking::wait(|| std::thread::sleep(self.delay));
         r.map_err(|e| Error::io("use", "the disk's file", &e))
     }
 }
@@ -255,6 +255,10 @@ impl Disk for FileDisk {
     }
     fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
         self.io(self.file.read_exact_at(buf, at))
+    }
+    /// Nothing is known to be in memory.
+    fn begin_read(&self, _: u64, _: u64) -> bool {
+        true
     }
     fn write(&self, buf: &[u8], at: u64) -> Result<()> {
         // In two halves with a pause between them: a death in the middle leaves a torn write, which its
